@@ -1,0 +1,1 @@
+"""Fine-tuning mixture-of-experts language models in JAX."""
