@@ -1,0 +1,1 @@
+"""The decoder and its parts: each module holds a frozen spec, its parameters and its function."""

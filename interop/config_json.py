@@ -1,0 +1,121 @@
+"""Reading config.json: transformers' config classes give the defaults and both generations of spellings.
+
+A family takes the fields that it handles; whatever it does not take must be known not to change the
+computation, or stand at its default. So a field that a newer checkpoint introduces is an error and never
+silently ignored.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from jaxmoe.errors import UserError
+
+_REQUIRED: Any = object()
+
+# Fields that change nothing in a training forward pass: bookkeeping, token ids, generation, reporting.
+_INERT = frozenset(
+    """architectures model_type transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id
+    output_router_logits router_aux_loss_coef initializer_range max_position_embeddings output_hidden_states
+    output_attentions return_dict id2label label2id problem_type chunk_size_feed_forward is_encoder_decoder
+    _name_or_path attn_implementation _attn_implementation rope_theta rope_scaling head_dim unsloth_version
+    use_return_dict num_experts num_local_experts""".split()
+)
+
+
+class ConfigReader:
+    """One config.json with its defaults filled in; remembers which fields were taken.
+
+    Attributes:
+        raw: the JSON object as it was.
+        file: what to call it in error messages.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], file: str, unused: frozenset[str] = frozenset()):
+        """Parse `raw`.
+
+        Args:
+            raw: the JSON object; its model_type must be one that transformers knows.
+            file: name for messages.
+            unused: fields that published configs of the family carry though its code never reads them.
+
+        Raises:
+            UserError: a field of the wrong type.
+        """
+        self.raw = raw
+        self.file = file
+        self._inert = _INERT | unused
+        self._taken: set[str] = set()
+        config_class = CONFIG_MAPPING[raw["model_type"]]
+        try:
+            self._config = config_class.from_dict(dict(raw))
+            self._config.standardize_rope_params()
+        except Exception as error:  # the class raises its own, many kinds
+            raise UserError(f"{file}: {' '.join(str(error).split())}") from error
+        self._defaults = config_class()
+        self._known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+
+    def take(self, name: str, default: Any = _REQUIRED) -> Any:
+        """The value of a field, by either of its spellings.
+
+        Raises:
+            UserError: the field is absent and has no default.
+        """
+        self._taken.add(name)
+        value = getattr(self._config, name, None)
+        if value is None and default is not _REQUIRED:
+            return default
+        if value is None:
+            raise UserError(f"{self.file}: {name!r} is missing")
+        return value
+
+    def expect(self, name: str, *allowed: Any) -> None:
+        """Refuse any value of `name` but `allowed`.
+
+        Raises:
+            UserError: another value.
+        """
+        value = self.take(name, None)
+        if value not in allowed:
+            choices = " or ".join(map(repr, allowed))
+            raise UserError(f"{self.file}: {name} = {value!r} is not supported; expected {choices}")
+
+    def finish(self) -> None:
+        """Check that nothing in the file was overlooked.
+
+        Raises:
+            UserError: fields that are unknown, or known but not at their default and not taken.
+        """
+        problems = []
+        for name, value in self.raw.items():
+            if name in self._taken or name in self._inert:
+                continue
+            if name not in self._known:
+                near = difflib.get_close_matches(name, sorted(self._known), 1)
+                problems.append(f"unknown field {name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+            elif value != getattr(self._defaults, name, None):
+                problems.append(f"{name} = {value!r} is not supported (only {getattr(self._defaults, name, None)!r})")
+        if problems:
+            raise UserError(f"{self.file}: {'; '.join(problems)}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a config.json.
+
+    Raises:
+        UserError: it is missing, not JSON, or not an object with a model_type.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: expected the config.json of a Hugging Face model") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise UserError(f"{path}: expected a JSON object with a string 'model_type'")
+    return raw

@@ -1,0 +1,147 @@
+"""Rules and config readings that several families share."""
+
+import math
+from typing import Any
+
+from jaxmoe.errors import UserError
+from jaxmoe.interop.config_json import ConfigReader
+from jaxmoe.interop.rules import Rule
+from jaxmoe.model.rope import Dynamic, Linear, Llama3, LongRope, RopeSpec, Scaling, Yarn
+
+LAYER = "model.layers.{L}."
+
+
+def trunk_rules(tied: bool) -> tuple[Rule, ...]:
+    """Embedding, final norm and output head."""
+    embed = Rule("embed", "model.embed_tokens.weight", "V D", copies=("lm_head.weight",) if tied else ())
+    norm = Rule("norm", "model.norm.weight", "D")
+    return (embed, norm) if tied else (embed, norm, Rule("lm_head", "lm_head.weight", "V D"))
+
+
+def norm_rules() -> tuple[Rule, ...]:
+    """The two norms of a pre-norm layer."""
+    return (
+        Rule("layers.{L}.attention_norm", LAYER + "input_layernorm.weight", "D"),
+        Rule("layers.{L}.ffn_norm", LAYER + "post_attention_layernorm.weight", "D"),
+    )
+
+
+def attention_rules(query_norm: str = "H", key_norm: str = "H") -> tuple[Rule, ...]:
+    """Grouped-query attention, with whichever biases and norms the spec has."""
+
+    def rule(target: str, source: str, axes: str) -> Rule:
+        return Rule("layers.{L}.attention." + target, LAYER + "self_attn." + source, axes)
+
+    projections = {"q": "Q D", "k": "U D", "v": "U D", "o": "D Q"}
+    return (
+        *(rule(f"{name}_proj", f"{name}_proj.weight", axes) for name, axes in projections.items()),
+        *(rule(f"{name}_bias", f"{name}_proj.bias", axes.split()[0]) for name, axes in projections.items()),
+        rule("q_norm", "q_norm.weight", query_norm),
+        rule("k_norm", "k_norm.weight", key_norm),
+    )
+
+
+def expert_rules(block: str, words: tuple[str, str, str]) -> tuple[Rule, ...]:
+    """Router and experts: one by one under `block`, or fused under ``mlp`` as transformers holds them in memory.
+
+    Args:
+        block: module that holds them, such as "mlp".
+        words: names of gate, up and down.
+    """
+    gate, up, down = words
+    gate_up = f"{block}.experts.{{E}}.{{G:{gate}|{up}}}.weight"
+    router = tuple(dict.fromkeys((f"{block}.gate.weight", "mlp.gate.weight")))
+    return (
+        *(Rule("layers.{L}.router.weight", LAYER + source, "E D") for source in router),
+        Rule("layers.{L}.experts.gate_up", LAYER + gate_up, "F D"),
+        Rule("layers.{L}.experts.gate_up", LAYER + "mlp.experts.gate_up_proj", "E (G F) D"),
+        Rule("layers.{L}.experts.down", LAYER + f"{block}.experts.{{E}}.{down}.weight", "D F"),
+        Rule("layers.{L}.experts.down", LAYER + "mlp.experts.down_proj", "E D F"),
+    )
+
+
+def mlp_rules() -> tuple[Rule, ...]:
+    """Dense gated feed-forward."""
+    return (
+        Rule("layers.{L}.mlp.gate_up", LAYER + "mlp.{G:gate_proj|up_proj}.weight", "I D"),
+        Rule("layers.{L}.mlp.down", LAYER + "mlp.down_proj.weight", "D I"),
+    )
+
+
+def head_dim(config: ConfigReader) -> int:
+    """``head_dim`` where the config gives one, else hidden_size / num_attention_heads."""
+    explicit = config.take("head_dim", None)
+    if explicit is not None:
+        return explicit
+    width, heads = config.take("hidden_size"), config.take("num_attention_heads")
+    if width % heads:
+        raise UserError(f"{config.file}: hidden_size {width} is not divisible by num_attention_heads {heads}")
+    return width // heads
+
+
+def rope_spec(config: ConfigReader, width: int) -> RopeSpec:
+    """The rotation from ``rope_parameters`` (or the older rope_theta and rope_scaling, already merged into it).
+
+    Raises:
+        UserError: an unknown rope type, a missing or an unknown parameter of it.
+    """
+    given = dict(config.take("rope_parameters"))
+    theta = given.pop("rope_theta")
+    kind = given.pop("rope_type", "default")
+    given.pop("type", None)
+    rotary = int(width * given.pop("partial_rotary_factor", 1.0))
+    positions = config.take("max_position_embeddings")
+
+    def need(name: str) -> Any:
+        if given.get(name) is None:
+            raise UserError(f"{config.file}: rope_parameters of type {kind!r} lack {name!r}")
+        return given.pop(name)
+
+    scaling: Scaling
+    if kind == "default":
+        scaling = None
+    elif kind == "linear":
+        scaling = Linear(need("factor"))
+    elif kind == "dynamic":
+        scaling = Dynamic(need("factor"), positions)
+        given.pop("original_max_position_embeddings", None)
+    elif kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        scaling = Llama3(*(need(name) for name in names))
+    elif kind == "yarn":
+        scaling = _yarn(given, positions)
+    elif kind == "longrope":
+        original = given.pop("original_max_position_embeddings", None) or positions
+        factor = given.pop("factor", None) or positions / original
+        attention = given.pop("attention_factor", None)
+        if attention is None:
+            attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        scaling = LongRope(tuple(need("short_factor")), tuple(need("long_factor")), original, attention)
+    else:
+        known = "default, linear, dynamic, yarn, llama3, longrope"
+        raise UserError(f"{config.file}: rope type {kind!r} is not supported; supported: {known}")
+    unread = sorted(name for name, value in given.items() if value is not None)
+    if unread:
+        raise UserError(f"{config.file}: rope_parameters of type {kind!r} have unknown entries {', '.join(unread)}")
+    return RopeSpec(theta, rotary, scaling)
+
+
+def _yarn(given: dict[str, Any], positions: int) -> Yarn:
+    original = given.pop("original_max_position_embeddings", None) or positions
+    factor = given.pop("factor", None) or positions / original
+    mscale, all_dim = given.pop("mscale", None), given.pop("mscale_all_dim", None)
+
+    def magnitude(multiplier: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
+
+    attention = given.pop("attention_factor", None)
+    if attention is None:
+        attention = magnitude(mscale) / magnitude(all_dim) if mscale and all_dim else magnitude(1.0)
+    return Yarn(
+        factor,
+        original,
+        attention,
+        given.pop("beta_fast", None) or 32.0,
+        given.pop("beta_slow", None) or 1.0,
+        given.pop("truncate", True),
+    )

@@ -1,0 +1,58 @@
+"""OLMoE (arXiv 2409.02060): every layer sparse, query and key norms over the whole projection."""
+
+from jaxmoe.interop.config_json import ConfigReader
+from jaxmoe.interop.families import common
+from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.rules import Rule
+from jaxmoe.model.attention import AttentionSpec
+from jaxmoe.model.moe import MoESpec
+from jaxmoe.model.router import RouterSpec
+from jaxmoe.spec import LayerSpec, ModelSpec, group_layers
+
+
+def _spec(config: ConfigReader) -> ModelSpec:
+    config.expect("hidden_act", "silu")
+    eps = config.take("rms_norm_eps")
+    head_dim = common.head_dim(config)
+    layer = LayerSpec(
+        mixer=AttentionSpec(
+            num_heads=config.take("num_attention_heads"),
+            num_kv_heads=config.take("num_key_value_heads"),
+            head_dim=head_dim,
+            rope=common.rope_spec(config, head_dim),
+            norm_eps=eps,
+            qk_norm="full",
+            bias=config.take("attention_bias"),
+            clip_qkv=config.take("clip_qkv", None),
+        ),
+        ffn=MoESpec(
+            router=RouterSpec(
+                num_experts=config.take("num_experts"),
+                top_k=config.take("num_experts_per_tok"),
+                renormalize=config.take("norm_topk_prob"),
+                weight_dtype="model",
+            ),
+            hidden=config.take("intermediate_size"),
+        ),
+        norm_eps=eps,
+    )
+    return ModelSpec(
+        width=config.take("hidden_size"),
+        vocab_size=config.take("vocab_size"),
+        groups=group_layers([layer] * config.take("num_hidden_layers")),
+        norm_eps=eps,
+        tie_embeddings=config.take("tie_word_embeddings"),
+        init_std=config.take("initializer_range"),
+    )
+
+
+def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
+    return (
+        *common.trunk_rules(spec.tie_embeddings),
+        *common.norm_rules(),
+        *common.attention_rules(query_norm="Q", key_norm="U"),
+        *common.expert_rules("mlp", ("gate_proj", "up_proj", "down_proj")),
+    )
+
+
+FAMILY = Family("olmoe", _spec, _rules, ignored=(r"\.rotary_emb\.inv_freq$",))

@@ -1,0 +1,65 @@
+"""Qwen3-MoE (arXiv 2505.09388): per-head query and key norms; dense layers among sparse ones by config."""
+
+from jaxmoe.interop.config_json import ConfigReader
+from jaxmoe.interop.families import common
+from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.rules import Rule
+from jaxmoe.model.attention import AttentionSpec
+from jaxmoe.model.mlp import MLPSpec
+from jaxmoe.model.moe import MoESpec
+from jaxmoe.model.router import RouterSpec
+from jaxmoe.spec import LayerSpec, ModelSpec, group_layers
+
+
+def _spec(config: ConfigReader) -> ModelSpec:
+    config.expect("hidden_act", "silu")
+    eps = config.take("rms_norm_eps")
+    head_dim = common.head_dim(config)
+    windowed = config.take("use_sliding_window")
+    window = config.take("sliding_window", None)
+    attention = AttentionSpec(
+        num_heads=config.take("num_attention_heads"),
+        num_kv_heads=config.take("num_key_value_heads"),
+        head_dim=head_dim,
+        rope=common.rope_spec(config, head_dim),
+        norm_eps=eps,
+        qk_norm="head",
+        bias=config.take("attention_bias"),
+        window=window if windowed else None,
+    )
+    sparse = MoESpec(
+        router=RouterSpec(
+            num_experts=config.take("num_experts"),
+            top_k=config.take("num_experts_per_tok"),
+            renormalize=config.take("norm_topk_prob"),
+            weight_dtype="model",
+        ),
+        hidden=config.take("moe_intermediate_size"),
+    )
+    dense = MLPSpec(config.take("intermediate_size"))
+    dense_layers, step = config.take("mlp_only_layers", ()), config.take("decoder_sparse_step")
+    layers = [
+        LayerSpec(attention, dense if index in dense_layers or (index + 1) % step else sparse, eps)
+        for index in range(config.take("num_hidden_layers"))
+    ]
+    return ModelSpec(
+        width=config.take("hidden_size"),
+        vocab_size=config.take("vocab_size"),
+        groups=group_layers(layers),
+        norm_eps=eps,
+        tie_embeddings=config.take("tie_word_embeddings"),
+        init_std=config.take("initializer_range"),
+    )
+
+
+def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
+    return (
+        *common.trunk_rules(spec.tie_embeddings),
+        *common.norm_rules(),
+        *common.attention_rules(),
+        *common.mlp_rules(),
+        *common.expert_rules("mlp", ("gate_proj", "up_proj", "down_proj")),
+    )
+
+
+FAMILY = Family("qwen3_moe", _spec, _rules, unused_fields=frozenset({"max_window_layers"}))

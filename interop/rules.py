@@ -1,0 +1,218 @@
+"""Conversion rules: a table that reads both ways.
+
+A `Rule` pairs one parameter with the tensors of a checkpoint that hold it::
+
+    Rule("layers.{L}.experts.gate_up", "model.layers.{L}.mlp.experts.{E}.{G:gate_proj|up_proj}.weight", "F D")
+
+``{L}`` and ``{E}`` in the source are indices; ``{G:gate_proj|up_proj}`` spells index 0 and 1 of letter G as
+words; the last string gives the axes of one such tensor. All letters are those of the parameter's declaration
+(`jaxmoe.params`), so the arrangement follows: einops "F D -> F D" for one tensor, at place [L, E, G] of the
+parameter (L, E, G, F, D). Parentheses fuse letters into one axis: "E (G F) D" is a fused layout.
+
+`bind` turns the rules of a family into one `Binding` per tensor; reading takes a binding left to right,
+writing right to left.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import einops
+import numpy as np
+
+from jaxmoe.params import Param, named
+from jaxmoe.spec import ModelSpec, model_params
+
+_FIELD = re.compile(r"\{([A-Z])(?::([^}]*))?\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One parameter, where its tensors are, and the axes of one of them.
+
+    Attributes:
+        target: parameter name; ``layers.{L}.…`` for those of layer L, whichever group it is in.
+        source: tensor name with fields.
+        axes: letters of one source tensor, parentheses fusing several into one axis.
+        copies: further tensor names that hold the same values where they exist (a tied output head); checked
+            on load, written again on export.
+    """
+
+    target: str
+    source: str
+    axes: str
+    copies: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """One checkpoint tensor and the part of one parameter that it holds.
+
+    Attributes:
+        source: tensor name.
+        target: parameter name, such as ``groups.0.0.experts.gate_up``.
+        declared: the parameter's declaration.
+        index: letters that the tensor's name fixes, with their index.
+        axes: the tensor's axes, each a tuple of letters.
+    """
+
+    source: str
+    target: str
+    declared: Param
+    index: Mapping[str, int]
+    axes: tuple[tuple[str, ...], ...]
+
+    @property
+    def letters(self) -> tuple[str, ...]:
+        """The tensor's letters in its own order, fused axes taken apart."""
+        return tuple(itertools.chain.from_iterable(self.axes))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Size per letter of `letters`."""
+        size_of = dict(zip(self.declared.dims, self.declared.shape, strict=True))
+        return tuple(size_of[letter] for letter in self.letters)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape on disk."""
+        sizes = iter(self.sizes)
+        return tuple(math.prod(next(sizes) for _ in group) for group in self.axes)
+
+    @property
+    def place(self) -> tuple[int | slice, ...]:
+        """Index of the tensor's part within the parameter."""
+        return tuple(self.index.get(letter, slice(None)) for letter in self.declared.dims)
+
+    def to_parameter(self, factored: np.ndarray) -> np.ndarray:
+        """(axes `letters`) → the parameter's own order of the letters that the name leaves free."""
+        return einops.rearrange(factored, f"{' '.join(self.letters)} -> {' '.join(self._free)}")
+
+    def to_tensor(self, part: np.ndarray) -> np.ndarray:
+        """The parameter's part at `place` → the tensor as it is on disk."""
+        fused = " ".join(f"({' '.join(group)})" for group in self.axes)
+        return einops.rearrange(part, f"{' '.join(self._free)} -> {fused}")
+
+    @property
+    def _free(self) -> tuple[str, ...]:
+        return tuple(letter for letter in self.declared.dims if letter not in self.index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bindings:
+    """All bindings of a model, and what of a checkpoint they do not meet.
+
+    Attributes:
+        of_tensor: the binding of each tensor, copies included.
+        of_parameter: bindings that together fill each parameter, copies excluded.
+        copies: tensor name of a copy → the tensor that it repeats.
+        missing: tensors that the model needs and the checkpoint lacks.
+        surplus: tensors that no rule takes.
+    """
+
+    of_tensor: Mapping[str, Binding]
+    of_parameter: Mapping[str, tuple[Binding, ...]]
+    copies: Mapping[str, str]
+    missing: tuple[str, ...]
+    surplus: tuple[str, ...]
+
+
+def bind(
+    rules: Sequence[Rule], spec: ModelSpec, names: Collection[str] | None = None, ignored: Sequence[str] = ()
+) -> Bindings:
+    """Apply `rules` to a model.
+
+    Where several rules have the same target they are alternative layouts: per layer, the first whose tensors
+    are in `names` is used, so a checkpoint may hold its experts one by one or fused.
+
+    Args:
+        rules: of the family.
+        spec: the model.
+        names: tensors of the checkpoint; without it the first layout of each parameter is taken.
+        ignored: regular expressions of tensors that are not the model's (copied as they are on export).
+
+    Raises:
+        ValueError: a parameter has no rule, or a rule's letters do not cover its parameter: a family's mistake.
+    """
+    present = None if names is None else set(names)
+    of_tensor: dict[str, Binding] = {}
+    of_parameter: dict[str, list[Binding]] = {}
+    copies: dict[str, str] = {}
+    missing: list[str] = []
+    for part in _parts(spec):
+        candidates = [rule for rule in rules if rule.target == part.rule_target]
+        if not candidates:
+            raise ValueError(f"no rule for parameter {part.name} ({part.rule_target})")
+        layouts = [_expand(rule, part) for rule in candidates]
+        if present is not None:
+            layouts = [layout for layout in layouts if any(b.source in present for b in layout)] or layouts
+        for binding in layouts[0]:
+            if binding.source in of_tensor:
+                raise ValueError(f"{binding.source} is taken by both {of_tensor[binding.source].target} and {part.name}")
+            of_tensor[binding.source] = binding
+            of_parameter.setdefault(part.name, []).append(binding)
+            if present is not None and binding.source not in present:
+                missing.append(binding.source)
+        for copy in candidates[0].copies:
+            if present is not None and copy in present:
+                of_tensor[copy] = dataclasses.replace(layouts[0][0], source=copy)
+                copies[copy] = layouts[0][0].source
+    extra = (present or set()) - of_tensor.keys()
+    surplus = sorted(name for name in extra if not any(re.search(pattern, name) for pattern in ignored))
+    return Bindings(
+        of_tensor, {name: tuple(parts) for name, parts in of_parameter.items()}, copies, tuple(missing), tuple(surplus)
+    )
+
+
+class _Part(NamedTuple):
+    """A parameter outside the layers, or one layer's part of a stacked one."""
+
+    name: str
+    declared: Param
+    rule_target: str
+    layer: int | None
+    repeat: int | None
+
+
+def _parts(spec: ModelSpec) -> Iterator[_Part]:
+    inside: dict[tuple[int, int], list[tuple[str, Param]]] = {}
+    for name, declared in named(model_params(spec)):
+        if name.startswith("groups."):
+            _, group, place, _ = name.split(".", 3)
+            inside.setdefault((int(group), int(place)), []).append((name, declared))
+        else:
+            yield _Part(name, declared, name, None, None)
+    for layer in range(len(spec.layers)):
+        group_index, place_index, repeat = spec.locate(layer)
+        for name, declared in inside[group_index, place_index]:
+            yield _Part(name, declared, "layers.{L}." + name.split(".", 3)[3], layer, repeat)
+
+
+def _expand(rule: Rule, part: _Part) -> list[Binding]:
+    """The bindings of one rule for one part, experts in numeric order."""
+    axes = tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", rule.axes))
+    fields = [(match[1], match[2].split("|") if match[2] else None) for match in _FIELD.finditer(rule.source)]
+    letters = [letter for letter, _ in fields] + [letter for group in axes for letter in group]
+    if sorted(letters) != sorted(part.declared.dims):
+        raise ValueError(f"{rule} gives letters {letters} for {part.name}, declared as {part.declared.dims}")
+    size_of = dict(zip(part.declared.dims, part.declared.shape, strict=True))
+    choices: list[list[tuple[str, int, str]]] = []
+    for letter, words in fields:
+        if letter == "L":
+            choices.append([("L", part.repeat or 0, str(part.layer))])
+        else:
+            choices.append([(letter, i, words[i] if words else str(i)) for i in range(size_of[letter])])
+    template = _FIELD.sub(r"{\1}", rule.source)
+    return [
+        Binding(
+            source=template.format(**{letter: word for letter, _, word in choice}),
+            target=part.name,
+            declared=part.declared,
+            index={letter: i for letter, i, _ in choice},
+            axes=axes,
+        )
+        for choice in itertools.product(*choices)
+    ]

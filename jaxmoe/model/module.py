@@ -1,0 +1,61 @@
+"""The Flax face of a model: parameters as an nnx module, the computation a jitted pure function."""
+
+import contextlib
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxmoe.model import decoder
+from jaxmoe.params import Tree
+from jaxmoe.spec import ModelSpec
+
+
+class MoEModel(nnx.Module):
+    """A mixture-of-experts language model.
+
+    Attributes:
+        spec: its `ModelSpec`.
+        params: the parameter tree of `jaxmoe.spec.model_params`, each leaf an `nnx.Param`.
+        dtype: compute dtype.
+        mesh: the mesh that the parameters are sharded on, or None.
+        source: where the weights were read from (a `jaxmoe.interop.checkpoint.Source`); export follows it.
+    """
+
+    def __init__(self, spec: ModelSpec, params: Tree, dtype: Any, mesh: Mesh | None = None, source: Any = None):
+        self.spec = spec
+        self.params = nnx.data(jax.tree.map(nnx.Param, params))
+        self.dtype = jnp.dtype(dtype)
+        self.mesh = mesh
+        self.source = source
+
+    def __call__(
+        self, tokens: jax.Array, *, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """Next-token logits.
+
+        Args:
+            tokens: (B, T) int32.
+            positions: (B, T) int32; by default counted from 0 in every document.
+            segment_ids: (B, T) int32, documents of a row numbered from 1, padding 0; by default every row is
+                one document.
+
+        Returns:
+            (B, T, V) float32.
+        """
+        batch = decoder.make_batch(*(None if x is None else jnp.asarray(x) for x in (tokens, positions, segment_ids)))
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            return _logits(self.pure_params(), self.spec, batch, self.dtype)
+
+    def pure_params(self) -> Tree:
+        """The parameters as plain arrays, for pure functions."""
+        return jax.tree.map(lambda leaf: leaf[...], self.params, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "dtype"))
+def _logits(params: Tree, spec: ModelSpec, batch: decoder.Batch, dtype: Any) -> jax.Array:
+    hidden, _ = decoder.hidden_states(params, spec, batch, dtype=dtype)
+    return decoder.logits(params, spec, hidden)

@@ -1,0 +1,93 @@
+"""The mixture-of-experts feed-forward: route, dispatch, experts, combine."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxmoe.kernels.grouped_matmul import grouped_matmul
+from jaxmoe.model.dispatch import combine, gather_to_experts, make_dispatch
+from jaxmoe.model.router import RouterSpec, RouterStats, jitter, route, router_params, router_stats
+from jaxmoe.params import Tree, param
+from jaxmoe.sharding import BATCH_AXES, current_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class MoESpec:
+    """E gated experts of hidden width F behind a router; every expert is down(silu(gate(x)) · up(x))."""
+
+    router: RouterSpec
+    hidden: int
+
+
+def moe_params(spec: MoESpec, width: int) -> Tree:
+    """Declarations of router and experts for a model of `width`."""
+    sizes = {"D": width, "E": spec.router.num_experts, "F": spec.hidden, "G": 2}
+    return {
+        "router": router_params(spec.router, width),
+        "experts": {"gate_up": param("EGFD", sizes), "down": param("EDF", sizes)},
+    }
+
+
+def moe(
+    params: Tree, spec: MoESpec, x_BTD: jax.Array, valid_BT: jax.Array | None, key: jax.Array | None
+) -> tuple[jax.Array, RouterStats]:
+    """x (B, T, D) → (B, T, D) and the layer's router statistics.
+
+    Args:
+        params: as declared by `moe_params`.
+        spec: the layer.
+        x_BTD: activations.
+        valid_BT: (B, T) bool, false for padding; padding is computed but counted nowhere.
+        key: PRNG key for router jitter, given in training only.
+    """
+    if key is not None and spec.router.jitter:
+        x_BTD = jitter(x_BTD, spec.router.jitter, key)
+    batch, length, width = x_BTD.shape
+    x_RD = x_BTD.reshape(-1, width)
+    routing = route(params["router"], spec.router, x_RD)
+    stats = router_stats(routing, None if valid_BT is None else valid_BT.reshape(-1))
+    out_RD = _experts_on_mesh(params["experts"], x_RD, routing.experts, routing.weights)
+    return out_RD.reshape(batch, length, width), stats
+
+
+def _experts(
+    params: Tree, x_RD: jax.Array, experts_RK: jax.Array, weights_RK: jax.Array, num_experts: int, first: jax.Array | int
+) -> jax.Array:
+    """Outputs of the experts held here, summed per token: (R, D)."""
+    held, _, hidden, width = params["gate_up"].shape
+    dispatch = make_dispatch(experts_RK, num_experts, first, held)
+    x_ZD = gather_to_experts(x_RD, dispatch)
+    gate_up = params["gate_up"].reshape(held, 2 * hidden, width)
+    h_ZGF = grouped_matmul(x_ZD, gate_up, dispatch.group_sizes).reshape(-1, 2, hidden)
+    y_ZF = jax.nn.silu(h_ZGF[:, 0]) * h_ZGF[:, 1]
+    y_ZD = grouped_matmul(y_ZF, params["down"], dispatch.group_sizes)
+    return combine(y_ZD, weights_RK, dispatch)
+
+
+def _experts_on_mesh(params: Tree, x_RD: jax.Array, experts_RK: jax.Array, weights_RK: jax.Array) -> jax.Array:
+    """`_experts` where the mesh shards it.
+
+    Tokens are gathered along the expert axis, each device computes its own experts and its own slice of the
+    hidden width, and the partial sums are scattered back: two collectives per layer. Everything between is
+    local, so each device sorts and multiplies only what it holds.
+    """
+    mesh = current_mesh()
+    num_experts = params["gate_up"].shape[0]
+    if mesh is None:
+        return _experts(params, x_RD, experts_RK, weights_RK, num_experts, 0)
+
+    def local(params: Tree, x_RD: jax.Array, experts_RK: jax.Array, weights_RK: jax.Array) -> jax.Array:
+        gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
+        first = jax.lax.axis_index("expert") * params["gate_up"].shape[0]
+        partial_RD = _experts(params, gather(x_RD), gather(experts_RK), gather(weights_RK), num_experts, first)
+        wide_RD = jax.lax.psum(partial_RD.astype(jnp.float32), "tensor")
+        return jax.lax.psum_scatter(wide_RD, "expert", tiled=True).astype(x_RD.dtype)
+
+    weights = {"gate_up": P("expert", None, "tensor", None), "down": P("expert", None, "tensor")}
+    rows = P(BATCH_AXES)
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(weights, rows, rows, rows), out_specs=rows, check_vma=False
+    )(params, x_RD, experts_RK, weights_RK)

@@ -1,0 +1,116 @@
+"""Parameters, declared once.
+
+A `Param` is declared next to the code that uses it: its dimension letters, sizes, initialiser and role.
+Everything else follows from the declaration: the abstract tree, initial values, shardings
+(`jaxmoe.sharding`), what an optimiser may do with it (`jaxmoe.optim`), and the shapes that a conversion
+rule must meet (`jaxmoe.interop.rules`).
+
+Dimension letters, used for every tensor of the code base:
+
+    parameters                                   activations
+    L  repeats of a layer group (the scan axis)  B  batch
+    V  vocabulary                                T  sequence (S where keys differ from queries)
+    D  model width                               R  rows, that is tokens: R = B*T
+    Q  query width, N*H                          N  query heads
+    U  key and value width, M*H                  M  key-value heads
+    H  head width                                K  experts chosen per token
+    E  experts                                   Z  slots, that is (token, choice) pairs: Z = R*K
+    G  gate and up, 2
+    F  hidden width of one expert
+    I  hidden width of a dense feed-forward
+
+A parameter keeps the orientation of Hugging Face checkpoints, (out, in): the last two axes are one matrix,
+every axis before them is a batch of matrices.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+Role = Literal["matrix", "router", "embedding", "vector"]
+Init = Literal["normal", "ones", "zeros"]
+Tree = Any
+"""Nested dicts and tuples; the leaves are `Param`, arrays or what was derived from them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Param:
+    """The declaration of one parameter.
+
+    Attributes:
+        dims: one letter per axis (see the legend above), such as "LEGFD".
+        shape: one size per letter.
+        init: how random weights begin; "normal" has the model's ``initializer_range`` as its deviation.
+        role: "matrix" (the last two axes are a linear map), "router", "embedding" (also the output head)
+            or "vector" (norm scales and biases, never decayed).
+    """
+
+    dims: str
+    shape: tuple[int, ...]
+    init: Init
+    role: Role
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def param(dims: str, sizes: Mapping[str, int], role: Role = "matrix", init: Init = "normal") -> Param:
+    """Declare a parameter whose letter sizes are looked up in `sizes`."""
+    return Param(dims, tuple(sizes[letter] for letter in dims), init, role)
+
+
+def stacked(tree: Tree, repeats: int) -> Tree:
+    """The same parameters with a leading axis L of `repeats` layers."""
+    return jax.tree.map(lambda p: dataclasses.replace(p, dims="L" + p.dims, shape=(repeats, *p.shape)), tree)
+
+
+def abstract(tree: Tree, dtype: Any) -> Tree:
+    """`jax.ShapeDtypeStruct` for every declared parameter."""
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), tree)
+
+
+def count(tree: Tree) -> int:
+    """Total number of elements of a tree of declarations."""
+    return sum(p.size for p in jax.tree.leaves(tree))
+
+
+def roles(tree: Tree) -> Tree:
+    """The role of every parameter, as a tree of the same structure."""
+    return jax.tree.map(lambda p: p.role, tree)
+
+
+def named(tree: Tree) -> Iterator[tuple[str, Any]]:
+    """Every leaf with its dotted name, such as ``groups.0.1.experts.down``, in the order of the tree."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        yield ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf
+
+
+def initialize(tree: Tree, key: jax.Array, std: float, dtype: Any, shardings: Tree | None = None) -> Tree:
+    """Random weights as transformers would draw them: normal(0, std) for every matrix, ones for norms.
+
+    Args:
+        tree: declarations.
+        key: a PRNG key; each parameter draws from its own fold, so adding one changes no other.
+        std: the model's ``initializer_range``.
+        dtype: dtype of the arrays; values are drawn in float32.
+        shardings: an optional tree of the same structure; each device then makes only its own shard.
+    """
+
+    def draw(index: int, declared: Param) -> jax.Array:
+        if declared.init == "normal":
+            values = std * jax.random.normal(jax.random.fold_in(key, index), declared.shape)
+            return values.astype(dtype)
+        return jnp.full(declared.shape, 1.0 if declared.init == "ones" else 0.0, dtype)
+
+    leaves, structure = jax.tree.flatten(tree)
+
+    def draw_all() -> Tree:
+        return structure.unflatten([draw(index, leaf) for index, leaf in enumerate(leaves)])
+
+    return jax.jit(draw_all, out_shardings=shardings)()
