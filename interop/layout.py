@@ -133,7 +133,9 @@ def raise_problems(where: object, problems: Sequence[str]) -> None:
 def is_inside(name: str) -> bool:
     """Whether ``name`` is a relative path, with forward slashes, that stays inside its folder."""
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not set(name) & set("\\\0")
+    return (
+        bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not set(name) & set("\\\0")
+    )
 
 
 def element_bytes(dtype: str, shape: Sequence[int]) -> int:

@@ -64,13 +64,18 @@ def _pieces(info: TensorInfo, data: Fetched) -> Iterator[memoryview]:
             )
         yield np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
     elif isinstance(data, bytes | bytearray | memoryview):
-        yield memoryview(data).cast("B")
+        yield _as_bytes(data)
     elif isinstance(data, Iterator):
-        yield from (memoryview(piece).cast("B") for piece in data)
+        yield from map(_as_bytes, data)
     else:
         raise TypeError(
             f"tensor {info.name!r}: fetched {type(data).__name__}, expected an array, bytes or an iterator"
         )
+
+
+def _as_bytes(data: bytes | bytearray | memoryview) -> memoryview:
+    view = memoryview(data)
+    return view.cast("B") if view.nbytes else memoryview(b"")  # cast refuses an axis of 0
 
 
 def _write_all(file: BinaryIO, data: bytes | memoryview) -> None:
@@ -144,7 +149,7 @@ class FolderWriter:
 
     Everything is written to a hidden folder next to ``target``, which takes its place when the block ends
     without an exception; otherwise it is removed and ``target`` is as it was. What a killed export to the
-    same target has left is cleared first. Threads may write different files at once.
+    same target has left (hidden, next to it) is cleared first. Threads may write different files at once.
 
     With ``overwrite`` an existing checkpoint folder is kept until the new one is complete, then deleted as a
     whole, with all that is in it.
