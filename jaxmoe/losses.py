@@ -37,7 +37,7 @@ def linear_cross_entropy(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: 
 
     Args:
         hidden_BTD: (B, T, D).
-        head_VD: (V, D), in hidden's dtype.
+        head_VD: (V, D); multiplied in hidden's dtype, its gradient is summed in float32 and has head's own.
         targets_BT: (B, T) int32.
 
     Returns:
@@ -56,7 +56,7 @@ def _chunks(x: jax.Array, chunk: int, fill: int) -> jax.Array:
 
 def _chunk_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Summed loss of one chunk; logits and their logsumexp for whoever wants the gradient."""
-    logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("btd,vd->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
     lse = jax.nn.logsumexp(logits, axis=-1)
     target_logit = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(targets == IGNORED, 0.0, lse - target_logit)), logits, lse
@@ -83,7 +83,7 @@ def _chunked_fwd(
         dlogits = jnp.where(targets[..., None] == IGNORED, 0.0, jnp.exp(logits - lse[..., None]) - one_hot)
         dlogits = dlogits.astype(hidden.dtype)
         dhead += jnp.einsum("btv,btd->vd", dlogits, hidden, preferred_element_type=jnp.float32)
-        return (total + nll, dhead), jnp.einsum("btv,vd->btd", dlogits, head)
+        return (total + nll, dhead), jnp.einsum("btv,vd->btd", dlogits, head.astype(hidden.dtype))
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32))
     (total, dhead), dhidden = jax.lax.scan(body, start, (_chunks(hidden, chunk, 0), _chunks(targets, chunk, IGNORED)))

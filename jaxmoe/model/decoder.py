@@ -68,7 +68,8 @@ def hidden_states(
     """
     sequence_info = sequence(spec.ropes, batch.positions, batch.segment_ids, dtype)
     valid_BT = None if batch.segment_ids is None else batch.segment_ids > 0
-    x_BTD = constrain(params["embed"][batch.tokens].astype(dtype), BATCH_AXES)
+    # Rows of the table are looked up whole: split along D, the lookup's result would have to be resharded.
+    x_BTD = constrain(constrain(params["embed"], "tensor")[batch.tokens].astype(dtype), BATCH_AXES)
     stats: list[RouterStats] = []
     for index, (group, group_params) in enumerate(zip(spec.groups, params["groups"], strict=True)):
         group_key = None if key is None else jax.random.fold_in(key, index)

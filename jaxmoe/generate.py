@@ -1,0 +1,111 @@
+"""``python -m jaxmoe.generate FOLDER PROMPT``: continue a text."""
+
+import argparse
+import functools
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+from jaxmoe.cli import run_command
+from jaxmoe.model import decoder
+from jaxmoe.params import Tree
+from jaxmoe.spec import ModelSpec
+
+
+def generate(
+    weights: Tree,
+    spec: ModelSpec,
+    prompt: list[int],
+    *,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    dtype: Any,
+    stop: int | None = None,
+) -> list[int]:
+    """Sample a continuation.
+
+    Each new token runs the whole sequence so far through the model: meant for looking at a model, not for
+    serving it.
+
+    Args:
+        weights: the tree of `jaxmoe.spec.model_params`.
+        spec: the model.
+        prompt: token ids, at least one.
+        tokens: how many to add at most.
+        temperature: divides the logits; 0 takes the likeliest token.
+        seed: of the draws.
+        dtype: compute dtype.
+        stop: token that ends the text.
+
+    Returns:
+        The new token ids, without `stop`.
+    """
+    # Padded to one length, so that one compilation serves all tokens; causality hides what is not there yet.
+    buffer = np.zeros((1, len(prompt) + tokens), np.int32)
+    buffer[0, : len(prompt)] = prompt
+    key = jax.random.key(seed)
+    for end in range(len(prompt), len(prompt) + tokens):
+        draw = jax.random.fold_in(key, end)
+        token = int(_next_token(weights, jnp.asarray(buffer), end - 1, draw, temperature, spec=spec, dtype=dtype))
+        if token == stop:
+            return buffer[0, len(prompt) : end].tolist()
+        buffer[0, end] = token
+    return buffer[0, len(prompt) :].tolist()
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "dtype"))
+def _next_token(
+    weights: Tree, tokens: jax.Array, last: int, key: jax.Array, temperature: float, *, spec: ModelSpec, dtype: Any
+) -> jax.Array:
+    hidden, _ = decoder.hidden_states(weights, spec, decoder.make_batch(tokens), dtype=dtype)
+    at_last = jax.lax.dynamic_slice_in_dim(hidden, last, 1, axis=1)
+    logits = decoder.logits(weights, spec, at_last)[0, 0]
+    drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits))
+
+
+def continue_text(
+    weights: Tree, spec: ModelSpec, tokenizer: Tokenizer, prompt: str, *, stop: int | None, **options: Any
+) -> str:
+    """`generate` from text to text; an empty prompt begins with the `stop` token, as a new document does."""
+    ids = tokenizer.encode(prompt).ids or [stop or 0]
+    return tokenizer.decode(generate(weights, spec, ids, stop=stop, **options))
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    from jaxmoe.data import end_of_document, load_tokenizer
+    from jaxmoe.interop.checkpoint import compute_dtype, load_params, open_source
+
+    parser = argparse.ArgumentParser(prog="jaxmoe generate", description="Continue a text with a checkpoint.")
+    parser.add_argument("model", help="folder or hub id")
+    parser.add_argument("prompt")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="bfloat16")
+    options = parser.parse_args(argv)
+    dtype = compute_dtype(options.dtype)
+    source = open_source(options.model)
+    tokenizer = load_tokenizer(source.folder)
+    text = continue_text(
+        load_params(source, dtype),
+        source.spec,
+        tokenizer,
+        options.prompt,
+        stop=end_of_document(tokenizer, source.folder),
+        tokens=options.tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        dtype=dtype,
+    )
+    sys.stdout.write(options.prompt + text + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,56 @@
+"""What a run shows: a live line on a terminal, plain lines in a log file."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class RunDisplay:
+    """Shows a run's progress on stderr; silent on all hosts but the first."""
+
+    def __init__(self, steps: int, done: int, quiet: bool) -> None:
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._steps = steps
+        self._start = time.perf_counter()
+        self._progress = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=quiet or not sys.stderr.isatty(),
+        )
+        self._task = self._progress.add_task("train", total=steps, completed=done, figures="")
+
+    def __enter__(self) -> "RunDisplay":
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def step(self, done: int, figures: str) -> None:
+        """Move the live line to `done` steps."""
+        self._progress.update(self._task, completed=done, figures=figures)
+
+    def logged(self, done: int, figures: str) -> None:
+        """A step that is written to metrics.jsonl: a line of its own where there is no live line."""
+        if self._progress.disable:
+            self._console.print(f"step {done}/{self._steps}  {figures}", soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the live line."""
+        self._console.print(text, soft_wrap=True)
+
+
+def show_table(title: str, rows: dict[str, str]) -> None:
+    """A small two-column table on stdout."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(highlight=False).print(table)

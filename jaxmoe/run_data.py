@@ -1,0 +1,167 @@
+"""The text of a run: documents, tokenizer, training batches and held-out batches."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+from tokenizers import Tokenizer
+
+from jaxmoe.config import RunConfig, TrainTokenizer
+from jaxmoe.data import (
+    BatchSpec,
+    Documents,
+    Evaluation,
+    byte_baselines,
+    end_of_document,
+    evaluation_windows,
+    load_tokenizer,
+    open_documents,
+    save_tokenizer,
+    split_documents,
+    train_byte_bpe,
+    training_batches,
+)
+from jaxmoe.errors import UserError
+
+BASELINE_BYTES = 2**24
+"""Training text that the byte baselines count."""
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """What a run reads.
+
+    Attributes:
+        config: the run.
+        train: training documents.
+        heldout: evaluation documents, None without evaluation.
+        tokenizer: text to tokens.
+        eos: token that ends a document, None if the tokenizer has none.
+        tokenizer_folder: where a tokenizer that does not come with the model is, or will be kept; None if it
+            does come with the model.
+    """
+
+    config: RunConfig
+    train: Documents
+    heldout: Documents | None
+    tokenizer: Tokenizer
+    eos: int | None
+    tokenizer_folder: Path | None
+
+    def keep_tokenizer(self) -> None:
+        """Write a tokenizer that was made for this run into the run's folder."""
+        made = isinstance(self.config.data.tokenizer, TrainTokenizer)
+        if made and jax.process_index() == 0 and not _complete(_kept(self.config)):
+            save_tokenizer(self.tokenizer, _kept(self.config))
+
+    def tokenizer_files(self) -> dict[str, Path]:
+        """Files that an export needs beside the model's own, by name."""
+        if self.tokenizer_folder is None:
+            return {}
+        return {name: self.tokenizer_folder / name for name in _TOKENIZER_FILES if (self.tokenizer_folder / name).is_file()}
+
+    def training_batches(self) -> Any:
+        """This host's endless training batches; a step takes one: (batch_size / hosts, T)."""
+        hosts = jax.process_count()
+        spec = self._batch_spec(self.config.train.batch_size // hosts)
+        return training_batches(
+            self.train, self.tokenizer, spec, process_index=jax.process_index(), process_count=hosts
+        )
+
+    @functools.cached_property
+    def evaluation(self) -> Evaluation | None:
+        """This host's held-out batches of one micro-batch each."""
+        if self.heldout is None:
+            return None
+        hosts = jax.process_count()
+        return evaluation_windows(
+            self.heldout,
+            self.tokenizer,
+            self._batch_spec(self.config.train.rows // hosts),
+            max_tokens=self.config.data.eval_tokens,
+            process_index=jax.process_index(),
+            process_count=hosts,
+        )
+
+    def baselines(self) -> dict[str, float]:
+        """Bits per byte of a unigram and a bigram model of bytes, on the documents that are evaluated."""
+        assert self.heldout is not None and self.evaluation is not None
+        covered = (self.heldout[i] for i in range(self.evaluation.num_documents))
+        return byte_baselines(self.train, covered, max_train_bytes=BASELINE_BYTES)
+
+    def _batch_spec(self, rows: int) -> BatchSpec:
+        data = self.config.data
+        return BatchSpec(
+            sequence_length=data.sequence_length,
+            batch_size=rows,
+            packing=data.packing,
+            seed=self.config.train.seed,
+            eos=self.eos,
+        )
+
+
+def open_data(config: RunConfig, model_folder: Path | None, vocab_size: int) -> RunData:
+    """Open a run's documents and its tokenizer, training one if the config asks for it. Writes nothing.
+
+    Args:
+        config: the run.
+        model_folder: checkpoint folder whose tokenizer is the default, or None.
+        vocab_size: V of the model; the tokenizer must not have more tokens.
+
+    Raises:
+        UserError: files are missing or malformed, no tokenizer is given, or it does not fit the model.
+    """
+    data = config.data
+    documents = open_documents(data.path, field=data.field, include=data.include, exclude=data.exclude)
+    heldout = None
+    if data.eval_path is not None:
+        heldout = open_documents(data.eval_path, field=data.field, include=data.include, exclude=data.exclude)
+    elif data.eval_fraction:
+        documents, heldout = split_documents(documents, data.eval_fraction, config.train.seed)
+    tokenizer, folder = _tokenizer(config, model_folder, documents)
+    tokens = tokenizer.get_vocab_size()
+    if tokens > vocab_size:
+        raise UserError(
+            f"data.tokenizer: it has {tokens} tokens but the model's vocab_size is {vocab_size}: "
+            "give a tokenizer that fits the model"
+        )
+    eos = end_of_document(tokenizer, folder)
+    kept = _kept(config) if isinstance(data.tokenizer, TrainTokenizer) else folder
+    return RunData(config, documents, heldout, tokenizer, eos, None if data.tokenizer is None else kept)
+
+
+def _tokenizer(config: RunConfig, model_folder: Path | None, documents: Documents) -> tuple[Tokenizer, Path | None]:
+    """The tokenizer and the folder that it was read from, None if it was just made."""
+    given = config.data.tokenizer
+    if isinstance(given, TrainTokenizer):
+        if _complete(_kept(config)):  # a run that goes on keeps its tokenizer
+            return load_tokenizer(_kept(config)), _kept(config)
+        return train_byte_bpe(documents, given.train_bpe), None
+    if given is not None:
+        folder = Path(given).expanduser()
+        return load_tokenizer(folder), folder if folder.is_dir() else folder.parent
+    if model_folder is None:
+        raise UserError("data.tokenizer: a model with random weights has none; give a path or {train_bpe: SIZE}")
+    return load_tokenizer(model_folder), model_folder
+
+
+def _kept(config: RunConfig) -> Path:
+    return Path(config.output_dir) / "tokenizer"
+
+
+def _complete(folder: Path) -> bool:
+    # The last of the two files that save_tokenizer writes.
+    return (folder / "tokenizer_config.json").exists()

@@ -1,0 +1,72 @@
+"""The model of a run: where its weights come from, and how they are exported."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.interop.checkpoint import Source, compute_dtype, load_params, open_source
+from jaxmoe.interop.export import export_like_source, export_new
+from jaxmoe.interop.pretrained import Blueprint, read_blueprint
+from jaxmoe.params import Tree, initialize
+from jaxmoe.sharding import shardings
+from jaxmoe.spec import ModelSpec, model_params
+
+
+@dataclasses.dataclass(frozen=True)
+class RunModel:
+    """A model that is known but not yet loaded.
+
+    Attributes:
+        origin: a checkpoint folder (`Source`), or a config alone (`Blueprint`).
+        dtype: compute dtype, and that of the export of a model that has no source.
+    """
+
+    origin: Source | Blueprint
+    dtype: Any
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's spec."""
+        return self.origin.spec
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint folder, which also holds the tokenizer."""
+        return self.origin.folder if isinstance(self.origin, Source) else None
+
+    def weights(self, mesh: Mesh, seed: int) -> Tree:
+        """Float32 master weights, sharded: read from the checkpoint, or drawn at random from `seed`."""
+        if isinstance(self.origin, Source):
+            return load_params(self.origin, jnp.float32, mesh)
+        tree = model_params(self.spec)
+        return initialize(tree, jax.random.key(seed), self.spec.init_std, jnp.float32, shardings(tree, mesh))
+
+    def export(self, weights: Tree, folder: Path, tokenizer_files: Mapping[str, Path]) -> list[str]:
+        """Write a Hugging Face folder; returns the source's files that were left out.
+
+        Args:
+            weights: as from `weights`.
+            folder: a new folder.
+            tokenizer_files: to add to a model that has no source folder, by name.
+        """
+        if isinstance(self.origin, Source):
+            return export_like_source(weights, self.origin, folder)
+        bindings, raw = self.origin.bindings, self.origin.raw
+        export_new(weights, bindings, raw, folder, dtype=self.dtype, extra_files=tokenizer_files)
+        return []
+
+
+def open_model(config: ModelConfig) -> RunModel:
+    """Open the model that a run names, without loading its weights.
+
+    Raises:
+        UserError: the folder, its files or its config are missing, malformed or not supported.
+    """
+    origin = open_source(config.path) if config.path is not None else read_blueprint(config.config or {})
+    return RunModel(origin, compute_dtype(config.dtype))

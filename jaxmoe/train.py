@@ -1,0 +1,39 @@
+"""``python -m jaxmoe.train [CONFIG.yaml] [key.path=value …]``: train, and go on after an interruption.
+
+Without a config it runs the quickstart that the package carries.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+
+from jaxmoe.cli import run_command
+from jaxmoe.config import load_config
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="jaxmoe train",
+        description="Train a mixture-of-experts model. The same command goes on with a run that was interrupted.",
+    )
+    parser.add_argument("config", nargs="?", help="YAML file of the run; by default the quickstart")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the file's")
+    options = parser.parse_intermixed_args(argv)
+    overrides = list(options.overrides)
+    if options.config is not None and "=" in options.config and not Path(options.config).exists():
+        overrides.insert(0, options.config)
+        options.config = None
+    config = load_config(None if options.config is None else Path(options.config), overrides)
+    if config.train.distributed:
+        jax.distributed.initialize()
+    # Imported only now: a mistake in the config is reported without waiting for it.
+    from jaxmoe.trainer import run
+
+    for each in (config, *config.followups()):
+        run(each)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,236 @@
+"""The training loop of one run: resume, step, log, evaluate, checkpoint, export."""
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxmoe.checkpoints import Checkpoints
+from jaxmoe.config import RunConfig
+from jaxmoe.errors import UserError
+from jaxmoe.generate import continue_text
+from jaxmoe.optim import build_optimizer, schedule
+from jaxmoe.params import count, roles
+from jaxmoe.progress import RunDisplay, show_table
+from jaxmoe.run_data import RunData, open_data
+from jaxmoe.run_folder import RunFolder
+from jaxmoe.run_model import RunModel, open_model
+from jaxmoe.sharding import batch_sharding, make_mesh, shardings
+from jaxmoe.spec import model_params
+from jaxmoe.throughput import Meter
+from jaxmoe.train_step import (
+    StepSpec,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    router_metrics,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a finished run reports.
+
+    Attributes:
+        loss: of the last logged step, nats per token.
+        bits_per_byte: on held-out text; None without evaluation.
+        baselines: bits per byte of a unigram and a bigram model of bytes on the same text.
+        export: the exported folder, None if the run exports nothing.
+    """
+
+    loss: float
+    bits_per_byte: float | None
+    baselines: dict[str, float]
+    export: Path | None
+
+
+def run(config: RunConfig) -> Result:
+    """Run, or go on with, one training run.
+
+    Everything that can be wrong with the model, the data or the mesh is found before the run's folder is made.
+
+    Raises:
+        UserError: anything that the user can mend; nothing half-written is left behind.
+    """
+    mesh = make_mesh(**config.mesh.model_dump())
+    if jax.local_device_count() % config.mesh.tensor:
+        raise UserError(
+            f"mesh.tensor = {config.mesh.tensor} does not divide the {jax.local_device_count()} devices of a host: "
+            "tensor parallelism must stay within a host"
+        )
+    model = open_model(config.model)
+    shardings(model_params(model.spec), mesh)
+    data = open_data(config, model.folder, model.spec.vocab_size)
+    with RunFolder.open(config) as folder, jax.set_mesh(mesh):
+        data.keep_tokenizer()
+        return Trainer(config, folder, model, data, mesh).run()
+
+
+class Trainer:
+    """One run in progress."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, model: RunModel, data: RunData, mesh: Mesh) -> None:
+        self.config = config
+        self.folder = folder
+        self.model = model
+        self.data = data
+        self.mesh = mesh
+        self.checkpoints = Checkpoints(folder.path / "checkpoints", config.train.keep_checkpoints)
+        self.optimizer = build_optimizer(config.optimizer, roles(model_params(model.spec)), config.train.steps)
+        self.step_spec = StepSpec(
+            model.spec, model.dtype, config.model.remat, config.balance.aux_loss, config.balance.z_loss
+        )
+        self.eval_step = make_eval_step(self.step_spec)
+        self._begun = time.perf_counter()
+
+    def run(self) -> Result:
+        """Train to the last step, then export and sample."""
+        batches = self.data.training_batches()
+        state = self._start(batches)
+        done = int(state.step)
+        with RunDisplay(self.config.train.steps, done, quiet=jax.process_index() != 0) as display:
+            state = self._train(state, batches, done, display)
+        self.checkpoints.close()
+        return self._finish(state)
+
+    def _start(self, batches: Any) -> TrainState:
+        """The newest checkpoint, or the state before the first step."""
+        latest = self.checkpoints.latest()
+        self.folder.truncate_metrics(latest or 0)
+        if latest is None:
+            weights = self.model.weights(self.mesh, self.config.train.seed)
+            return init_state(weights, self.optimizer, self.model.spec, self.config.train.seed, self.mesh)
+        state, extra = self.checkpoints.restore(latest, abstract_state(self.optimizer, self.model.spec, self.mesh))
+        batches.set_state(extra["data"][jax.process_index()])
+        return TrainState(*state)
+
+    def _train(self, state: TrainState, batches: Any, done: int, display: RunDisplay) -> TrainState:
+        train = self.config.train
+        if done == train.steps:
+            return state
+        where = jax.tree.map(lambda x: x.sharding, state)
+        learning_rate = schedule(self.config.optimizer, train.steps)
+        step = make_train_step(self.step_spec, self.optimizer, learning_rate, where)
+        meter = Meter(self.model.spec, self.model.dtype, self.config)
+        display.say(self._headline(done, meter))
+        batch = self._to_devices(next(batches), train.accumulation)
+        for number in range(done + 1, train.steps + 1):
+            state, metrics = step(state, batch)
+            position = batches.get_state()
+            if number < train.steps:  # the next batch is made while the devices compute
+                batch = self._to_devices(next(batches), train.accumulation)
+            figures = meter.after(metrics)
+            self._report(number, number == done + 1, metrics, figures, display)
+            last = number == train.steps
+            if self.data.heldout is not None and (last or train.eval_every and number % train.eval_every == 0):
+                self._evaluate(number, state, display)
+            if last or number % train.checkpoint_every == 0:
+                self.checkpoints.save(number, state, {"data": _of_all_hosts(position)})
+            meter.restart()
+        return state
+
+    def _report(
+        self, number: int, first: bool, metrics: dict[str, Any], figures: dict[str, float], display: RunDisplay
+    ) -> None:
+        loss = float(metrics["loss"])
+        if not math.isfinite(loss):
+            raise UserError(
+                f"training diverged: the loss of step {number} is {loss}; lower optimizer.learning_rate or raise "
+                f"optimizer.warmup_steps, in a new output_dir (step {self.checkpoints.latest()} is checkpointed)"
+            )
+        line = f"loss {loss:.4f}  {figures['tokens_per_second']:,.0f} tokens/s  MFU {figures['mfu']:.1%}"
+        display.step(number, line)
+        if first:
+            display.say(f"first step after {time.perf_counter() - self._begun:.1f} s, compiling included")
+        if first or number % self.config.train.log_every == 0 or number == self.config.train.steps:
+            display.logged(number, line)
+            scalars = {name: float(value) for name, value in metrics.items() if name != "router"}
+            router = router_metrics(metrics["router"]) if "router" in metrics else {}
+            self.folder.append({"step": number} | scalars | figures | router)
+
+    def _evaluate(self, number: int, state: TrainState, display: RunDisplay) -> None:
+        """Log bits per byte of the held-out text."""
+        evaluation = self.data.evaluation
+        assert evaluation is not None
+        nats = 0.0
+        for batch in evaluation.batches:
+            micro = jax.tree.map(lambda x: x[0], self._to_devices(batch, 1))
+            nats += float(self.eval_step(state.params, micro))
+        bits = nats / math.log(2) / evaluation.num_bytes
+        display.say(f"step {number}: held-out bits per byte {bits:.4f}")
+        self.folder.append({"step": number, "eval/bits_per_byte": bits})
+
+    def _to_devices(self, batch: dict[str, np.ndarray], count: int) -> dict[str, jax.Array]:
+        """This host's rows (B, T) → micro-batches (count, B / count, T), sharded over all hosts."""
+
+        def place(array: np.ndarray) -> jax.Array:
+            split = array.reshape(count, -1, *array.shape[1:])
+            return jax.make_array_from_process_local_data(batch_sharding(self.mesh, leading=1), split)
+
+        return {name: place(array) for name, array in batch.items()}
+
+    def _finish(self, state: TrainState) -> Result:
+        config = self.config
+        rows: dict[str, str] = {}
+        result = Result(_last(self.folder, "loss"), None, {}, None)
+        rows["training loss"] = f"{result.loss:.4f} nats per token"
+        if self.data.heldout is not None:
+            bits, baselines = _last(self.folder, "eval/bits_per_byte"), self.data.baselines()
+            result = dataclasses.replace(result, bits_per_byte=bits, baselines=baselines)
+            rows["held-out bits per byte"] = f"{bits:.4f}"
+            rows |= {f"  a {name} model of bytes": f"{value:.4f}" for name, value in baselines.items()}
+        if config.train.export:
+            export = self.folder.path / "export"
+            result = dataclasses.replace(result, export=export)
+            rows["export"] = str(export)
+            left_out = [] if export.exists() else self.model.export(state.params, export, self.data.tokenizer_files())
+            if left_out:
+                rows["not exported"] = f"{', '.join(left_out)}: weights from before training, in other files"
+        if config.sample is not None:
+            rows["sample"] = config.sample.prompt + continue_text(
+                state.params,
+                self.model.spec,
+                self.data.tokenizer,
+                config.sample.prompt,
+                stop=self.data.eos,
+                dtype=self.model.dtype,
+                **config.sample.model_dump(exclude={"prompt"}),
+            )
+        if jax.process_index() == 0:
+            show_table(f"{self.folder.path}: {config.train.steps} steps done", rows)
+        return result
+
+    def _headline(self, done: int, meter: Meter) -> str:
+        return (
+            f"{self.folder.path}: {f'resuming after step {done}' if done else 'starting'}, "
+            f"{len(self.model.spec.layers)} layers, {count(model_params(self.model.spec)):,} parameters, "
+            f"{len(self.data.train):,} documents; MFU against {meter.peak / 1e12:.4g} TFLOP/s per device "
+            f"({meter.peak_origin})"
+        )
+
+
+def _of_all_hosts(position: dict[str, Any]) -> list[dict[str, Any]]:
+    """The data position of every host, in order of their index."""
+    if jax.process_count() == 1:
+        return [position]
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(position).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray([text.size], np.int32)).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: text.size] = text
+    gathered = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(gathered, sizes, strict=True)]
+
+
+def _last(folder: RunFolder, name: str) -> float:
+    """The last logged value of a metric."""
+    return next(float(record[name]) for record in reversed(folder.metrics()) if name in record)
