@@ -50,8 +50,6 @@ class RunData:
         heldout: evaluation documents, None without evaluation.
         tokenizer: text to tokens.
         eos: token that ends a document, None if the tokenizer has none.
-        tokenizer_folder: where a tokenizer that does not come with the model is, or will be kept; None if it
-            does come with the model.
     """
 
     config: RunConfig
@@ -59,19 +57,12 @@ class RunData:
     heldout: Documents | None
     tokenizer: Tokenizer
     eos: int | None
-    tokenizer_folder: Path | None
 
     def keep_tokenizer(self) -> None:
         """Write a tokenizer that was made for this run into the run's folder."""
         made = isinstance(self.config.data.tokenizer, TrainTokenizer)
         if made and jax.process_index() == 0 and not _complete(_kept(self.config)):
             save_tokenizer(self.tokenizer, _kept(self.config))
-
-    def tokenizer_files(self) -> dict[str, Path]:
-        """Files that an export needs beside the model's own, by name."""
-        if self.tokenizer_folder is None:
-            return {}
-        return {name: self.tokenizer_folder / name for name in _TOKENIZER_FILES if (self.tokenizer_folder / name).is_file()}
 
     def training_batches(self) -> Any:
         """This host's endless training batches; a step takes one: (batch_size / hosts, T)."""
@@ -104,12 +95,16 @@ class RunData:
 
     def _batch_spec(self, rows: int) -> BatchSpec:
         data = self.config.data
+        # A model that begins at random learns how documents begin after the token that ended the one before.
+        # A checkpoint does without: prompts at inference do not start with it.
+        context = self.eos if self.config.model.path is None else None
         return BatchSpec(
             sequence_length=data.sequence_length,
             batch_size=rows,
             packing=data.packing,
             seed=self.config.train.seed,
             eos=self.eos,
+            context=context,
         )
 
 
@@ -139,8 +134,16 @@ def open_data(config: RunConfig, model_folder: Path | None, vocab_size: int) -> 
             "give a tokenizer that fits the model"
         )
     eos = end_of_document(tokenizer, folder)
-    kept = _kept(config) if isinstance(data.tokenizer, TrainTokenizer) else folder
-    return RunData(config, documents, heldout, tokenizer, eos, None if data.tokenizer is None else kept)
+    return RunData(config, documents, heldout, tokenizer, eos)
+
+
+def tokenizer_files(config: RunConfig) -> dict[str, Path]:
+    """Files of a tokenizer that does not come with the model, by name, for an export to add."""
+    given = config.data.tokenizer
+    if given is None:
+        return {}
+    folder = _kept(config) if isinstance(given, TrainTokenizer) else _folder_of(Path(given).expanduser())
+    return {name: folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()}
 
 
 def _tokenizer(config: RunConfig, model_folder: Path | None, documents: Documents) -> tuple[Tokenizer, Path | None]:
@@ -151,11 +154,15 @@ def _tokenizer(config: RunConfig, model_folder: Path | None, documents: Document
             return load_tokenizer(_kept(config)), _kept(config)
         return train_byte_bpe(documents, given.train_bpe), None
     if given is not None:
-        folder = Path(given).expanduser()
-        return load_tokenizer(folder), folder if folder.is_dir() else folder.parent
+        path = Path(given).expanduser()
+        return load_tokenizer(path), _folder_of(path)
     if model_folder is None:
         raise UserError("data.tokenizer: a model with random weights has none; give a path or {train_bpe: SIZE}")
     return load_tokenizer(model_folder), model_folder
+
+
+def _folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
 
 
 def _kept(config: RunConfig) -> Path:

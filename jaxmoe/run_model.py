@@ -47,18 +47,22 @@ class RunModel:
         tree = model_params(self.spec)
         return initialize(tree, jax.random.key(seed), self.spec.init_std, jnp.float32, shardings(tree, mesh))
 
-    def export(self, weights: Tree, folder: Path, tokenizer_files: Mapping[str, Path]) -> list[str]:
+    def export(
+        self, weights: Tree, folder: Path, tokenizer_files: Mapping[str, Path], *, overwrite: bool = False
+    ) -> list[str]:
         """Write a Hugging Face folder; returns the source's files that were left out.
 
         Args:
             weights: as from `weights`.
-            folder: a new folder.
+            folder: a new folder, or with `overwrite` a checkpoint folder that is replaced.
             tokenizer_files: to add to a model that has no source folder, by name.
         """
         if isinstance(self.origin, Source):
-            return export_like_source(weights, self.origin, folder)
+            return export_like_source(weights, self.origin, folder, overwrite=overwrite)
         bindings, raw = self.origin.bindings, self.origin.raw
-        export_new(weights, bindings, raw, folder, dtype=self.dtype, extra_files=tokenizer_files)
+        export_new(
+            weights, bindings, raw, folder, dtype=self.dtype, extra_files=tokenizer_files, overwrite=overwrite
+        )
         return []
 
 

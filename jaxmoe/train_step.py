@@ -73,16 +73,29 @@ def abstract_state(optimizer: optax.GradientTransformation, spec: ModelSpec, mes
 
 
 def opt_state_shardings(optimizer: optax.GradientTransformation, spec: ModelSpec, mesh: Mesh) -> Any:
-    """Shardings of the optimiser's state: moments follow their parameter, counters are whole everywhere."""
+    """Shardings of the optimiser's state: moments follow their parameter, counters are whole everywhere.
+
+    A moment is known by its path in the state, which ends in the path of its parameter, and by its shape.
+    """
     tree = model_params(spec)
-    state = jax.eval_shape(optimizer.init, params.abstract(tree, jnp.float32))
-    return optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, where: where,
-        state,
-        sharding.shardings(tree, mesh),
-        transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
-    )
+    weights = params.abstract(tree, jnp.float32)
+    of_path = {
+        path: (leaf.shape, where)
+        for (path, leaf), where in zip(
+            jax.tree_util.tree_flatten_with_path(weights)[0],
+            jax.tree.leaves(sharding.shardings(tree, mesh)),
+            strict=True,
+        )
+    }
+
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        for start in range(len(path)):
+            shape, where = of_path.get(path[start:], (None, None))
+            if shape == leaf.shape:
+                return where
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, weights))
 
 
 def make_train_step(

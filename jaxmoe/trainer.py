@@ -18,7 +18,7 @@ from jaxmoe.generate import continue_text
 from jaxmoe.optim import build_optimizer, schedule
 from jaxmoe.params import count, roles
 from jaxmoe.progress import RunDisplay, show_table
-from jaxmoe.run_data import RunData, open_data
+from jaxmoe.run_data import RunData, open_data, tokenizer_files
 from jaxmoe.run_folder import RunFolder
 from jaxmoe.run_model import RunModel, open_model
 from jaxmoe.sharding import batch_sharding, make_mesh, shardings
@@ -83,7 +83,7 @@ class Trainer:
         self.model = model
         self.data = data
         self.mesh = mesh
-        self.checkpoints = Checkpoints(folder.path / "checkpoints", config.train.keep_checkpoints)
+        self.checkpoints = Checkpoints(folder.checkpoints, config.train.keep_checkpoints)
         self.optimizer = build_optimizer(config.optimizer, roles(model_params(model.spec)), config.train.steps)
         self.step_spec = StepSpec(
             model.spec, model.dtype, config.model.remat, config.balance.aux_loss, config.balance.z_loss
@@ -188,10 +188,10 @@ class Trainer:
             rows["held-out bits per byte"] = f"{bits:.4f}"
             rows |= {f"  a {name} model of bytes": f"{value:.4f}" for name, value in baselines.items()}
         if config.train.export:
-            export = self.folder.path / "export"
+            export = self.folder.export
             result = dataclasses.replace(result, export=export)
             rows["export"] = str(export)
-            left_out = [] if export.exists() else self.model.export(state.params, export, self.data.tokenizer_files())
+            left_out = [] if export.exists() else self.model.export(state.params, export, tokenizer_files(config))
             if left_out:
                 rows["not exported"] = f"{', '.join(left_out)}: weights from before training, in other files"
         if config.sample is not None:
@@ -232,5 +232,8 @@ def _of_all_hosts(position: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _last(folder: RunFolder, name: str) -> float:
-    """The last logged value of a metric."""
-    return next(float(record[name]) for record in reversed(folder.metrics()) if name in record)
+    """The last logged value of a metric; nan where this host keeps no log."""
+    if not folder.metrics.exists():
+        return math.nan
+    records = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    return next((float(record[name]) for record in reversed(records) if name in record), math.nan)

@@ -1,0 +1,28 @@
+"""From text files to batches: documents, tokenizers, training batches, held-out windows."""
+
+from jaxmoe.data.batches import BatchSpec, training_batches
+from jaxmoe.data.documents import Documents, open_documents, split_documents
+from jaxmoe.data.evaluation import Evaluation, byte_baselines, evaluation_windows
+from jaxmoe.data.tokenizer import (
+    DocumentEncoder,
+    end_of_document,
+    load_tokenizer,
+    save_tokenizer,
+    train_byte_bpe,
+)
+
+__all__ = [
+    "BatchSpec",
+    "DocumentEncoder",
+    "Documents",
+    "Evaluation",
+    "byte_baselines",
+    "end_of_document",
+    "evaluation_windows",
+    "load_tokenizer",
+    "open_documents",
+    "save_tokenizer",
+    "split_documents",
+    "train_byte_bpe",
+    "training_batches",
+]

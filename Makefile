@@ -1,0 +1,92 @@
+# Needs make and a Python from 3.11 to 3.13, nothing else. Environments: .venv for everything; .venv-newest,
+# on the newest Python found, for the tests that need no torch. Both are brought up to date when pyproject.toml
+# changes.
+
+NEWEST := 3.13 3.12
+DEPENDENCIES := $(shell cksum < pyproject.toml | tr -dc '0-9')
+READY := .venv/.jaxmoe-run-$(DEPENDENCIES)
+READY_TO_TEST := .venv/.jaxmoe-test-$(DEPENDENCIES)
+READY_NEWEST := .venv-newest/.jaxmoe-test-$(DEPENDENCIES)
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: quickstart
+quickstart: $(READY) ## train, export, reload and fine-tune a small model, in minutes on a CPU
+	.venv/bin/python -m jaxmoe.train
+
+.PHONY: test
+test: lint types ## everything that must pass: lint, types, packaging, tests on two Pythons
+	.venv/bin/python -m pytest -n 2
+	@$(MAKE) --no-print-directory test-newest
+
+.PHONY: test-newest
+test-newest: ## the tests that need no torch, on the newest Python found
+	@if .ci/find-python $(NEWEST) >/dev/null; then \
+		$(MAKE) --no-print-directory pytest-newest; \
+	else \
+		echo "second pass left out: found no Python 3.13 or 3.12 that can make environments"; \
+	fi
+
+.PHONY: pytest-newest
+pytest-newest: $(READY_NEWEST)
+	.venv-newest/bin/python -m pytest -n 2
+
+.PHONY: lint
+lint: $(READY_TO_TEST) ## ruff: rules and formatting
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+# kernels/, interop/ and configs/ are jaxmoe.kernels, … only once installed: types are checked on an installed
+# wheel, which also shows that it is complete.
+.PHONY: types
+types: wheel ## mypy, on the wheel
+	cd .cache/wheel && ../../.venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p jaxmoe
+
+.PHONY: format
+format: $(READY_TO_TEST) ## let ruff mend and format the code
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+.PHONY: wheel
+wheel: $(READY_TO_TEST) ## build dist/*.whl and try it in another folder
+	@rm -rf build dist .cache/wheel
+	.venv/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	.venv/bin/pip install --quiet --no-deps --target .cache/wheel dist/jaxmoe-*.whl
+	@rm -rf build
+	cd .cache/wheel && ../../.venv/bin/python -m jaxmoe.train --help >/dev/null
+
+.PHONY: clean
+clean: ## remove build outputs and caches; environments and runs stay
+	rm -rf build dist .cache/wheel .cache/mypy .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+# An environment that has no pip was left half-made, or its Python is gone: it is made anew.
+$(READY):
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || { \
+		python=$$(.ci/find-python 3.11 default $(NEWEST)) || { \
+			echo "error: found no Python 3.11, 3.12 or 3.13 that can make environments (with venv): install one" >&2; \
+			exit 1; \
+		}; \
+		echo "$$python -m venv .venv"; \
+		"$$python" -m venv --clear .venv; \
+	}
+	.venv/bin/pip install --quiet -e .
+	@rm -f .venv/.jaxmoe-run-* && touch $@
+
+# torch is the oracle of some tests, and a large download: on one Python is enough.
+$(READY_TO_TEST): $(READY)
+	@if .venv/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
+		echo ".venv/bin/pip install torch==2.13.0" && .venv/bin/pip install --quiet torch==2.13.0 && \
+		echo ".venv/bin/pip install -e '.[torch,test]'" && .venv/bin/pip install --quiet -e '.[torch,test]'; \
+	else \
+		echo ".venv/bin/pip install -e '.[test]'" && .venv/bin/pip install --quiet -e '.[test]'; \
+	fi
+	@rm -f .venv/.jaxmoe-test-* && touch $@
+
+$(READY_NEWEST):
+	@.venv-newest/bin/python -m pip --version >/dev/null 2>&1 || \
+		"$$(.ci/find-python $(NEWEST))" -m venv --clear .venv-newest
+	.venv-newest/bin/pip install --quiet -e '.[test]'
+	@rm -f .venv-newest/.jaxmoe-test-* && touch $@

@@ -1,0 +1,257 @@
+"""Checkpoints of a run: written in the background, atomic, and restored to any sharding.
+
+A checkpoint is a folder named after its step. It gets that name by a rename once everything in it is on disk,
+so a process that is killed, or a disk that fills up, leaves the earlier checkpoints as they were and a folder
+with a temporary name, which the next start removes.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxmoe.errors import UserError
+
+_WRITING = ".orbax-checkpoint-tmp"
+_DELETING = ".deleting"
+_INVENTORY = "_FILES.json"
+_TENSORSTORE_OS_ERROR = re.compile(r"os_error_code='(\d+)'|\[OS error (\d+)")
+
+
+class Checkpoints:
+    """The checkpoints in one folder. With several processes, each of them calls every method.
+
+    Args:
+        folder: where they are; created at the first save.
+        keep: how many of the newest to keep. An older one is deleted once the next save begins or `wait`
+            returns, so that there is one more while a save is under way. None opens the folder for reading:
+            nothing is cleaned up, which is safe while another process trains.
+    """
+
+    def __init__(self, folder: Path, keep: int | None) -> None:
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep must be at least 1, found {keep}")
+        _silence_orbax()
+        self._folder = Path(folder).absolute()
+        self._keep = keep
+        # All processes must agree on what is saved: each looks once, before anything is written.
+        self._saved = set(self.steps())
+        self._saving: int | None = None
+        self._checkpointer = _checkpointer()
+        if keep is not None:
+            self._remove_leftovers()
+
+    def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
+        """Begin to write a checkpoint, after the previous one has been finished.
+
+        Arrays are on the host, or held, when this returns: a training step may take their buffers. A step
+        that has a checkpoint already is not written again.
+
+        Args:
+            step: the optimiser steps that `state` has behind it.
+            state: a tree of `jax.Array`.
+            extra: what JSON can hold.
+
+        Raises:
+            UserError: this save or the one before failed for want of space or rights.
+        """
+        if self._keep is None:
+            raise ValueError("these checkpoints were opened for reading: give a number to keep")
+        self.wait()
+        if step in self._saved:
+            return
+        self._saving = step
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._checkpointer.save(
+                self._folder / str(step),
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), extra=ocp.args.JsonSave(extra)),
+            )
+        except Exception as error:
+            self._fail(error)
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending; one being written has none yet."""
+        if not self._folder.is_dir():
+            return []
+        names = (entry.name for entry in self._folder.iterdir() if entry.is_dir())
+        return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
+
+    def latest(self) -> int | None:
+        """The newest step that has a checkpoint, or None."""
+        return max(self.steps(), default=None)
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """Read a checkpoint.
+
+        Args:
+            step: one of `steps`.
+            abstract_state: the tree that was saved, of `jax.ShapeDtypeStruct` with the shardings wanted;
+                they may differ from those that were saved. A leaf ``...`` is not read and stays ``...``.
+
+        Returns:
+            The state and the ``extra`` that were saved.
+
+        Raises:
+            UserError: there is no such checkpoint, or it is damaged. It is never passed over in silence.
+        """
+        self.wait()
+        if step not in self.steps():
+            known = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"{self._folder}: no checkpoint of step {step}, there are: {known}")
+        folder = self._folder / str(step)
+        wrong = _first_difference(folder)
+        if wrong:
+            raise self._damaged(step, wrong)
+        sharded = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+        try:
+            restored = self._checkpointer.restore(
+                folder,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(abstract_state, restore_args=sharded),
+                    extra=ocp.args.JsonRestore(),
+                ),
+            )
+        except (jax.errors.JaxRuntimeError, MemoryError):
+            raise
+        except Exception as error:  # of many types, bare Exception among them
+            raise self._damaged(step, str(error) or type(error).__name__) from error
+        if restored.state is None or restored.extra is None:
+            raise self._damaged(step, "state or extra is missing")
+        return restored.state, restored.extra
+
+    def wait(self) -> None:
+        """Return once the save under way is on disk.
+
+        Raises:
+            UserError: it failed for want of space or rights.
+        """
+        try:
+            self._checkpointer.wait_until_finished()
+        except Exception as error:
+            self._fail(error)
+        if self._saving is not None:
+            _write_inventory(self._folder / str(self._saving))
+            self._saved.add(self._saving)
+            self._saving = None
+        if self._keep is not None:
+            self._delete([self._folder / str(step) for step in self.steps()[: -self._keep]])
+
+    def close(self) -> None:
+        """Finish the save under way and stop the threads; raises what `wait` raises."""
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+    def _fail(self, error: Exception) -> None:
+        """Raise what a failed save means to the user; raises `error` itself where it is a fault of ours."""
+        step, self._saving = self._saving, None
+        # Threads of the failed save may still be writing, and would report their own errors to the next one.
+        with contextlib.suppress(Exception):
+            self._checkpointer.close()
+        self._checkpointer = _checkpointer()
+        self._remove_leftovers()
+        reason = _os_reason(error)
+        if reason is None:
+            raise error
+        latest = self.latest()
+        still = (
+            "there is no earlier one" if latest is None else f"the checkpoint of step {latest} is still valid"
+        )
+        raise UserError(
+            f"{self._folder}: cannot write the checkpoint of step {step}: {reason}; {still}: "
+            "make room and start the same command again"
+        ) from error
+
+    def _damaged(self, step: int, reason: str) -> UserError:
+        earlier = [other for other in self.steps() if other < step]
+        then = f"to resume from step {earlier[-1]}" if earlier else "to start from the beginning"
+        reason = " ".join(reason.split())
+        reason = reason if len(reason) <= 300 else reason[:300] + "..."
+        folder = self._folder / str(step)
+        return UserError(f"{folder}: this checkpoint cannot be read ({reason}): delete that folder {then}")
+
+    def _remove_leftovers(self) -> None:
+        if self._folder.is_dir():
+            self._delete([e for e in self._folder.iterdir() if e.name.endswith((_WRITING, _DELETING))])
+
+    def _delete(self, folders: list[Path]) -> None:
+        """Delete checkpoints so that none is ever seen in part: by another name first."""
+        if jax.process_index() != 0:
+            return
+        for folder in folders:
+            doomed = folder.with_name(folder.name.removesuffix(_DELETING) + _DELETING)
+            try:
+                folder.rename(doomed)
+            except OSError as error:
+                raise UserError(f"{folder}: cannot delete this checkpoint: {error.strerror}") from error
+            # What stays behind, such as a file that a network file system holds, goes at the next start.
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _checkpointer() -> ocp.AsyncCheckpointer:
+    return ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), extra=ocp.JsonCheckpointHandler())
+    )
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != _INVENTORY)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _write_inventory(folder: Path) -> None:
+    """List the files of a finished checkpoint, with sizes, so that a copy with holes is recognised.
+
+    A kill before this, or a full disk, leaves a checkpoint that is valid but has no list.
+    """
+    if jax.process_index() != 0:
+        return
+    partial = folder / f"{_INVENTORY}.partial"
+    with contextlib.suppress(OSError):
+        partial.write_text(json.dumps(_sizes(folder), indent=1), encoding="utf-8")
+        partial.replace(folder / _INVENTORY)
+
+
+def _first_difference(folder: Path) -> str | None:
+    """Compare a checkpoint with its inventory: orbax tells less, and over pages, when a file is missing."""
+    try:
+        listed = json.loads((folder / _INVENTORY).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return f"{_INVENTORY} is not JSON"
+    found = _sizes(folder)
+    for name, size in sorted(listed.items()):
+        if found.get(name) != size:
+            return f"{name} is missing" if name not in found else f"{name} has {found[name]} of {size} bytes"
+    return None
+
+
+def _os_reason(error: BaseException) -> str | None:
+    """Words of the operating system for a failed write, or None for a failure of another kind."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # TensorStore raises ValueError or RuntimeError with the number in its text.
+    found = _TENSORSTORE_OS_ERROR.search(str(error))
+    return os.strerror(int(found[1] or found[2])) if found else None
+
+
+class _FromOrbax(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _silence_orbax() -> None:
+    """Drop what orbax logs through absl, with tracebacks of errors that it raises as well."""
+    logger = logging.getLogger("absl")
+    if not any(isinstance(existing, _FromOrbax) for existing in logger.filters):
+        logger.addFilter(_FromOrbax())

@@ -1,0 +1,91 @@
+"""The command line: one console script whose subcommands are modules, and how a command ends.
+
+A mistake of the user ends in one line and exit code 2, an interrupt in 130. Everything else is a fault of the
+program and keeps its traceback.
+"""
+
+import difflib
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from jaxmoe.errors import UserError
+
+COMMANDS: dict[str, str] = {
+    "train": "jaxmoe.train",
+    "export": "jaxmoe.export",
+    "generate": "jaxmoe.generate",
+    "inspect": "jaxmoe.inspect",
+}
+"""Module of every subcommand; each has a function ``main(argv: list[str]) -> int | None``."""
+
+_SUMMARIES = {
+    "train": "fine-tune a model as a YAML file says",
+    "export": "write a checkpoint of a run as a Hugging Face folder",
+    "generate": "continue a prompt",
+    "inspect": "say what is in a model folder or a run",
+}
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``jaxmoe COMMAND …``; `argv` is by default that of the process. Returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return _exit_code(lambda: _dispatch(arguments))
+
+
+def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """End the process with what `main` returns for its command line; None is 0.
+
+    For the bottom of a command's module: ``if __name__ == "__main__": run_command(main)``.
+    """
+    sys.exit(_exit_code(lambda: main(sys.argv[1:])))
+
+
+def _dispatch(arguments: list[str]) -> int | None:
+    if not arguments:
+        print(_usage(), file=sys.stderr)
+        return EXIT_USER_ERROR
+    command, *rest = arguments
+    if command in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if command == "--version":
+        print(f"jaxmoe {importlib.metadata.version('jaxmoe')}")
+        return 0
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command {command!r}, {remedy}")
+    # Imported only now: a typing mistake is told at once, without waiting for jax.
+    return importlib.import_module(COMMANDS[command]).main(rest)
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    listed = (f"  {name:{width}}  {_SUMMARIES[name]}" for name in COMMANDS)
+    return "\n".join(
+        (
+            "usage: jaxmoe COMMAND ...",
+            "",
+            "commands:",
+            *listed,
+            "",
+            "jaxmoe COMMAND --help tells more; jaxmoe --version tells the version",
+        )
+    )
+
+
+def _exit_code(command: Callable[[], int | None]) -> int:
+    try:
+        return command() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED

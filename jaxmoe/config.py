@@ -1,0 +1,179 @@
+"""A run, as one validated YAML file.
+
+`load_config` reads a file and ``key.path=value`` overrides into a frozen `RunConfig`, whose keys, defaults
+and units are described in `jaxmoe.config_sections`. What it refuses ends in a `UserError` of one line that
+names the dotted key (`jaxmoe.config_errors` words it).
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from jaxmoe.config_errors import describe
+from jaxmoe.config_reading import apply_override, read_mapping
+from jaxmoe.config_sections import (
+    BalanceConfig,
+    DataConfig,
+    Items,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PathText,
+    SampleConfig,
+    Section,
+    TrainConfig,
+    TrainTokenizer,
+)
+from jaxmoe.errors import UserError
+
+__all__ = [
+    "BalanceConfig",
+    "DataConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "SampleConfig",
+    "TrainConfig",
+    "TrainTokenizer",
+    "load_config",
+]
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    model: ModelConfig = Field(description=ModelConfig.__doc__)
+    data: DataConfig = Field(description=DataConfig.__doc__)
+    optimizer: OptimizerConfig = Field(description=OptimizerConfig.__doc__)
+    balance: BalanceConfig = Field(default=BalanceConfig(), description=BalanceConfig.__doc__)
+    mesh: MeshConfig = Field(default=MeshConfig(), description=MeshConfig.__doc__)
+    train: TrainConfig = Field(description=TrainConfig.__doc__)
+    sample: SampleConfig | None = Field(default=None, description=SampleConfig.__doc__)
+    output_dir: PathText = Field(description="Folder of the run.")
+    then: Items[dict[str, Any]] = Field(
+        default=(),
+        description="Runs that follow this one: each entry lists the keys that differ. ${output_dir} stands "
+        "for the output_dir of this run.",
+    )
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> "RunConfig":
+        train, shards = self.train, self.mesh.batch_shards
+        if self.optimizer.warmup_steps > train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps: found {self.optimizer.warmup_steps}, expected at most train.steps, "
+                f"which is {train.steps}"
+            )
+        if train.batch_size % train.rows:
+            raise ValueError(
+                f"train.batch_size: found {train.batch_size}, expected a multiple of train.micro_batch_size "
+                f"{train.rows}, such as {_nearest_multiples(train.batch_size, train.rows)}"
+            )
+        if train.rows % shards:
+            key = "batch_size" if train.micro_batch_size is None else "micro_batch_size"
+            raise ValueError(
+                f"train.{key}: found {train.rows}, expected a multiple of {shards}, over which the mesh "
+                f"splits it (data x fsdp x expert), such as {_nearest_multiples(train.rows, shards)}"
+            )
+        if train.eval_every is not None and self.data.eval_path is None and self.data.eval_fraction == 0:
+            raise ValueError(
+                f"train.eval_every: found {train.eval_every}, but nothing to evaluate on; expected "
+                "data.eval_path or data.eval_fraction as well"
+            )
+        return self
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any], source: str = "configuration") -> "RunConfig":
+        """Validate nested mappings, including every follow-up in ``then``.
+
+        Args:
+            mapping: what YAML reads.
+            source: begins the message of an error, such as the name of the file.
+
+        Raises:
+            UserError: a key is unknown or missing, a value is wrong, or values contradict each other.
+        """
+        try:
+            config = cls.model_validate(dict(mapping))
+        except ValidationError as error:
+            raise UserError(f"{source}: {describe(error, cls, mapping)}") from None
+        config.followups(source)
+        return config
+
+    def followups(self, source: str = "configuration") -> "list[RunConfig]":
+        """The runs of ``then``, each complete: this run's keys with that entry's on top, and no ``then``.
+
+        An entry that sets ``model.path`` clears ``model.config`` and the other way round.
+
+        Raises:
+            UserError: an entry does not make a valid run, or has the output_dir of this one.
+        """
+        return [self._followup(patch, f"{source}: then[{index}]") for index, patch in enumerate(self.then)]
+
+    def _followup(self, patch: dict[str, Any], source: str) -> "RunConfig":
+        if "then" in patch:
+            raise UserError(f"{source}: found a key then, but a follow-up has none; list it in the outer one")
+        base = self.model_dump(mode="json", exclude={"then"})
+        chosen = patch.get("model")
+        if isinstance(chosen, Mapping):
+            for given, cleared in (("path", "config"), ("config", "path")):
+                if chosen.get(given) is not None:
+                    base["model"][cleared] = None
+        followup = RunConfig.from_mapping(_merged(base, _substituted(patch, self.output_dir)), source)
+        if Path(followup.output_dir).resolve() == Path(self.output_dir).resolve():
+            raise UserError(
+                f"{source}: output_dir: found {followup.output_dir!r}, which is that of the first run, "
+                "expected another folder, such as ${output_dir}-then"
+            )
+        return followup
+
+    def to_yaml(self) -> str:
+        """This run with every key, as YAML that `load_config` reads back to an equal `RunConfig`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run from YAML.
+
+    Args:
+        path: the file; None for the quickstart that the package carries.
+        overrides: ``key.path=value`` each, applied in order, the value read as YAML. A number in the path
+            indexes a list (``then.0.train.steps=5``).
+
+    Raises:
+        UserError: there is no such file, it is not YAML, it repeats a key, or it is no valid run.
+    """
+    file = resources.files("jaxmoe.configs") / "quickstart.yaml" if path is None else Path(path)
+    mapping = read_mapping(file)
+    for override in overrides:
+        apply_override(mapping, override)
+    source = file.name if path is None else str(path)
+    return RunConfig.from_mapping(mapping, f"{source} with overrides" if overrides else source)
+
+
+def _merged(base: Any, patch: Any) -> Any:
+    """`patch` on top of `base`, mapping by mapping; anything else replaces."""
+    if not isinstance(base, dict) or not isinstance(patch, Mapping):
+        return copy.deepcopy(patch)
+    return base | {key: _merged(base.get(key), value) for key, value in patch.items()}
+
+
+def _substituted(value: Any, output_dir: str) -> Any:
+    if isinstance(value, str):
+        return value.replace("${output_dir}", output_dir)
+    if isinstance(value, Mapping):
+        return {key: _substituted(item, output_dir) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_substituted(item, output_dir) for item in value]
+    return value
+
+
+def _nearest_multiples(value: int, divisor: int) -> str:
+    below, above = value // divisor * divisor, (value // divisor + 1) * divisor
+    return f"{below} or {above}" if below else str(above)

@@ -1,0 +1,94 @@
+"""YAML to nested mappings, and single keys on top of them."""
+
+from importlib.resources.abc import Traversable
+from typing import Any
+
+import yaml
+
+from jaxmoe.errors import UserError
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where YAML would let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key_node.tag != "tag:yaml.org,2002:merge" and key_node.value.__hash__:
+                if (key_node.tag, key_node.value) in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"duplicate key {key_node.value!r}", key_node.start_mark
+                    )
+                seen.add((key_node.tag, key_node.value))
+        return super().construct_mapping(node, deep)
+
+
+def read_mapping(file: Traversable) -> dict[str, Any]:
+    """The sections of a YAML file.
+
+    Raises:
+        UserError: it cannot be read, is not YAML, repeats a key, or holds something else than a mapping.
+    """
+    mapping = _parse(_text(file), str(file))
+    if not isinstance(mapping, dict):
+        found = "nothing" if mapping is None else type(mapping).__name__
+        raise UserError(f"{file}: found {found}, expected a mapping of sections such as model:")
+    return mapping
+
+
+def _text(path: Traversable) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, expected a YAML configuration") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: found a folder, expected a YAML configuration file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8, expected a YAML text file") from None
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - derives from SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+        raise UserError(f"{source}: not valid YAML{where}: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError) as error:  # an impossible date; nesting without end
+        raise UserError(f"{source}: not valid YAML: {error}") from None
+
+
+def apply_override(mapping: dict[str, Any], override: str) -> None:
+    """Set one key of `mapping` in place, from ``key.path=value`` with the value read as YAML.
+
+    Raises:
+        UserError: no "=", an empty part in the path, a value that is not YAML, or a path through something
+            that has no such keys.
+    """
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"override {override!r}: expected key.path=value, such as train.steps=100")
+    value = _parse(text, f"override {override!r}")
+    here: Any = mapping
+    for depth, part in enumerate(parts):
+        index: Any = part
+        if isinstance(here, list):
+            if not part.isdigit() or int(part) >= len(here):
+                raise UserError(
+                    f"override {override!r}: {'.'.join(parts[:depth])} is a list of {len(here)}, expected an "
+                    f"index below that, found {part!r}"
+                )
+            index = int(part)
+        elif not isinstance(here, dict):
+            raise UserError(f"override {override!r}: {'.'.join(parts[:depth])} is {here!r} and has no keys")
+        if depth == len(parts) - 1:
+            here[index] = value
+            return
+        if isinstance(here, dict) and here.get(part) is None:
+            here[part] = {}
+        here = here[index]

@@ -1,0 +1,174 @@
+"""Tokenizers in the ``tokenizer.json`` format: loaded, trained, saved, and applied to documents."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from jaxmoe.errors import UserError
+
+_COMMON_EOS_TOKENS = (
+    *("<|endoftext|>", "</s>", "<|end_of_text|>", "<|eos|>", "<eos>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001
+    *("<|EOS|>", "[EOS]", "[EOT]", "<|return|>", "<|im_end|>"),
+)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Loads a ``tokenizer.json``, or the one in a folder, without any truncation or padding stored in it.
+
+    Raises:
+        UserError: there is none, or it is not readable.
+    """
+    path = Path(path).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        slow = path.is_dir() and sorted(f.name for f in path.iterdir() if f.suffix in (".model", ".tiktoken"))
+        remedy = (
+            f"it has {slow[0]}, a slow tokenizer: convert it with "
+            "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            if slow
+            else "expected a tokenizer.json or a folder with one (a slow sentencepiece tokenizer has none: "
+            "convert it with transformers.AutoTokenizer)"
+        )
+        raise UserError(f"{path}: no tokenizer.json; {remedy}")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(f"{file}: not a readable tokenizer ({_first_line(error)})") from None
+    # Published files carry the settings of their last use: a document would silently be cut to them.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def train_byte_bpe(
+    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ("<|endoftext|>",)
+) -> Tokenizer:
+    """Trains byte-level byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): no text is unknown.
+
+    The same texts give the same tokenizer. Special tokens have the first ids. Short texts can leave fewer
+    than ``vocab_size`` tokens: ask ``tokenizer.get_vocab_size()``.
+
+    Raises:
+        UserError: ``vocab_size`` cannot hold the 256 bytes and the special tokens.
+    """
+    least = 256 + len(special_tokens)
+    if vocab_size < least:
+        raise UserError(
+            f"a vocabulary of {vocab_size}; expected at least {least} for 256 bytes and special tokens"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
+    eos = end_of_document(tokenizer)
+    if eos is not None:
+        config["eos_token"] = tokenizer.id_to_token(eos)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8"
+    )
+
+
+def end_of_document(tokenizer: Tokenizer, folder: str | Path | None = None) -> int | None:
+    """The id of the token that ends a document, or None where the tokenizer has no such token.
+
+    Looked for in ``folder``'s tokenizer_config.json, generation_config.json and config.json (the first id of
+    a list), then among the names that published tokenizers use.
+
+    Raises:
+        UserError: one of those files is not readable, or names a token that the tokenizer lacks.
+    """
+    if folder is not None:
+        for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+            eos = _configured_eos(tokenizer, Path(folder).expanduser() / name)
+            if eos is not None:
+                return eos
+    ids = (tokenizer.token_to_id(token) for token in _COMMON_EOS_TOKENS)
+    return next((i for i in ids if i is not None), None)
+
+
+def _configured_eos(tokenizer: Tokenizer, file: Path) -> int | None:
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not readable as JSON ({_first_line(error)})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    if file.name == "tokenizer_config.json":
+        token = config.get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is None:
+            return None
+        eos = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        if eos is None:
+            raise UserError(f"{file}: eos_token {token!r} is not in the tokenizer's vocabulary; correct it")
+        return eos
+    text_config = config.get("text_config")
+    eos = config.get("eos_token_id")
+    if eos is None and isinstance(text_config, dict):
+        eos = text_config.get("eos_token_id")
+    if isinstance(eos, list):
+        eos = eos[0] if eos else None
+    if eos is not None and (not isinstance(eos, int) or tokenizer.id_to_token(eos) is None):
+        raise UserError(f"{file}: eos_token_id {eos!r} is not an id of the tokenizer; correct it")
+    return eos
+
+
+class DocumentEncoder:
+    """Text → token ids: ``tokenizer.encode``'s, with the tokens that mark where a document starts and ends.
+
+    Args:
+        tokenizer: its own special tokens (a BOS that it puts before every text) are kept.
+        eos: appended unless it is there already; None appends nothing.
+        context: put before every document unless the tokenizer puts a BOS there itself; None puts nothing.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, eos: int | None, context: int | None = None):
+        self._tokenizer = tokenizer
+        self._eos = [] if eos is None else [eos]
+        self._context = [] if context is None else [context]
+        # What the tokenizer puts around nothing starts with its BOS, or is an EOS that no text starts with.
+        self._own_bos = tokenizer.encode("").ids[:1]
+
+    def __call__(self, text: str) -> np.ndarray:
+        """int32 (n,). Safe to call from several threads, which then run side by side."""
+        try:
+            # encode_batch_fast leaves out character offsets and, unlike encode, lets other threads run.
+            ids = self._tokenizer.encode_batch_fast([text])[0].ids
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise UserError(
+                f"the tokenizer cannot encode the document that starts {text[:30]!r} ({_first_line(error)}); "
+                "use another tokenizer or leave the document out"
+            ) from None
+        if not self._own_bos or ids[:1] != self._own_bos:
+            ids = self._context + ids
+        if self._eos and ids[-1:] != self._eos:
+            ids += self._eos
+        return np.array(ids, np.int32)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,62 @@
+"""``python -m jaxmoe.inspect MODEL``: what a checkpoint or a config.json holds, without loading weights."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxmoe.cli import run_command
+from jaxmoe.model.moe import MoESpec
+from jaxmoe.params import count, named
+from jaxmoe.spec import LayerSpec, ModelSpec, model_params
+from jaxmoe.throughput import active_params
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="jaxmoe inspect", description="Check a checkpoint and say what is in it; a config.json works too."
+    )
+    parser.add_argument("model", help="folder, hub id, or config.json file")
+    parser.add_argument("--parameters", action="store_true", help="list every parameter and its tensors")
+    options = parser.parse_args(argv)
+    from jaxmoe.interop.checkpoint import open_source
+    from jaxmoe.interop.pretrained import read_blueprint
+
+    path = Path(options.model)
+    origin = read_blueprint(path) if path.is_file() else open_source(options.model)
+    console = Console(highlight=False)
+    console.print(_summary(origin.family.model_type, origin.spec))
+    if options.parameters:
+        table = Table("parameter", "dimensions", "shape", "tensors", "first tensor")
+        for name, declared in named(model_params(origin.spec)):
+            parts = origin.bindings.of_parameter[name]
+            shape = " x ".join(map(str, declared.shape))
+            table.add_row(name, declared.dims, shape, str(len(parts)), parts[0].source)
+        console.print(table)
+
+
+def _summary(model_type: str, spec: ModelSpec) -> Table:
+    table = Table(show_header=False)
+    table.add_row("family", model_type)
+    table.add_row("parameters", f"{count(model_params(spec)):,}")
+    table.add_row("active per token", f"{active_params(spec):,} (output head included)")
+    table.add_row("width, vocabulary", f"{spec.width:,}, {spec.vocab_size:,}{', tied' if spec.tie_embeddings else ''}")
+    for group in spec.groups:
+        table.add_row(f"layers x {group.repeats}", "\n".join(_layer(layer) for layer in group.pattern))
+    return table
+
+
+def _layer(layer: LayerSpec) -> str:
+    mixer = layer.mixer
+    window = "" if mixer.window is None else f", window {mixer.window}"
+    attention = f"attention {mixer.num_heads}/{mixer.num_kv_heads} heads of {mixer.head_dim}{window}"
+    if isinstance(layer.ffn, MoESpec):
+        router = layer.ffn.router
+        return f"{attention}; {router.num_experts} experts of {layer.ffn.hidden}, top {router.top_k}"
+    return f"{attention}; dense {layer.ffn.hidden}"
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,44 @@
+"""Settings that must stand before jax is imported, and what runs where."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+CACHE = Path(__file__).parent.parent / ".cache" / f"jax-{sys.version_info.major}.{sys.version_info.minor}"
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+WITHOUT_TORCH = (
+    "torch is not installed: tests marked 'torch' (comparisons with transformers' models) are deselected"
+)
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # torch's threads, without the seconds that importing it here costs
+
+
+def pytest_report_header() -> str | None:
+    return None if HAS_TORCH else WITHOUT_TORCH
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if HAS_TORCH:
+        return
+    left_out = [item for item in items if item.get_closest_marker("torch")]
+    items[:] = [item for item in items if not item.get_closest_marker("torch")]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # The header is not shown under -q; the reason must be.
+    if not HAS_TORCH:
+        terminalreporter.write_line(WITHOUT_TORCH)

@@ -1,0 +1,145 @@
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from jaxmoe.data import DocumentEncoder, end_of_document, load_tokenizer, save_tokenizer, train_byte_bpe
+from jaxmoe.errors import UserError
+
+
+def word_level(*words, **special):
+    """One id per word; ``template`` makes the tokenizer put special tokens around a text by itself."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if "template" in special:
+        ids = [(word, i) for i, word in enumerate(words) if word.startswith("<")]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=special["template"], special_tokens=ids
+        )
+    return tokenizer
+
+
+def test_trained_tokenizer_knows_every_byte(tokenizer):
+    assert tokenizer.get_vocab_size() == 300
+    assert tokenizer.token_to_id("<|endoftext|>") == 0
+    for text in ("expert router", "\x00\r\n\t", "漢字 🙂 ñ", " leading and trailing "):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert len(tokenizer.encode("expert").ids) < len("expert")
+    assert tokenizer.encode("a<|endoftext|>").ids[-1] == 0
+
+
+def test_training_is_deterministic_across_processes(texts, tokenizer):
+    script = (
+        "import sys, json, hashlib; from jaxmoe.data import train_byte_bpe;"
+        "t = train_byte_bpe(json.load(sys.stdin), 300);"
+        "print(hashlib.blake2b(t.to_str().encode()).hexdigest())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=json.dumps(texts), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == hashlib.blake2b(tokenizer.to_str().encode()).hexdigest()
+
+
+def test_vocabulary_too_small():
+    with pytest.raises(UserError, match=r"vocabulary of 257; expected at least 258"):
+        train_byte_bpe(["a"], 257, special_tokens=["<a>", "<b>"])
+
+
+def test_saved_tokenizer_loads_here_and_in_transformers(tmp_path, tokenizer, texts):
+    save_tokenizer(tokenizer, tmp_path / "new" / "folder")
+    again = load_tokenizer(tmp_path / "new" / "folder")
+    assert again.to_str() == tokenizer.to_str()
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    automatic = AutoTokenizer.from_pretrained(tmp_path / "new" / "folder")
+    assert isinstance(automatic, PreTrainedTokenizerFast)
+    assert (automatic.eos_token, automatic.eos_token_id) == ("<|endoftext|>", 0)
+    assert automatic(texts[7])["input_ids"] == tokenizer.encode(texts[7]).ids
+    assert automatic.decode(automatic(texts[7])["input_ids"]) == texts[7]
+
+
+def test_stored_truncation_and_padding_are_not_applied(tmp_path, tokenizer, texts):
+    stored = Tokenizer.from_str(tokenizer.to_str())
+    stored.enable_truncation(5)
+    stored.enable_padding(length=999)
+    stored.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    assert loaded.encode(texts[9]).ids == tokenizer.encode(texts[9]).ids
+
+
+def test_unusable_tokenizers(tmp_path):
+    with pytest.raises(UserError, match=r"no tokenizer\.json.*sentencepiece"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=r"none/x\.json: no tokenizer\.json"):
+        load_tokenizer(tmp_path / "none" / "x.json")
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"it has tokenizer\.model, a slow tokenizer: convert"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a readable tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "config", "eos"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<b>"}, 2),
+        ("tokenizer_config.json", {"eos_token": {"content": "<b>", "lstrip": False}}, 2),
+        ("tokenizer_config.json", {"eos_token": None}, 1),
+        ("generation_config.json", {"eos_token_id": [3, 2]}, 3),
+        ("generation_config.json", {"eos_token_id": []}, 1),
+        ("config.json", {"eos_token_id": 0}, 0),
+        ("config.json", {"text_config": {"eos_token_id": 3}}, 3),
+        ("config.json", {}, 1),
+    ],
+)
+def test_end_of_document_is_looked_up(tmp_path, file, config, eos):
+    tokenizer = word_level("a", "</s>", "<b>", "c")
+    (tmp_path / file).write_text(json.dumps(config))
+    assert end_of_document(tokenizer, tmp_path) == eos
+
+
+def test_end_of_document_prefers_the_tokenizers_own_file(tmp_path):
+    tokenizer = word_level("a", "</s>", "<b>", "c")
+    (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
+    assert end_of_document(tokenizer, tmp_path) == 0
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<b>"}')
+    assert end_of_document(tokenizer, tmp_path) == 2
+    assert end_of_document(word_level("a", "b")) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer_config.json", '{"eos_token": "<x>"}', "'<x>' is not in the tokenizer's vocabulary"),
+        ("config.json", '{"eos_token_id": 9}', "eos_token_id 9 is not an id"),
+        ("config.json", '{"eos_token_id": "9"}', "eos_token_id '9' is not an id"),
+        ("config.json", "{", "not readable as JSON"),
+        ("config.json", "[]", "expected a JSON object"),
+    ],
+)
+def test_unusable_end_of_document(tmp_path, file, content, message):
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        end_of_document(word_level("a", "b"), tmp_path)
+
+
+def test_document_encoder_marks_the_ends():
+    plain = word_level("a", "<s>", "</s>", "b")
+    encoded = DocumentEncoder(plain, eos=2)("a b a")
+    assert encoded.dtype == np.int32
+    assert encoded.tolist() == [0, 3, 0, 2]
+    assert DocumentEncoder(plain, eos=None)("a b").tolist() == [0, 3]
+    assert DocumentEncoder(plain, eos=2)("b </s>").tolist() == [3, 2]
+    assert DocumentEncoder(plain, eos=2, context=2)("a").tolist() == [2, 0, 2]
+    own_bos = word_level("a", "<s>", "</s>", "b", template="<s> $A")
+    assert DocumentEncoder(own_bos, eos=2, context=2)("a").tolist() == [1, 0, 2]
+    own_eos = word_level("a", "</s>", template="$A </s>")
+    assert DocumentEncoder(own_eos, eos=1, context=1)("a a").tolist() == [1, 0, 0, 1]
+    with pytest.raises(UserError, match="cannot encode the document that starts 'a c'"):
+        DocumentEncoder(plain, eos=2)("a c")

@@ -1,0 +1,154 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxmoe.config import OptimizerConfig
+from jaxmoe.optim import build_optimizer, muon, schedule
+
+L, E, F, D, V = 2, 5, 6, 7, 11
+
+ROLES = {
+    "embedding": "embedding",
+    "lm_head": "embedding",
+    "layers": ({"norm": "vector", "router": "router", "experts": "matrix", "shared_gate": "matrix"},),
+}
+SHAPES = {
+    "embedding": (V, D),
+    "lm_head": (V, D),
+    "layers": ({"norm": (L, D), "router": (L, E, D), "experts": (L, E, 2, F, D), "shared_gate": (L, 1, D)},),
+}
+
+
+def tree(seed, dtype=jnp.float32):
+    leaves, structure = jax.tree.flatten(
+        SHAPES, is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[0], int)
+    )
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    drawn = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, leaves, strict=True)]
+    return structure.unflatten(drawn)
+
+
+def config(**keys):
+    defaults = {"learning_rate": 0.01, "schedule": "constant", "clip_norm": None}
+    return OptimizerConfig(**(defaults | keys))
+
+
+def one_update(settings, params, gradients, steps=10):
+    optimizer = build_optimizer(settings, ROLES, steps)
+    return jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+
+
+def moves_by_adam(update, gradient, decay, param, learning_rate=0.01):
+    """The first step of AdamW is the sign of the gradient."""
+    np.testing.assert_allclose(
+        update, -learning_rate * (jnp.sign(gradient) + decay * param), rtol=1e-3, atol=1e-6
+    )
+
+
+def moves_by_muon(update, gradient, decay, param, learning_rate=0.01):
+    alone = muon(learning_rate, weight_decay=decay)
+    want, _ = alone.update(gradient, alone.init(param), param)
+    np.testing.assert_allclose(update, want, atol=1e-6)
+
+
+def test_adamw_takes_everything_and_decays_all_but_vectors():
+    params, gradients = tree(0), tree(1)
+    update, _ = one_update(config(name="adamw", weight_decay=0.2), params, gradients)
+    for name in ("embedding", "lm_head"):
+        moves_by_adam(update[name], gradients[name], 0.2, params[name])
+    for name, decay in {"norm": 0.0, "router": 0.2, "experts": 0.2, "shared_gate": 0.2}.items():
+        moves_by_adam(*(x["layers"][0][name] for x in (update, gradients)), decay, params["layers"][0][name])
+
+
+@pytest.mark.parametrize("router", ["muon", "adamw"])
+def test_muon_takes_matrices_and_by_choice_routers(router):
+    params, gradients = tree(0), tree(1)
+    settings = config(name="muon", router=router, weight_decay=0.2, adam_learning_rate=0.003)
+    update, _ = one_update(settings, params, gradients)
+    got, gradient, param = (x["layers"][0] for x in (update, gradients, params))
+    moves_by_muon(got["experts"], gradient["experts"], 0.2, param["experts"])
+    moves_by_adam(got["shared_gate"], gradient["shared_gate"], 0.2, param["shared_gate"], 0.003)
+    moves_by_adam(got["norm"], gradient["norm"], 0.0, param["norm"], 0.003)
+    if router == "muon":
+        moves_by_muon(got["router"], gradient["router"], 0.2, param["router"])
+    else:
+        moves_by_adam(got["router"], gradient["router"], 0.2, param["router"], 0.003)
+    for name in ("embedding", "lm_head"):
+        moves_by_adam(update[name], gradients[name], 0.2, params[name], 0.003)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_state_and_updates_are_float32_for_bfloat16_parameters(name):
+    params, gradients = tree(0, jnp.bfloat16), tree(1, jnp.bfloat16)
+    update, state = one_update(config(name=name), params, gradients)
+    floats = [x.dtype for x in jax.tree.leaves((update, state)) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert set(floats) == {jnp.dtype(jnp.float32)}
+    assert optax.apply_updates(params, update)["embedding"].dtype == jnp.bfloat16
+
+
+def test_state_keeps_its_structure_and_dtypes_over_steps():
+    optimizer = build_optimizer(config(name="muon"), ROLES, 10)
+    params = tree(0, jnp.bfloat16)
+    state = optimizer.init(params)
+    _, after = optimizer.update(tree(1, jnp.bfloat16), state, params)
+    describe = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert describe(after) == describe(state)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    params, gradients = tree(0), tree(1)
+    norm = optax.tree.norm(gradients)
+    adam = lambda state: optax.tree.get(state, "mu", filtering=lambda path, _: "plain" in str(path))
+    for clip_norm in (0.5, None):
+        _, state = one_update(config(name="adamw", clip_norm=clip_norm), params, gradients)
+        factor = 1.0 if clip_norm is None else clip_norm / norm
+        norm_gradient = gradients["layers"][0]["norm"]
+        np.testing.assert_allclose(adam(state)["layers"][0]["norm"], 0.1 * factor * norm_gradient, rtol=1e-5)
+
+
+def test_roles_must_be_known_and_complete():
+    with pytest.raises(ValueError, match=r"unknown roles.*\['lm_head'\]: 'head'"):
+        build_optimizer(config(), ROLES | {"lm_head": "head"}, 10)
+    with pytest.raises(ValueError, match=r"unknown roles.*\['lm_head'\]: None"):
+        build_optimizer(config(), ROLES | {"lm_head": None}, 10)
+    with pytest.raises(ValueError, match=r"without a role: \['extra'\]; without a parameter: \[\]"):
+        build_optimizer(config(), ROLES, 10).init(tree(0) | {"extra": jnp.ones((3, 4))})
+    with pytest.raises(
+        ValueError, match=r"embedding: the role 'matrix' needs \(\.\.\., out, in\), found shape \(7,\)"
+    ):
+        build_optimizer(config(), {"embedding": "matrix"}, 10).init({"embedding": jnp.ones(7)})
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+def test_schedule_warms_up_from_a_fraction_and_ends_at_the_final_fraction(shape):
+    settings = config(learning_rate=2e-3, schedule=shape, warmup_steps=4, final_fraction=0.25)
+    rate = schedule(settings, 20)
+    rates = [float(rate(step)) for step in range(20)]
+    np.testing.assert_allclose(rates[:4], [0.5e-3, 1e-3, 1.5e-3, 2e-3], rtol=1e-6)
+    assert rates[19] == pytest.approx(2e-3 if shape == "constant" else 0.5e-3)
+    assert float(rate(500)) == pytest.approx(rates[19])
+    if shape == "linear":
+        np.testing.assert_allclose(np.diff(rates[3:]), -1.5e-3 / 16, rtol=1e-3)
+    if shape == "cosine":
+        assert rates[11] == pytest.approx(0.5 * (2e-3 + 0.5e-3))
+        assert rates[4] > 0.99 * 2e-3
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 1), (1, 1), (5, 5), (0, 7)])
+def test_schedule_at_its_edges(warmup, total):
+    rate = schedule(config(learning_rate=1.0, schedule="cosine", warmup_steps=warmup), total)
+    assert float(rate(max(warmup - 1, 0))) == pytest.approx(1.0)
+    assert float(rate(0)) == pytest.approx(1.0 / max(warmup, 1))
+    assert float(rate(total - 1)) == pytest.approx(1.0 if total <= max(warmup, 1) else 0.1)
+
+
+def test_the_optimiser_follows_the_schedule():
+    settings = config(name="adamw", schedule="linear", warmup_steps=2, weight_decay=0.0)
+    optimizer = build_optimizer(settings, ROLES, 6)
+    params, gradients = tree(0), jax.tree.map(jnp.ones_like, tree(0))
+    state, rate = optimizer.init(params), schedule(settings, 6)
+    for step in range(6):
+        update, state = optimizer.update(gradients, state, params)
+        np.testing.assert_allclose(update["embedding"], -rate(step), rtol=1e-3)

@@ -1,0 +1,108 @@
+"""The fused cross-entropy and the balance terms against their plain formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe import losses
+from jaxmoe.model.router import RouterSpec, RouterStats, route, router_stats
+
+B, T, D, V = 3, 11, 5, 17
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(B, T, D)), rng.normal(size=(V, D))
+    targets = rng.integers(0, V, (B, T)).astype(np.int32)
+    targets[0, 3:6] = losses.IGNORED
+    return jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32), jnp.asarray(targets)
+
+
+def plain(hidden, head, targets):
+    logp = jax.nn.log_softmax(hidden @ head.T, axis=-1)
+    picked = jnp.take_along_axis(logp, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+    return -jnp.sum(jnp.where(targets == losses.IGNORED, 0.0, picked))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, T, 3])
+def test_cross_entropy_and_gradients(chunk, monkeypatch):
+    monkeypatch.setattr(losses, "_LOGITS_PER_CHUNK", chunk * B * V)
+    hidden, head, targets = inputs()
+    np.testing.assert_allclose(losses.linear_cross_entropy(hidden, head, targets), plain(hidden, head, targets), rtol=1e-6)
+    ours = jax.grad(lambda h, w: 3.0 * losses.linear_cross_entropy(h, w, targets), argnums=(0, 1))(hidden, head)
+    want = jax.grad(lambda h, w: 3.0 * plain(h, w, targets), argnums=(0, 1))(hidden, head)
+    for grad, expected in zip(ours, want, strict=True):
+        np.testing.assert_allclose(grad, expected, rtol=1e-5, atol=1e-6)
+    assert (np.asarray(ours[0])[0, 3:6] == 0).all(), "ignored targets pull nothing"
+
+
+def test_cross_entropy_never_holds_all_logits():
+    rows, length, width, vocab = 4, 512, 8, 2**16
+
+    def loss(hidden, head, targets):
+        return losses.linear_cross_entropy(hidden, head, targets)
+
+    shapes = (
+        jax.ShapeDtypeStruct((rows, length, width), jnp.float32),
+        jax.ShapeDtypeStruct((vocab, width), jnp.float32),
+        jax.ShapeDtypeStruct((rows, length), jnp.int32),
+    )
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * 4 * losses._LOGITS_PER_CHUNK
+    assert 4 * rows * length * vocab >= 2 * 4 * losses._LOGITS_PER_CHUNK, "the case is too small to tell"
+
+
+def test_head_gradient_keeps_float32():
+    hidden, head, targets = inputs()
+    grads = jax.grad(losses.linear_cross_entropy, argnums=(0, 1))(hidden.astype(jnp.bfloat16), head, targets)
+    assert (grads[0].dtype, grads[1].dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_targets_stay_within_documents():
+    tokens = jnp.asarray([[5, 6, 7, 8, 9, 0]])
+    segments = jnp.asarray([[1, 1, 2, 2, 2, 0]])
+    ignored = losses.IGNORED
+    assert losses.next_token_targets(tokens, segments).tolist() == [[6, ignored, 8, 9, ignored, ignored]]
+    assert losses.next_token_targets(tokens, None).tolist() == [[6, 7, 8, 9, 0, ignored]]
+
+
+def stats_of(load, probability, tokens):
+    return RouterStats(jnp.asarray(load), jnp.asarray(probability), jnp.zeros(len(load)), jnp.asarray(tokens))
+
+
+def test_balance_loss_is_one_when_balanced_and_e_when_collapsed():
+    tokens, top_k = 12.0, 2
+    balanced = stats_of([[tokens * top_k / 4] * 4], [[tokens / 4] * 4], [tokens])
+    assert float(losses.load_balancing_loss(balanced)) == pytest.approx(1.0)
+    assert float(losses.pooled_load_balancing_loss(balanced)) == pytest.approx(top_k)
+    collapsed = stats_of([[tokens, 0.0, 0.0, 0.0]], [[tokens, 0.0, 0.0, 0.0]], [tokens])
+    assert float(losses.load_balancing_loss(collapsed)) == pytest.approx(4.0)
+
+
+def test_imbalances_of_layers_do_not_cancel():
+    a, b = [10.0, 0.0], [0.0, 10.0]
+    stats = stats_of([a, b], [a, b], [10.0, 10.0])
+    assert float(losses.load_balancing_loss(stats)) == pytest.approx(2.0)
+    assert float(losses.pooled_load_balancing_loss(stats)) == pytest.approx(1.0)
+
+
+def test_balance_gradient_reaches_the_router_and_ignores_padding():
+    rng = np.random.default_rng(1)
+    spec = RouterSpec(num_experts=6, top_k=2, renormalize=True, weight_dtype="float32")
+    x = jnp.asarray(rng.normal(size=(9, 4)), jnp.float32)
+    weight = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
+    valid = jnp.arange(9) < 7
+
+    def terms(weight, x):
+        one = router_stats(route({"weight": weight}, spec, x), valid)
+        stats = jax.tree.map(lambda a: a[None], one)
+        return losses.load_balancing_loss(stats) + losses.router_z_loss(stats), one
+
+    grad, one = jax.grad(terms, has_aux=True)(weight, x)
+    assert float(jnp.abs(grad).max()) > 1e-3
+    assert float(one.load.sum()) == 2 * 7
+    assert float(one.tokens) == 7
+    changed, _ = jax.grad(terms, has_aux=True)(weight, x.at[7:].set(100.0))
+    np.testing.assert_array_equal(grad, changed)

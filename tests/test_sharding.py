@@ -1,0 +1,118 @@
+"""The mesh: what shards what, and that a sharded step computes what an unsharded one does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from jaxmoe import UserError, params, sharding
+from jaxmoe.config import OptimizerConfig
+from jaxmoe.interop.pretrained import from_config
+from jaxmoe.optim import build_optimizer
+from jaxmoe.params import named
+from jaxmoe.spec import model_params
+from jaxmoe.train_step import StepSpec, abstract_state, init_state, make_train_step
+
+AXES = ("data", "fsdp", "expert", "tensor")
+
+
+def mesh_of(*shape: int) -> Mesh:
+    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def test_table():
+    declared = params.Param("LEGFD", (3, 4, 2, 8, 6), "normal", "matrix")
+    assert sharding.partition_spec(declared) == PartitionSpec(None, "expert", None, "tensor", "fsdp")
+    assert sharding.partition_spec(params.Param("D", (6,), "ones", "vector")) == PartitionSpec()
+
+
+def test_two_letters_on_one_axis_are_refused():
+    declared = params.Param("FD", (8, 6), "normal", "matrix")
+    with pytest.raises(ValueError, match="two letters on one mesh axis"):
+        sharding.partition_spec(declared, {"F": "fsdp", "D": "fsdp"})
+
+
+def test_mesh_must_fit():
+    with pytest.raises(UserError, match=r"data=1, fsdp=3, .* needs 3 devices but this run has 8"):
+        sharding.make_mesh(fsdp=3)
+    tree = model_params(from_config(tiny.config_json("mixtral"), "float32").spec)
+    with pytest.raises(UserError, match="E=12 is not divisible by expert=8"):
+        sharding.shardings(tree, mesh_of(1, 1, 8, 1))
+
+
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2), (1, 2, 2, 2), (2, 1, 2, 2)]
+
+
+def trained(mesh, steps=2, name="muon"):
+    """Weights and metrics after some steps of a tiny model, from the same start on any mesh."""
+    model = from_config(tiny.config_json("qwen3_moe"), "float32", seed=5)
+    spec = model.spec
+    config = OptimizerConfig(name=name, learning_rate=0.01, warmup_steps=1)
+    optimizer = build_optimizer(config, params.roles(model_params(spec)), 10)
+    # clip_norm divides by a norm over all shards; muon orthogonalises matrices that are split over devices.
+    step_spec = StepSpec(spec, jnp.dtype("float32"), True, aux_loss=0.02, z_loss=0.01)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, spec.vocab_size, (2, 8, 21)).astype(np.int32)
+    segments = np.ones_like(tokens)
+    segments[:, :3, 13:] = 2
+    segments[:, 5, 17:] = 0
+    positions = np.where(segments == 2, np.arange(21) - 13, np.arange(21)).astype(np.int32)
+    with jax.set_mesh(mesh):
+        weights = jax.device_put(model.pure_params(), sharding.shardings(model_params(spec), mesh))
+        state = init_state(weights, optimizer, spec, 0, mesh)
+        where = jax.tree.map(lambda x: x.sharding, state)
+        assert jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, spec, mesh)) == where
+        step = make_train_step(step_spec, optimizer, optax.constant_schedule(0.01), where)
+        batch = {"tokens": tokens, "segment_ids": segments, "positions": positions}
+        for _ in range(steps):
+            state, metrics = step(state, jax.device_put(batch, sharding.batch_sharding(mesh, leading=1)))
+    return jax.device_get(state.params), jax.device_get(metrics), state
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return trained(mesh_of(1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_sharded_step_equals_unsharded(shape, alone):
+    weights, metrics, state = trained(mesh_of(*shape))
+    for (name, a), (_, b) in zip(named(weights), named(alone[0]), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5, err_msg=name)
+    for (name, a), (_, b) in zip(named(metrics), named(alone[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6, err_msg=name)
+    experts = state.params["groups"][0][1]["experts"]["gate_up"]
+    held = experts.addressable_shards[0].data.size * shape[1] * shape[2] * shape[3]
+    assert held == experts.size, "each device holds its own part only"
+
+
+def test_accumulation_changes_only_rounding():
+    """Two micro-batches of 4 and one batch of 8 rows, with unequal numbers of targets in each."""
+    model = from_config(tiny.config_json("mixtral"), "float32", seed=6)
+    spec = StepSpec(model.spec, jnp.dtype("float32"), False, aux_loss=0.0, z_loss=0.02)
+    sgd = optax.sgd(1.0)
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, 104, (8, 15)).astype(np.int32)
+    segments = np.ones_like(tokens)
+    segments[:3, 4:] = 0
+    batch = {
+        "tokens": tokens,
+        "segment_ids": segments,
+        "positions": np.tile(np.arange(15, dtype=np.int32), (8, 1)),
+    }
+    mesh = mesh_of(1, 1, 1, 1)
+    results = []
+    for count in (1, 2):
+        with jax.set_mesh(mesh):
+            weights = jax.tree.map(jnp.array, model.pure_params())
+            state = init_state(weights, sgd, model.spec, 0, mesh)
+            step = make_train_step(spec, sgd, optax.constant_schedule(1.0), None)
+            micro = {name: x.reshape(count, 8 // count, 15) for name, x in batch.items()}
+            state, metrics = step(state, micro)
+            results.append((jax.device_get(state.params), float(metrics["loss"]), float(metrics["targets"])))
+    assert results[0][2] == results[1][2] == 3 * 3 + 5 * 14
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
