@@ -60,7 +60,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         return
     table = Table()
     for key, is_right in zip(header, right, strict=True):
-        table.add_column(key, justify="right" if is_right else "left")
+        table.add_column(key, justify="right" if is_right else "left", no_wrap=True)
     for line in cells:
         table.add_row(*line)
     console = Console()

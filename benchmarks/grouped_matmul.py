@@ -1,6 +1,6 @@
 """Grouped matmul against one dense matmul of the same FLOPs (the limit) and jax.lax.ragged_dot (the peer).
 
-    python benchmarks/grouped_matmul.py [--quick] [--dtype bfloat16] [--tokens 8192]
+    python benchmarks/grouped_matmul.py [--quick] [--dtype bfloat16] [--tokens 8192] [--no-peer]
 
 All candidates of a line run alternately in this process and the best time of each counts, so that a neighbour
 on the machine slows all of them or none. On an accelerator the shapes are those of real models.
@@ -9,11 +9,11 @@ on the machine slows all of them or none. On an accelerator the shapes are those
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from common import print_table, write_results
 
 from jaxmoe.kernels.grouped_matmul import grouped_matmul
@@ -52,13 +52,12 @@ def with_gradients(product: Product) -> Callable[..., tuple[jax.Array, ...]]:
 
 
 def best_times(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Best time in ms of each call; they alternate, each for about `seconds`, and at least twice."""
-    cost = {}
+    """Best time in ms of each call. After a warm-up they alternate, each for about `seconds` or for one run."""
+    best = {}
     for name, call in calls.items():
         jax.block_until_ready(call())
-        cost[name] = _time(call)
-    best = dict(cost)
-    repeats = {name: int(np.clip(seconds / cost[name], 1, 50)) for name in calls}
+        best[name] = _time(call)
+    repeats = {name: min(int(seconds / best[name]), 200) for name in calls}
     for index in range(max(repeats.values())):
         for name, call in calls.items():
             if index < repeats[name]:
@@ -74,7 +73,8 @@ def _time(call: Callable[[], Any]) -> float:
 
 def measure(
     shape: GroupedMatmulShape, routing: str, dtype: str, seconds: float, with_peer: bool
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
+    """One row for the forward pass and one for forward and backward."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (shape.rows, shape.d_in), dtype)
     weights = jax.random.normal(keys[1], (shape.groups, shape.d_out, shape.d_in), dtype)
@@ -84,27 +84,32 @@ def measure(
     products: dict[str, Product] = {"ours": ours, "dense": dense}
     if with_peer:
         products["ragged_dot"] = ragged_dot
-    row: dict[str, Any] = {
-        "shape": shape.name,
-        "R,E,D,F": f"{shape.rows},{shape.groups},{shape.d_in},{shape.d_out}",
-        "routing": routing,
-    }
-    for stage, products_of_stage in (("fwd", 1), ("fwd+bwd", 3)):
+    rows = []
+    for passes, matmuls in (("fwd", 1), ("fwd+bwd", 3)):
         calls: dict[str, Callable[[], Any]] = {}
         for name, product in products.items():
             weight = weights[0] if name == "dense" else weights
-            if stage == "fwd":
-                calls[name] = jax.tree_util.Partial(jax.jit(product), x, weight, sizes)
+            if passes == "fwd":
+                calls[name] = partial(jax.jit(product), x, weight, sizes)
             else:
-                calls[name] = jax.tree_util.Partial(jax.jit(with_gradients(product)), x, weight, sizes, dy)
+                calls[name] = partial(jax.jit(with_gradients(product)), x, weight, sizes, dy)
         times = best_times(calls, seconds)
-        row[f"{stage} ms"] = times["ours"]
-        row[f"{stage} GFLOP/s"] = products_of_stage * shape.flops / times["ours"] / 1e6
-        row[f"{stage} dense ms"] = times["dense"]
-        row[f"{stage} / dense"] = times["ours"] / times["dense"]
-        row[f"{stage} ragged_dot ms"] = times.get("ragged_dot")
-        row[f"{stage} speed-up over ragged_dot"] = times["ragged_dot"] / times["ours"] if with_peer else None
-    return row
+        peer = times.get("ragged_dot")
+        rows.append(
+            {
+                "shape": shape.name,
+                "R,E,D,F": f"{shape.rows},{shape.groups},{shape.d_in},{shape.d_out}",
+                "routing": routing,
+                "pass": passes,
+                "ms": times["ours"],
+                "GFLOP/s": matmuls * shape.flops / times["ours"] / 1e6,
+                "dense ms": times["dense"],
+                "x dense": times["ours"] / times["dense"],
+                "ragged_dot ms": peer,
+                "speed-up": peer / times["ours"] if peer else None,
+            }
+        )
+    return rows
 
 
 def main() -> None:
@@ -137,20 +142,13 @@ def main() -> None:
     rows = []
     for shape in shapes:
         for routing in routings:
-            rows.append(measure(shape, routing, dtype, seconds, not arguments.no_peer))
+            rows += measure(shape, routing, dtype, seconds, not arguments.no_peer)
             print(f"{shape.name}, {routing}: done", flush=True)
-    short = {"GFLOP/s": "GF/s", "speed-up over ragged_dot": "vs ragged", "ragged_dot ms": "ragged ms"}
-    print_table([{_shorten(key, short): value for key, value in row.items()} for row in rows])
-    name = "grouped_matmul" if dtype == ("float32" if on_cpu else "bfloat16") else f"grouped_matmul_{dtype}"
-    print(
-        write_results(name + ("_quick" if arguments.quick else ""), rows, dtype=dtype, statistic="best time")
-    )
-
-
-def _shorten(key: str, short: dict[str, str]) -> str:
-    for long, abbreviation in short.items():
-        key = key.replace(long, abbreviation)
-    return key
+    print_table(rows)
+    name = "grouped_matmul" + ("_quick" if arguments.quick else "")
+    if arguments.dtype:
+        name += f"_{dtype}"
+    print(write_results(name, rows, dtype=dtype, statistic="best time"))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ def resolve_folder(path_or_hub_id: str | Path) -> Path:
     if path.exists():
         return path
     if not _HUB_ID.fullmatch(str(path_or_hub_id)):
-        raise UserError(f"model folder {path} does not exist: give a folder with config.json, or a hub id like org/name")
+        raise UserError(
+            f"model folder {path} does not exist: give a folder with config.json, or a hub id like org/name"
+        )
     import huggingface_hub
 
     try:
@@ -108,7 +110,8 @@ def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> Tree:
         mesh: shards them by `jaxmoe.sharding`; by default they are whole, on the first device.
 
     Raises:
-        UserError: a file could not be read, a tied copy differs, or the mesh does not divide a dimension.
+        UserError: a file could not be read, a tied copy differs, a value overflows float16, or the mesh does not
+            divide a dimension.
     """
     _check_copies(source)
     return read_params(source.files, source.spec, source.bindings, dtype, mesh)
@@ -134,7 +137,9 @@ def read_params(
 class _ShardReader:
     """Reads any rectangular part of one parameter; devices that hold the same part share one read."""
 
-    def __init__(self, reader: TensorReader, declared: Param, parts: Sequence[Binding], dtype: np.dtype) -> None:
+    def __init__(
+        self, reader: TensorReader, declared: Param, parts: Sequence[Binding], dtype: np.dtype
+    ) -> None:
         self._reader = reader
         self._declared = declared
         self._parts = parts
@@ -159,8 +164,22 @@ class _ShardReader:
                 part.index[letter] - of_letter[letter][0] if letter in part.index else slice(None)
                 for letter in self._declared.dims
             )
-            out[place] = values
+            with np.errstate(
+                over="ignore", invalid="ignore"
+            ):  # a NaN stays one; what overflows is found below
+                out[place] = values
+            if self._dtype == np.float16:  # the only one of less range than what checkpoints are stored in
+                _refuse_overflow(part.source, values, out[place])
         return out
+
+
+def _refuse_overflow(name: str, stored: np.ndarray, loaded: np.ndarray) -> None:
+    lost = np.isfinite(stored) & ~np.isfinite(loaded)
+    if lost.any():
+        largest = np.abs(stored[lost].astype(np.float64)).max()
+        raise UserError(
+            f"tensor {name}: value {largest:.6g} does not fit {loaded.dtype}; load it as bfloat16 or float32"
+        )
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -215,7 +234,7 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def compute_dtype(name: Any) -> Any:
-    """"bfloat16", "float32" or "float16" as a dtype.
+    """The dtype called "bfloat16", "float32" or "float16".
 
     Raises:
         UserError: anything else.

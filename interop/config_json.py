@@ -5,6 +5,7 @@ computation, or stand at its default. So a field that a newer checkpoint introdu
 silently ignored.
 """
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -20,11 +21,39 @@ _REQUIRED: Any = object()
 
 # Fields that change nothing in a training forward pass: bookkeeping, token ids, generation, reporting.
 _INERT = frozenset(
-    """architectures model_type transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id
-    output_router_logits router_aux_loss_coef initializer_range max_position_embeddings output_hidden_states
-    output_attentions return_dict id2label label2id problem_type chunk_size_feed_forward is_encoder_decoder
-    _name_or_path attn_implementation _attn_implementation rope_theta rope_scaling head_dim unsloth_version
-    use_return_dict num_experts num_local_experts""".split()
+    {
+        "_attn_implementation",
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "head_dim",
+        "id2label",
+        "initializer_range",
+        "is_encoder_decoder",
+        "label2id",
+        "max_position_embeddings",
+        "model_type",
+        "num_experts",
+        "num_local_experts",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "rope_scaling",
+        "rope_theta",
+        "router_aux_loss_coef",
+        "torch_dtype",
+        "transformers_version",
+        "unsloth_version",
+        "use_cache",
+        "use_return_dict",
+    }
 )
 
 
@@ -45,20 +74,27 @@ class ConfigReader:
             unused: fields that published configs of the family carry though its code never reads them.
 
         Raises:
-            UserError: a field of the wrong type.
+            UserError: a field of the wrong type, or two spellings of one field that disagree.
         """
         self.raw = raw
         self.file = file
         self._inert = _INERT | unused
         self._taken: set[str] = set()
         config_class = CONFIG_MAPPING[raw["model_type"]]
+        for alias, name in config_class.attribute_map.items():
+            if alias in raw and name in raw and raw[alias] != raw[name]:
+                raise UserError(f"{file}: {alias} = {raw[alias]!r} and {name} = {raw[name]!r} mean the same; keep one")
+        # The class fills in nested objects in place, and looks the dtype up in torch.
+        fields = {name: copy.deepcopy(value) for name, value in raw.items() if name not in ("dtype", "torch_dtype")}
         try:
-            self._config = config_class.from_dict(dict(raw))
+            self._config = config_class.from_dict(fields)
             self._config.standardize_rope_params()
         except Exception as error:  # the class raises its own, many kinds
             raise UserError(f"{file}: {' '.join(str(error).split())}") from error
         self._defaults = config_class()
-        self._known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+        self._known = {field.name for field in dataclasses.fields(config_class)} | set(
+            config_class.attribute_map
+        )
 
     def take(self, name: str, default: Any = _REQUIRED) -> Any:
         """The value of a field, by either of its spellings.
@@ -72,6 +108,17 @@ class ConfigReader:
             return default
         if value is None:
             raise UserError(f"{self.file}: {name!r} is missing")
+        return value
+
+    def size(self, name: str) -> int:
+        """The value of a field that must be a positive integer.
+
+        Raises:
+            UserError: it is absent, or another value.
+        """
+        value = self.take(name)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{self.file}: {name} = {value!r}: expected a positive integer")
         return value
 
     def expect(self, name: str, *allowed: Any) -> None:
@@ -99,7 +146,9 @@ class ConfigReader:
                 near = difflib.get_close_matches(name, sorted(self._known), 1)
                 problems.append(f"unknown field {name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
             elif value != getattr(self._defaults, name, None):
-                problems.append(f"{name} = {value!r} is not supported (only {getattr(self._defaults, name, None)!r})")
+                problems.append(
+                    f"{name} = {value!r} is not supported (only {getattr(self._defaults, name, None)!r})"
+                )
         if problems:
             raise UserError(f"{self.file}: {'; '.join(problems)}")
 

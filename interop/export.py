@@ -31,12 +31,27 @@ MAX_SHARD_BYTES = 5 * 10**9
 """Largest file of an export that has no source folder to follow."""
 
 _OTHER_WEIGHTS = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".pkl"}
+    {
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".gguf",
+        ".ggml",
+        ".h5",
+        ".msgpack",
+        ".onnx",
+        ".npz",
+        ".pkl",
+    }
 )
 """Suffixes of weight files: copies of the weights before training would contradict the ones exported."""
 
 
-def export_like_source(params: Tree, source: Source, folder: str | Path, *, overwrite: bool = False) -> list[str]:
+def export_like_source(
+    params: Tree, source: Source, folder: str | Path, *, overwrite: bool = False
+) -> list[str]:
     """Write `params` as `source` is laid out.
 
     On several hosts all must call it; the first one writes.
@@ -102,7 +117,9 @@ def export_new(
     if jax.process_index() != 0:
         tensors.take_part(shards)
         return
-    config = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": np.dtype(dtype).name}
+    config = {name: value for name, value in config.items() if name != "torch_dtype"} | {
+        "dtype": np.dtype(dtype).name
+    }
     with FolderWriter(folder, overwrite=overwrite) as writer:
         for shard in shards:
             writer.shard(shard, tensors.fetch)
@@ -158,17 +175,19 @@ class _Tensors:
 
     def _stored(self, info: TensorInfo, binding: Binding, box: list[slice], part: np.ndarray) -> np.ndarray:
         """A piece in the dtype of the file; where training changed nothing, the very bits of the source."""
-        dtype = numpy_dtype(info.dtype)
-        with np.errstate(over="ignore"):
-            values = part.astype(dtype)
-        if not np.isfinite(values[np.isfinite(part)]).all():
-            largest = np.abs(part[np.isfinite(part)].astype(np.float64)).max()
-            raise UserError(f"tensor {info.name}: value {largest:.6g} does not fit its dtype {info.dtype} in the file")
-        if self._original is not None:
-            before = binding.to_parameter(self._original.read_box(info.name, binding.sizes, box))
-            bits = np.dtype(f"u{part.dtype.itemsize}")
-            same = before.astype(part.dtype).view(bits) == np.ascontiguousarray(part).view(bits)
-            np.copyto(values, before, where=same)
+        with np.errstate(over="ignore", invalid="ignore"):  # a NaN stays one; what overflows is found below
+            values = part.astype(numpy_dtype(info.dtype))
+            if self._original is not None:
+                before = binding.to_parameter(self._original.read_box(info.name, binding.sizes, box))
+                bits = np.dtype(f"u{part.dtype.itemsize}")
+                same = before.astype(part.dtype).view(bits) == np.ascontiguousarray(part).view(bits)
+                np.copyto(values, before, where=same)
+        lost = np.isfinite(part) & ~np.isfinite(values)
+        if lost.any():
+            largest = np.abs(part[lost].astype(np.float64)).max()
+            raise UserError(
+                f"tensor {info.name}: value {largest:.6g} does not fit its dtype {info.dtype} in the file"
+            )
         return binding.to_tensor(values)
 
 
@@ -179,7 +198,9 @@ def _replicated(array: jax.Array) -> NamedSharding | None:
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "sharding"))
-def _slice(array: jax.Array, starts: np.ndarray, sizes: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
+def _slice(
+    array: jax.Array, starts: np.ndarray, sizes: tuple[int, ...], sharding: NamedSharding | None
+) -> jax.Array:
     """A slice of a sharded array, whole on every device, so that any host can fetch it."""
     piece = jax.lax.dynamic_slice(array, [starts[i] for i in range(len(sizes))], sizes)
     return piece if sharding is None else jax.lax.with_sharding_constraint(piece, sharding)

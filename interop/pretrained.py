@@ -43,7 +43,9 @@ def read_blueprint(config: str | Path | Mapping[str, Any]) -> Blueprint:
     Raises:
         UserError: it is missing, malformed or not supported.
     """
-    raw, file = (config, "model.config") if isinstance(config, Mapping) else (read_config(Path(config)), str(config))
+    raw, file = (
+        (config, "model.config") if isinstance(config, Mapping) else (read_config(Path(config)), str(config))
+    )
     if not isinstance(raw.get("model_type"), str):
         raise UserError(f"{file}: expected a string 'model_type', got {raw.get('model_type')!r}")
     family = family_of(raw, file)
@@ -51,7 +53,9 @@ def read_blueprint(config: str | Path | Mapping[str, Any]) -> Blueprint:
     return Blueprint(raw, family, spec, bind(family.rules(spec), spec))
 
 
-def from_pretrained(folder_or_hub_id: str | Path, dtype: Any = "bfloat16", mesh: Mesh | None = None) -> MoEModel:
+def from_pretrained(
+    folder_or_hub_id: str | Path, dtype: Any = "bfloat16", mesh: Mesh | None = None
+) -> MoEModel:
     """Load a Hugging Face checkpoint.
 
     Args:

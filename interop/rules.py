@@ -151,7 +151,9 @@ def bind(
             layouts = [layout for layout in layouts if any(b.source in present for b in layout)] or layouts
         for binding in layouts[0]:
             if binding.source in of_tensor:
-                raise ValueError(f"{binding.source} is taken by both {of_tensor[binding.source].target} and {part.name}")
+                raise ValueError(
+                    f"{binding.source} is taken by both {of_tensor[binding.source].target} and {part.name}"
+                )
             of_tensor[binding.source] = binding
             of_parameter.setdefault(part.name, []).append(binding)
             if present is not None and binding.source not in present:
@@ -163,7 +165,11 @@ def bind(
     extra = (present or set()) - of_tensor.keys()
     surplus = sorted(name for name in extra if not any(re.search(pattern, name) for pattern in ignored))
     return Bindings(
-        of_tensor, {name: tuple(parts) for name, parts in of_parameter.items()}, copies, tuple(missing), tuple(surplus)
+        of_tensor,
+        {name: tuple(parts) for name, parts in of_parameter.items()},
+        copies,
+        tuple(missing),
+        tuple(surplus),
     )
 
 
@@ -201,6 +207,8 @@ def _expand(rule: Rule, part: _Part) -> list[Binding]:
     size_of = dict(zip(part.declared.dims, part.declared.shape, strict=True))
     choices: list[list[tuple[str, int, str]]] = []
     for letter, words in fields:
+        if words is not None and len(words) != size_of[letter]:
+            raise ValueError(f"{rule} spells {len(words)} words for {letter}={size_of[letter]} of {part.name}")
         if letter == "L":
             choices.append([("L", part.repeat or 0, str(part.layer))])
         else:

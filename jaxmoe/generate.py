@@ -51,7 +51,9 @@ def generate(
     key = jax.random.key(seed)
     for end in range(len(prompt), len(prompt) + tokens):
         draw = jax.random.fold_in(key, end)
-        token = int(_next_token(weights, jnp.asarray(buffer), end - 1, draw, temperature, spec=spec, dtype=dtype))
+        token = int(
+            _next_token(weights, jnp.asarray(buffer), end - 1, draw, temperature, spec=spec, dtype=dtype)
+        )
         if token == stop:
             return buffer[0, len(prompt) : end].tolist()
         buffer[0, end] = token
@@ -60,7 +62,14 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames=("spec", "dtype"))
 def _next_token(
-    weights: Tree, tokens: jax.Array, last: int, key: jax.Array, temperature: float, *, spec: ModelSpec, dtype: Any
+    weights: Tree,
+    tokens: jax.Array,
+    last: int,
+    key: jax.Array,
+    temperature: float,
+    *,
+    spec: ModelSpec,
+    dtype: Any,
 ) -> jax.Array:
     hidden, _ = decoder.hidden_states(weights, spec, decoder.make_batch(tokens), dtype=dtype)
     at_last = jax.lax.dynamic_slice_in_dim(hidden, last, 1, axis=1)

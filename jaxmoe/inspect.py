@@ -16,7 +16,8 @@ from jaxmoe.throughput import active_params
 def main(argv: list[str]) -> None:
     """The command."""
     parser = argparse.ArgumentParser(
-        prog="jaxmoe inspect", description="Check a checkpoint and say what is in it; a config.json works too."
+        prog="jaxmoe inspect",
+        description="Check a checkpoint and say what is in it; a config.json works too.",
     )
     parser.add_argument("model", help="folder, hub id, or config.json file")
     parser.add_argument("--parameters", action="store_true", help="list every parameter and its tensors")
@@ -42,7 +43,9 @@ def _summary(model_type: str, spec: ModelSpec) -> Table:
     table.add_row("family", model_type)
     table.add_row("parameters", f"{count(model_params(spec)):,}")
     table.add_row("active per token", f"{active_params(spec):,} (output head included)")
-    table.add_row("width, vocabulary", f"{spec.width:,}, {spec.vocab_size:,}{', tied' if spec.tie_embeddings else ''}")
+    table.add_row(
+        "width, vocabulary", f"{spec.width:,}, {spec.vocab_size:,}{', tied' if spec.tie_embeddings else ''}"
+    )
     for group in spec.groups:
         table.add_row(f"layers x {group.repeats}", "\n".join(_layer(layer) for layer in group.pattern))
     return table

@@ -54,7 +54,9 @@ def _chunks(x: jax.Array, chunk: int, fill: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
 
-def _chunk_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _chunk_nll(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Summed loss of one chunk; logits and their logsumexp for whoever wants the gradient."""
     logits = jnp.einsum("btd,vd->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
     lse = jax.nn.logsumexp(logits, axis=-1)
@@ -86,7 +88,9 @@ def _chunked_fwd(
         return (total + nll, dhead), jnp.einsum("btv,vd->btd", dlogits, head.astype(hidden.dtype))
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32))
-    (total, dhead), dhidden = jax.lax.scan(body, start, (_chunks(hidden, chunk, 0), _chunks(targets, chunk, IGNORED)))
+    (total, dhead), dhidden = jax.lax.scan(
+        body, start, (_chunks(hidden, chunk, 0), _chunks(targets, chunk, IGNORED))
+    )
     dhidden = jnp.moveaxis(dhidden, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, : hidden.shape[1]]
     return total, (dhidden, dhead.astype(head.dtype))
 

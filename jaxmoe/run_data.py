@@ -89,7 +89,8 @@ class RunData:
 
     def baselines(self) -> dict[str, float]:
         """Bits per byte of a unigram and a bigram model of bytes, on the documents that are evaluated."""
-        assert self.heldout is not None and self.evaluation is not None
+        assert self.heldout is not None
+        assert self.evaluation is not None
         covered = (self.heldout[i] for i in range(self.evaluation.num_documents))
         return byte_baselines(self.train, covered, max_train_bytes=BASELINE_BYTES)
 
@@ -146,7 +147,9 @@ def tokenizer_files(config: RunConfig) -> dict[str, Path]:
     return {name: folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()}
 
 
-def _tokenizer(config: RunConfig, model_folder: Path | None, documents: Documents) -> tuple[Tokenizer, Path | None]:
+def _tokenizer(
+    config: RunConfig, model_folder: Path | None, documents: Documents
+) -> tuple[Tokenizer, Path | None]:
     """The tokenizer and the folder that it was read from, None if it was just made."""
     given = config.data.tokenizer
     if isinstance(given, TrainTokenizer):
@@ -157,7 +160,9 @@ def _tokenizer(config: RunConfig, model_folder: Path | None, documents: Document
         path = Path(given).expanduser()
         return load_tokenizer(path), _folder_of(path)
     if model_folder is None:
-        raise UserError("data.tokenizer: a model with random weights has none; give a path or {train_bpe: SIZE}")
+        raise UserError(
+            "data.tokenizer: a model with random weights has none; give a path or {train_bpe: SIZE}"
+        )
     return load_tokenizer(model_folder), model_folder
 
 

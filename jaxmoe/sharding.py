@@ -16,7 +16,15 @@ from jaxmoe.params import Param, Tree, named
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
-MESH_AXIS_OF = {"V": "tensor", "D": "fsdp", "Q": "tensor", "U": "tensor", "E": "expert", "F": "tensor", "I": "tensor"}
+MESH_AXIS_OF = {
+    "V": "tensor",
+    "D": "fsdp",
+    "Q": "tensor",
+    "U": "tensor",
+    "E": "expert",
+    "F": "tensor",
+    "I": "tensor",
+}
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
@@ -62,11 +70,15 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
     """
     problems = []
     for name, declared in named(tree):
-        for size, letter, axis in zip(declared.shape, declared.dims, tuple(partition_spec(declared)), strict=False):
+        for size, letter, axis in zip(
+            declared.shape, declared.dims, tuple(partition_spec(declared)), strict=False
+        ):
             if axis is not None and size % mesh.shape[axis]:
                 problems.append(f"{name}: {letter}={size} is not divisible by {axis}={mesh.shape[axis]}")
     if problems:
-        listed = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        listed = "; ".join(sorted(problems)[:8]) + (
+            f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        )
         raise UserError(f"mesh does not fit the model: {listed}")
     return jax.tree.map(lambda declared: NamedSharding(mesh, partition_spec(declared)), tree)
 

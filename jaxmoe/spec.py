@@ -79,7 +79,10 @@ def group_layers(layers: Sequence[LayerSpec]) -> tuple[LayerGroup, ...]:
         best_period, best_repeats = 1, 1
         for period in range(1, (len(layers) - start) // 2 + 1):
             repeats = 1
-            while layers[start : start + period] == layers[start + repeats * period : start + (repeats + 1) * period]:
+            while (
+                layers[start : start + period]
+                == layers[start + repeats * period : start + (repeats + 1) * period]
+            ):
                 repeats += 1
             if repeats > 1 and period * repeats > best_period * best_repeats:
                 best_period, best_repeats = period, repeats
@@ -91,7 +94,11 @@ def group_layers(layers: Sequence[LayerSpec]) -> tuple[LayerGroup, ...]:
 def layer_params(layer: LayerSpec, width: int) -> Tree:
     """Declarations of one layer, not stacked."""
     norm: Param = param("D", {"D": width}, role="vector", init="ones")
-    ffn = moe_params(layer.ffn, width) if isinstance(layer.ffn, MoESpec) else {"mlp": mlp_params(layer.ffn, width)}
+    ffn = (
+        moe_params(layer.ffn, width)
+        if isinstance(layer.ffn, MoESpec)
+        else {"mlp": mlp_params(layer.ffn, width)}
+    )
     return {"attention_norm": norm, "attention": attention_params(layer.mixer, width), "ffn_norm": norm} | ffn
 
 

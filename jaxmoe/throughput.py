@@ -46,7 +46,11 @@ def train_flops_per_token(spec: ModelSpec, sequence_length: int) -> float:
     attention = 0.0
     for layer in spec.layers:
         window = layer.mixer.window or sequence_length
-        keys = sequence_length / 2 if window >= sequence_length else window * (1 - window / (2 * sequence_length))
+        keys = (
+            sequence_length / 2
+            if window >= sequence_length
+            else window * (1 - window / (2 * sequence_length))
+        )
         attention += 12.0 * layer.mixer.num_heads * layer.mixer.head_dim * keys
     return 6.0 * active_params(spec) + attention
 

@@ -19,7 +19,9 @@ def main(argv: list[str]) -> None:
         description="Train a mixture-of-experts model. The same command goes on with a run that was interrupted.",
     )
     parser.add_argument("config", nargs="?", help="YAML file of the run; by default the quickstart")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the file's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="values that replace the file's"
+    )
     options = parser.parse_intermixed_args(argv)
     overrides = list(options.overrides)
     if options.config is not None and "=" in options.config and not Path(options.config).exists():

@@ -43,7 +43,9 @@ class StepSpec:
     z_loss: float
 
 
-def init_state(weights: Tree, optimizer: optax.GradientTransformation, spec: ModelSpec, seed: int, mesh: Mesh) -> TrainState:
+def init_state(
+    weights: Tree, optimizer: optax.GradientTransformation, spec: ModelSpec, seed: int, mesh: Mesh
+) -> TrainState:
     """The state before the first step, the optimiser's moments sharded like the weights that they belong to."""
     opt_state = jax.jit(optimizer.init, out_shardings=opt_state_shardings(optimizer, spec, mesh))(weights)
     whole = NamedSharding(mesh, PartitionSpec())
@@ -99,7 +101,10 @@ def opt_state_shardings(optimizer: optax.GradientTransformation, spec: ModelSpec
 
 
 def make_train_step(
-    spec: StepSpec, optimizer: optax.GradientTransformation, learning_rate: optax.Schedule, state_shardings: Any
+    spec: StepSpec,
+    optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    state_shardings: Any,
 ) -> Any:
     """A jitted function (state, batch) → (state, metrics) that takes over the state's buffers.
 
@@ -143,7 +148,9 @@ def _accumulate(
     segments = batch["segment_ids"]
     targets = jnp.sum((segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] > 0)).astype(jnp.float32)
 
-    def loss_of(weights: Tree, micro: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    def loss_of(
+        weights: Tree, micro: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
         return _loss(spec, weights, micro, key, 1.0 / jnp.maximum(targets, 1.0), 1.0 / count)
 
     def one(micro: dict[str, jax.Array], index: jax.Array | int) -> tuple[Tree, dict[str, Any]]:
@@ -163,7 +170,12 @@ def _accumulate(
 
 
 def _loss(
-    spec: StepSpec, weights: Tree, micro: dict[str, jax.Array], key: jax.Array, per_target: jax.Array, share: float
+    spec: StepSpec,
+    weights: Tree,
+    micro: dict[str, jax.Array],
+    key: jax.Array,
+    per_target: jax.Array,
+    share: float,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """This micro-batch's part of the loss: terms of all micro-batches add up to the batch's."""
     inputs = decoder.Batch(micro["tokens"], micro["positions"], micro["segment_ids"])

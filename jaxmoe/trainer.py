@@ -77,14 +77,18 @@ def run(config: RunConfig) -> Result:
 class Trainer:
     """One run in progress."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, model: RunModel, data: RunData, mesh: Mesh) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, model: RunModel, data: RunData, mesh: Mesh
+    ) -> None:
         self.config = config
         self.folder = folder
         self.model = model
         self.data = data
         self.mesh = mesh
         self.checkpoints = Checkpoints(folder.checkpoints, config.train.keep_checkpoints)
-        self.optimizer = build_optimizer(config.optimizer, roles(model_params(model.spec)), config.train.steps)
+        self.optimizer = build_optimizer(
+            config.optimizer, roles(model_params(model.spec)), config.train.steps
+        )
         self.step_spec = StepSpec(
             model.spec, model.dtype, config.model.remat, config.balance.aux_loss, config.balance.z_loss
         )
@@ -108,7 +112,9 @@ class Trainer:
         if latest is None:
             weights = self.model.weights(self.mesh, self.config.train.seed)
             return init_state(weights, self.optimizer, self.model.spec, self.config.train.seed, self.mesh)
-        state, extra = self.checkpoints.restore(latest, abstract_state(self.optimizer, self.model.spec, self.mesh))
+        state, extra = self.checkpoints.restore(
+            latest, abstract_state(self.optimizer, self.model.spec, self.mesh)
+        )
         batches.set_state(extra["data"][jax.process_index()])
         return TrainState(*state)
 
@@ -130,7 +136,9 @@ class Trainer:
             figures = meter.after(metrics)
             self._report(number, number == done + 1, metrics, figures, display)
             last = number == train.steps
-            if self.data.heldout is not None and (last or train.eval_every and number % train.eval_every == 0):
+            if self.data.heldout is not None and (
+                last or (train.eval_every and number % train.eval_every == 0)
+            ):
                 self._evaluate(number, state, display)
             if last or number % train.checkpoint_every == 0:
                 self.checkpoints.save(number, state, {"data": _of_all_hosts(position)})
@@ -138,7 +146,12 @@ class Trainer:
         return state
 
     def _report(
-        self, number: int, first: bool, metrics: dict[str, Any], figures: dict[str, float], display: RunDisplay
+        self,
+        number: int,
+        first: bool,
+        metrics: dict[str, Any],
+        figures: dict[str, float],
+        display: RunDisplay,
     ) -> None:
         loss = float(metrics["loss"])
         if not math.isfinite(loss):
@@ -191,7 +204,9 @@ class Trainer:
             export = self.folder.export
             result = dataclasses.replace(result, export=export)
             rows["export"] = str(export)
-            left_out = [] if export.exists() else self.model.export(state.params, export, tokenizer_files(config))
+            left_out = (
+                [] if export.exists() else self.model.export(state.params, export, tokenizer_files(config))
+            )
             if left_out:
                 rows["not exported"] = f"{', '.join(left_out)}: weights from before training, in other files"
         if config.sample is not None:

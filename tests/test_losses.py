@@ -29,8 +29,12 @@ def plain(hidden, head, targets):
 def test_cross_entropy_and_gradients(chunk, monkeypatch):
     monkeypatch.setattr(losses, "_LOGITS_PER_CHUNK", chunk * B * V)
     hidden, head, targets = inputs()
-    np.testing.assert_allclose(losses.linear_cross_entropy(hidden, head, targets), plain(hidden, head, targets), rtol=1e-6)
-    ours = jax.grad(lambda h, w: 3.0 * losses.linear_cross_entropy(h, w, targets), argnums=(0, 1))(hidden, head)
+    np.testing.assert_allclose(
+        losses.linear_cross_entropy(hidden, head, targets), plain(hidden, head, targets), rtol=1e-6
+    )
+    ours = jax.grad(lambda h, w: 3.0 * losses.linear_cross_entropy(h, w, targets), argnums=(0, 1))(
+        hidden, head
+    )
     want = jax.grad(lambda h, w: 3.0 * plain(h, w, targets), argnums=(0, 1))(hidden, head)
     for grad, expected in zip(ours, want, strict=True):
         np.testing.assert_allclose(grad, expected, rtol=1e-5, atol=1e-6)

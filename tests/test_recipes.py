@@ -1,4 +1,4 @@
-"""The recipes under configs/: valid, on a mesh that divides their models, within the memory of its devices."""
+"""The recipes under configs/: valid, on a mesh that divides their models and has the memory for them."""
 
 import math
 import re
@@ -108,8 +108,8 @@ def test_mesh_divides_the_model_and_holds_it(file):
     assert devices % DEVICES_PER_NODE == 0
     mesh = AbstractMesh(tuple(sizes[axis] for axis in MESH_AXES), MESH_AXES)
     optimizer = build_optimizer(config.optimizer, roles(model_params(spec)), config.train.steps)
-    state = abstract_state(optimizer, spec, mesh)  # a UserError if the mesh does not divide a dimension
-    # Gradients are float32 like the weights; with several micro-batches their sum is held beside those of one.
+    state = abstract_state(optimizer, spec, mesh)  # a UserError if the mesh does not divide the model
+    # Gradients are float32 like the weights; with micro-batches, their sum is held beside those of one.
     gradients = shard_bytes(state.params) * (1 if config.train.accumulation == 1 else 2)
     needed = shard_bytes(state) + gradients
     stated = re.search(r"# State and gradients: (\d+) GB per GPU", file.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """Tiny models of every family, and checkpoints of them written without any of jaxmoe's own rules.
 
-Dimensions are pairwise distinct, also when halved by a mesh with fsdp=2, expert=2, tensor=2, so that a swapped
-pair of axes has a wrong shape. (OLMoE has no head width of its own: its queries are as wide as the model.)
+Dimensions are pairwise distinct, also when halved by a mesh with fsdp=2, expert=2, tensor=2, so that a
+swapped pair of axes has a wrong shape. (OLMoE has no head width: its queries are as wide as the model.)
 """
 
 import json
@@ -134,7 +134,7 @@ def _layer_shapes(
 def random_tensors(
     config: Mapping[str, Any], dtype: str = "float32", layout: Layout = "experts", seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Random tensors of a checkpoint; norm scales about 1. Both layouts hold the same values for the same seed."""
+    """Random tensors of a checkpoint, norm scales about 1; a seed gives both layouts the same values."""
     rng = np.random.default_rng(seed)
     values = {}
     for name, shape in tensor_shapes(config):
@@ -237,7 +237,7 @@ def torch_model(family: str, seed: int = 0, dtype: Any = None, **overrides: Any)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **(CONFIGS[family] | overrides))
+    config = AutoConfig.for_model(**config_json(family, **overrides))
     model = AutoModelForCausalLM.from_config(
         config, dtype=dtype or torch.float32, attn_implementation="eager", experts_implementation="eager"
     )

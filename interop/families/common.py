@@ -10,6 +10,11 @@ from jaxmoe.model.rope import Dynamic, Linear, Llama3, LongRope, RopeSpec, Scali
 
 LAYER = "model.layers.{L}."
 
+_ROPE_NUMBERS = frozenset(
+    """rope_theta partial_rotary_factor factor original_max_position_embeddings attention_factor beta_fast beta_slow
+    mscale mscale_all_dim low_freq_factor high_freq_factor""".split()
+)
+
 
 def trunk_rules(tied: bool) -> tuple[Rule, ...]:
     """Embedding, final norm and output head."""
@@ -70,10 +75,9 @@ def mlp_rules() -> tuple[Rule, ...]:
 
 def head_dim(config: ConfigReader) -> int:
     """``head_dim`` where the config gives one, else hidden_size / num_attention_heads."""
-    explicit = config.take("head_dim", None)
-    if explicit is not None:
-        return explicit
-    width, heads = config.take("hidden_size"), config.take("num_attention_heads")
+    if config.take("head_dim", None) is not None:
+        return config.size("head_dim")
+    width, heads = config.size("hidden_size"), config.size("num_attention_heads")
     if width % heads:
         raise UserError(f"{config.file}: hidden_size {width} is not divisible by num_attention_heads {heads}")
     return width // heads
@@ -83,20 +87,29 @@ def rope_spec(config: ConfigReader, width: int) -> RopeSpec:
     """The rotation from ``rope_parameters`` (or the older rope_theta and rope_scaling, already merged into it).
 
     Raises:
-        UserError: an unknown rope type, a missing or an unknown parameter of it.
+        UserError: an unknown rope type, a missing, unknown or malformed parameter of it.
     """
     given = dict(config.take("rope_parameters"))
-    theta = given.pop("rope_theta")
+    for name in _ROPE_NUMBERS & given.keys():
+        if given[name] is not None and not _is_positive(given[name]):
+            raise UserError(f"{config.file}: {name} = {given[name]!r} of the rotation: expected a positive number")
     kind = given.pop("rope_type", "default")
     given.pop("type", None)
-    rotary = int(width * given.pop("partial_rotary_factor", 1.0))
-    positions = config.take("max_position_embeddings")
+    rotary = int(width * (given.pop("partial_rotary_factor", None) or 1.0))
+    positions = config.size("max_position_embeddings")
 
     def need(name: str) -> Any:
         if given.get(name) is None:
             raise UserError(f"{config.file}: rope_parameters of type {kind!r} lack {name!r}")
         return given.pop(name)
 
+    def factors(name: str) -> tuple[float, ...]:
+        values = need(name)
+        if not isinstance(values, list) or len(values) != rotary // 2 or not all(map(_is_positive, values)):
+            raise UserError(f"{config.file}: {name} of the rotation: expected {rotary // 2} positive numbers")
+        return tuple(values)
+
+    theta = need("rope_theta")
     scaling: Scaling
     if kind == "default":
         scaling = None
@@ -116,14 +129,20 @@ def rope_spec(config: ConfigReader, width: int) -> RopeSpec:
         attention = given.pop("attention_factor", None)
         if attention is None:
             attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-        scaling = LongRope(tuple(need("short_factor")), tuple(need("long_factor")), original, attention)
+        scaling = LongRope(factors("short_factor"), factors("long_factor"), original, attention)
     else:
         known = "default, linear, dynamic, yarn, llama3, longrope"
         raise UserError(f"{config.file}: rope type {kind!r} is not supported; supported: {known}")
     unread = sorted(name for name, value in given.items() if value is not None)
     if unread:
-        raise UserError(f"{config.file}: rope_parameters of type {kind!r} have unknown entries {', '.join(unread)}")
+        raise UserError(
+            f"{config.file}: rope_parameters of type {kind!r} have unknown entries {', '.join(unread)}"
+        )
     return RopeSpec(theta, rotary, scaling)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _yarn(given: dict[str, Any], positions: int) -> Yarn:

@@ -16,8 +16,8 @@ def _spec(config: ConfigReader) -> ModelSpec:
     head_dim = common.head_dim(config)
     layer = LayerSpec(
         mixer=AttentionSpec(
-            num_heads=config.take("num_attention_heads"),
-            num_kv_heads=config.take("num_key_value_heads"),
+            num_heads=config.size("num_attention_heads"),
+            num_kv_heads=config.size("num_key_value_heads"),
             head_dim=head_dim,
             rope=common.rope_spec(config, head_dim),
             norm_eps=eps,
@@ -25,20 +25,20 @@ def _spec(config: ConfigReader) -> ModelSpec:
         ),
         ffn=MoESpec(
             router=RouterSpec(
-                num_experts=config.take("num_local_experts"),
-                top_k=config.take("num_experts_per_tok"),
+                num_experts=config.size("num_local_experts"),
+                top_k=config.size("num_experts_per_tok"),
                 renormalize=True,
                 weight_dtype="float32",
                 jitter=config.take("router_jitter_noise", 0.0),
             ),
-            hidden=config.take("intermediate_size"),
+            hidden=config.size("intermediate_size"),
         ),
         norm_eps=eps,
     )
     return ModelSpec(
-        width=config.take("hidden_size"),
-        vocab_size=config.take("vocab_size"),
-        groups=group_layers([layer] * config.take("num_hidden_layers")),
+        width=config.size("hidden_size"),
+        vocab_size=config.size("vocab_size"),
+        groups=group_layers([layer] * config.size("num_hidden_layers")),
         norm_eps=eps,
         tie_embeddings=config.take("tie_word_embeddings"),
         init_std=config.take("initializer_range"),

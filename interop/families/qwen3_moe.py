@@ -18,8 +18,8 @@ def _spec(config: ConfigReader) -> ModelSpec:
     windowed = config.take("use_sliding_window")
     window = config.take("sliding_window", None)
     attention = AttentionSpec(
-        num_heads=config.take("num_attention_heads"),
-        num_kv_heads=config.take("num_key_value_heads"),
+        num_heads=config.size("num_attention_heads"),
+        num_kv_heads=config.size("num_key_value_heads"),
         head_dim=head_dim,
         rope=common.rope_spec(config, head_dim),
         norm_eps=eps,
@@ -29,22 +29,22 @@ def _spec(config: ConfigReader) -> ModelSpec:
     )
     sparse = MoESpec(
         router=RouterSpec(
-            num_experts=config.take("num_experts"),
-            top_k=config.take("num_experts_per_tok"),
+            num_experts=config.size("num_experts"),
+            top_k=config.size("num_experts_per_tok"),
             renormalize=config.take("norm_topk_prob"),
             weight_dtype="model",
         ),
-        hidden=config.take("moe_intermediate_size"),
+        hidden=config.size("moe_intermediate_size"),
     )
-    dense = MLPSpec(config.take("intermediate_size"))
-    dense_layers, step = config.take("mlp_only_layers", ()), config.take("decoder_sparse_step")
+    dense = MLPSpec(config.size("intermediate_size"))
+    dense_layers, step = config.take("mlp_only_layers", ()), config.size("decoder_sparse_step")
     layers = [
         LayerSpec(attention, dense if index in dense_layers or (index + 1) % step else sparse, eps)
-        for index in range(config.take("num_hidden_layers"))
+        for index in range(config.size("num_hidden_layers"))
     ]
     return ModelSpec(
-        width=config.take("hidden_size"),
-        vocab_size=config.take("vocab_size"),
+        width=config.size("hidden_size"),
+        vocab_size=config.size("vocab_size"),
         groups=group_layers(layers),
         norm_eps=eps,
         tie_embeddings=config.take("tie_word_embeddings"),

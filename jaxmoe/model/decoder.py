@@ -73,9 +73,7 @@ def hidden_states(
     stats: list[RouterStats] = []
     for index, (group, group_params) in enumerate(zip(spec.groups, params["groups"], strict=True)):
         group_key = None if key is None else jax.random.fold_in(key, index)
-        x_BTD, group_stats = _run_group(
-            group, group_params, x_BTD, sequence_info, valid_BT, group_key, remat
-        )
+        x_BTD, group_stats = _run_group(group, group_params, x_BTD, sequence_info, valid_BT, group_key, remat)
         stats.extend(group_stats)
     x_BTD = rms_norm(x_BTD, params["norm"], spec.norm_eps)
     return x_BTD, jax.tree.map(lambda *parts: jnp.concatenate(parts), *stats) if stats else None

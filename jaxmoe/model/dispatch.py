@@ -26,7 +26,9 @@ class Dispatch(NamedTuple):
     group_sizes: jax.Array
 
 
-def make_dispatch(experts_RK: jax.Array, num_experts: int, first: jax.Array | int = 0, held: int | None = None) -> Dispatch:
+def make_dispatch(
+    experts_RK: jax.Array, num_experts: int, first: jax.Array | int = 0, held: int | None = None
+) -> Dispatch:
     """Order the slots of `experts_RK` (R, K) by expert, stably.
 
     Args:

@@ -25,7 +25,9 @@ class MoEModel(nnx.Module):
         source: where the weights were read from (a `jaxmoe.interop.checkpoint.Source`); export follows it.
     """
 
-    def __init__(self, spec: ModelSpec, params: Tree, dtype: Any, mesh: Mesh | None = None, source: Any = None):
+    def __init__(
+        self, spec: ModelSpec, params: Tree, dtype: Any, mesh: Mesh | None = None, source: Any = None
+    ):
         self.spec = spec
         self.params = nnx.data(jax.tree.map(nnx.Param, params))
         self.dtype = jnp.dtype(dtype)
@@ -46,13 +48,17 @@ class MoEModel(nnx.Module):
         Returns:
             (B, T, V) float32.
         """
-        batch = decoder.make_batch(*(None if x is None else jnp.asarray(x) for x in (tokens, positions, segment_ids)))
+        batch = decoder.make_batch(
+            *(None if x is None else jnp.asarray(x) for x in (tokens, positions, segment_ids))
+        )
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             return _logits(self.pure_params(), self.spec, batch, self.dtype)
 
     def pure_params(self) -> Tree:
         """The parameters as plain arrays, for pure functions."""
-        return jax.tree.map(lambda leaf: leaf[...], self.params, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+        return jax.tree.map(
+            lambda leaf: leaf[...], self.params, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "dtype"))

@@ -54,7 +54,12 @@ def moe(
 
 
 def _experts(
-    params: Tree, x_RD: jax.Array, experts_RK: jax.Array, weights_RK: jax.Array, num_experts: int, first: jax.Array | int
+    params: Tree,
+    x_RD: jax.Array,
+    experts_RK: jax.Array,
+    weights_RK: jax.Array,
+    num_experts: int,
+    first: jax.Array | int,
 ) -> jax.Array:
     """Outputs of the experts held here, summed per token: (R, D)."""
     held, _, hidden, width = params["gate_up"].shape
@@ -67,7 +72,9 @@ def _experts(
     return combine(y_ZD, weights_RK, dispatch)
 
 
-def _experts_on_mesh(params: Tree, x_RD: jax.Array, experts_RK: jax.Array, weights_RK: jax.Array) -> jax.Array:
+def _experts_on_mesh(
+    params: Tree, x_RD: jax.Array, experts_RK: jax.Array, weights_RK: jax.Array
+) -> jax.Array:
     """`_experts` where the mesh shards it.
 
     Tokens are gathered along the expert axis, each device computes its own experts and its own slice of the
@@ -82,7 +89,9 @@ def _experts_on_mesh(params: Tree, x_RD: jax.Array, experts_RK: jax.Array, weigh
     def local(params: Tree, x_RD: jax.Array, experts_RK: jax.Array, weights_RK: jax.Array) -> jax.Array:
         gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
         first = jax.lax.axis_index("expert") * params["gate_up"].shape[0]
-        partial_RD = _experts(params, gather(x_RD), gather(experts_RK), gather(weights_RK), num_experts, first)
+        partial_RD = _experts(
+            params, gather(x_RD), gather(experts_RK), gather(weights_RK), num_experts, first
+        )
         wide_RD = jax.lax.psum(partial_RD.astype(jnp.float32), "tensor")
         return jax.lax.psum_scatter(wide_RD, "expert", tiled=True).astype(x_RD.dtype)
 

@@ -84,7 +84,9 @@ def rope_tables(spec: RopeSpec, positions: jax.Array, dtype: jnp.dtype) -> tuple
     """
     frequencies, attention_factor = _frequencies(spec, positions)
     angles = positions[..., None].astype(jnp.float32) * frequencies
-    return (jnp.cos(angles) * attention_factor).astype(dtype), (jnp.sin(angles) * attention_factor).astype(dtype)
+    return (jnp.cos(angles) * attention_factor).astype(dtype), (jnp.sin(angles) * attention_factor).astype(
+        dtype
+    )
 
 
 def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -153,5 +155,7 @@ def _llama3(scaling: Llama3, base: np.ndarray) -> np.ndarray:
         scaling.high_freq_factor - scaling.low_freq_factor
     )
     between = (1 - smooth) * base / scaling.factor + smooth * base
-    scaled = np.where(wavelength > longest, base / scaling.factor, np.where(wavelength < shortest, base, between))
+    scaled = np.where(
+        wavelength > longest, base / scaling.factor, np.where(wavelength < shortest, base, between)
+    )
     return scaled.astype(np.float32)

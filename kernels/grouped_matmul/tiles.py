@@ -19,8 +19,8 @@ class RowBlocks:
             raise ValueError(f"row-block sizes are {self.sizes}; expected positive and strictly ascending")
 
 
-# Measured on two cores of a CPU with AVX-512. A block of fewer than 32 rows costs as much as one of 32 when the
-# weights have to come from memory; 8 pays where most groups hold a few rows. Above 256 nothing is gained.
+# Measured on two cores of a CPU with AVX-512. A block of fewer than 32 rows costs as much as one of 32 when
+# the weights have to come from memory; 8 pays where most groups hold a few rows. Above 256 nothing is gained.
 _MANY_ROWS = (32, 64, 128, 256)
 _FEW_ROWS = (8, 32, 64, 128)
 

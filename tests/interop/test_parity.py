@@ -103,7 +103,9 @@ def compare(model, segments, positions, attention_mask):
     )
     model.zero_grad()
     theirs.loss.backward()
-    tensors = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    tensors = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()
+    }
     their_grads = dict(named(params_from_tensors(model.config, tensors)))
 
     mine = from_torch(model)
@@ -116,7 +118,9 @@ def compare(model, segments, positions, attention_mask):
     assert_close(np.asarray(logits)[valid], to_numpy(theirs.logits)[valid], 1e-4, "logits")
     their_balance = float(theirs.aux_loss.detach())
     assert_close(balance, their_balance, 1e-5, "load balancing loss")
-    assert_close(language, float(theirs.loss.detach()) - coefficient * their_balance, 1e-5, "language-model loss")
+    assert_close(
+        language, float(theirs.loss.detach()) - coefficient * their_balance, 1e-5, "language-model loss"
+    )
     for name, grad in named(grads):
         assert_close(grad, their_grads[name], 1e-3, f"gradient of {name}")
 
@@ -125,16 +129,24 @@ VARIANTS = [
     ("mixtral", {}),
     ("mixtral", {"sliding_window": None, "tie_word_embeddings": True, "num_experts_per_tok": 3}),
     ("qwen3_moe", {"norm_topk_prob": True}),
-    ("qwen3_moe", {"norm_topk_prob": False, "attention_bias": True, "mlp_only_layers": [1], "decoder_sparse_step": 1}),
+    (
+        "qwen3_moe",
+        {"norm_topk_prob": False, "attention_bias": True, "mlp_only_layers": [1], "decoder_sparse_step": 1},
+    ),
     ("olmoe", {"norm_topk_prob": False}),
-    ("olmoe", {"norm_topk_prob": True, "clip_qkv": None, "attention_bias": True, "tie_word_embeddings": True}),
+    (
+        "olmoe",
+        {"norm_topk_prob": True, "clip_qkv": None, "attention_bias": True, "tie_word_embeddings": True},
+    ),
 ]
 
 
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
 def test_left_padded(family, overrides):
     segments, positions = padded()
-    compare(tiny.torch_model(family, **overrides), segments, positions, attention_mask=segments.astype(np.int64))
+    compare(
+        tiny.torch_model(family, **overrides), segments, positions, attention_mask=segments.astype(np.int64)
+    )
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
@@ -143,7 +155,9 @@ def test_packed(family):
     model = tiny.torch_model(family)
     segments = np.ones((2, LENGTH), np.int32)
     segments[0, 11:], segments[0, 40:], segments[1, 52:] = 2, 3, 2
-    positions = np.asarray(decoder.make_batch(jnp.asarray(segments), None, jnp.asarray(segments)).positions, np.int64)
+    positions = np.asarray(
+        decoder.make_batch(jnp.asarray(segments), None, jnp.asarray(segments)).positions, np.int64
+    )
     assert positions[0, 10:13].tolist() == [10, 0, 1]
     # transformers tells documents apart by positions that start again, if there is neither a mask nor a cache.
     compare(model, segments, positions, attention_mask=None)
@@ -151,7 +165,13 @@ def test_packed(family):
 
 @pytest.mark.parametrize("name", ROPES)
 def test_rope(name):
-    model = tiny.torch_model("qwen3_moe", num_hidden_layers=1, decoder_sparse_step=1, max_position_embeddings=40, rope_parameters=ROPES[name])
+    model = tiny.torch_model(
+        "qwen3_moe",
+        num_hidden_layers=1,
+        decoder_sparse_step=1,
+        max_position_embeddings=40,
+        rope_parameters=ROPES[name],
+    )
     segments = np.ones((2, LENGTH), np.int32)
     compare(model, segments, np.tile(np.arange(LENGTH), (2, 1)), attention_mask=segments.astype(np.int64))
 
@@ -176,4 +196,6 @@ def test_every_weight_matters():
                 params, mine.spec, decoder.make_batch(jnp.asarray(tokens)), dtype=jnp.float32
             )
             after = np.asarray(decoder.logits(params, mine.spec, hidden))
-            assert np.abs(after - before).max() > 1e-4 * np.abs(before).max(), f"{family}: {name} does not matter"
+            assert np.abs(after - before).max() > 1e-4 * np.abs(before).max(), (
+                f"{family}: {name} does not matter"
+            )

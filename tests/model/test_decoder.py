@@ -54,7 +54,9 @@ def test_later_tokens_change_nothing_before_them(family):
 
 def test_remat_changes_nothing():
     model = model_of("qwen3_moe")
-    batch = decoder.make_batch(jnp.asarray(np.random.default_rng(2).integers(0, model.spec.vocab_size, (2, 9))))
+    batch = decoder.make_batch(
+        jnp.asarray(np.random.default_rng(2).integers(0, model.spec.vocab_size, (2, 9)))
+    )
 
     def loss(params, remat):
         hidden, stats = decoder.hidden_states(params, model.spec, batch, dtype=jnp.float32, remat=remat)
@@ -80,7 +82,9 @@ def test_router_statistics_are_in_layer_order():
     hidden2, stats2 = hidden_states(params | {"groups": (halves,)}, batch, spec=two)
     np.testing.assert_allclose(hidden, hidden2, atol=1e-5)
     np.testing.assert_array_equal(stats.load, stats2.load)
-    assert len({tuple(row) for row in np.asarray(stats.load).tolist()}) == 4, "layers must differ to tell their order"
+    assert len({tuple(row) for row in np.asarray(stats.load).tolist()}) == 4, (
+        "layers must differ to tell their order"
+    )
     assert np.asarray(stats.load).sum(-1).tolist() == [2 * 17 * 3] * 4
 
 
@@ -94,7 +98,11 @@ def test_jitter_needs_a_key_and_is_seeded():
         return np.asarray(hidden_states(model.pure_params(), batch, key, spec=model.spec)[0])
 
     np.testing.assert_array_equal(run(noisy, None), run(plain, None))
-    first, again, other = run(noisy, jax.random.key(0)), run(noisy, jax.random.key(0)), run(noisy, jax.random.key(1))
+    first, again, other = (
+        run(noisy, jax.random.key(0)),
+        run(noisy, jax.random.key(0)),
+        run(noisy, jax.random.key(1)),
+    )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-3
     assert np.abs(first - run(noisy, None)).max() > 1e-3

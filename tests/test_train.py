@@ -1,0 +1,386 @@
+"""The train command from end to end: what a run leaves, exact resumption, and what a user gets wrong."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+from safetensors.numpy import load_file
+
+from jaxmoe.cli import main as cli
+
+TIMES = {"seconds", "tokens_per_second", "mfu"}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A checkpoint of a tiny Qwen3-MoE in two files, and text for its tokenizer of words w3 … w103."""
+    folder = tmp_path_factory.mktemp("train")
+    tiny.write_checkpoint(folder / "model", "qwen3_moe", dtype="bfloat16", shards=2, initializer_range=0.02)
+    rng = random.Random(0)
+    (folder / "text").mkdir()
+    for part in range(3):
+        lines = [
+            " ".join(f"w{3 + int(rng.triangular(0, 100, 9))}" for _ in range(rng.randint(5, 60)))
+            for _ in range(40)
+        ]
+        text = "".join(json.dumps({"text": line}) + "\n" for line in lines)
+        (folder / "text" / f"part{part}.jsonl").write_text(text)
+    return folder
+
+
+def run_config(workspace: Path, output: Path, **changes) -> dict:
+    config = {
+        "model": {"path": str(workspace / "model"), "dtype": "float32"},
+        "data": {"path": str(workspace / "text"), "sequence_length": 24, "eval_fraction": 0.1},
+        "optimizer": {"name": "muon", "learning_rate": 0.003, "warmup_steps": 2},
+        "balance": {"aux_loss": 0.01},
+        "train": {
+            "steps": 12,
+            "batch_size": 8,
+            "micro_batch_size": 4,
+            "checkpoint_every": 3,
+            "log_every": 1,
+            "eval_every": 4,
+            "peak_tflops": 1.0,
+        },
+        "output_dir": str(output),
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            config.setdefault(section, {})[name] = value
+        else:
+            config[section] = value
+    return config
+
+
+def write_config(folder: Path, config: dict) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def start(config: Path, *overrides: str, **popen) -> subprocess.Popen:
+    """The command in a process of its own, on one device."""
+    environment = dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu")
+    command = [sys.executable, "-m", "jaxmoe.train", str(config), *overrides]
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=config.parent,
+        **popen,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, out
+    return out
+
+
+def metrics(output: Path) -> list[dict]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(workspace, tmp_path_factory):
+    """A run that nothing interrupted: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    out = finish(start(write_config(folder, run_config(workspace, folder / "run"))))
+    return folder / "run", out
+
+
+def test_run_folder(finished):
+    output, printed = finished
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "export"} <= {
+        path.name for path in output.iterdir()
+    }
+    steps = [record for record in metrics(output) if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 13))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.1, "it learns"
+    assert {"learning_rate", "grad_norm", "aux_loss", "router/max_violation", "router/entropy"} <= steps[
+        0
+    ].keys()
+    assert len(steps[0]["router/max_violation"]) == 2, "one figure for each of the two MoE layers"
+    assert steps[0]["learning_rate"] == pytest.approx(0.0015)
+    evaluations = [record for record in metrics(output) if "eval/bits_per_byte" in record]
+    assert [record["step"] for record in evaluations] == [4, 8, 12]
+    for expected in ("held-out bits per byte", "unigram", "bigram", "first step after", "MFU"):
+        assert expected in printed
+    raw = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert all(record["tokens_per_second"] > 0 for record in raw if "loss" in record)
+    assert sorted(int(path.name) for path in (output / "checkpoints").iterdir()) == [9, 12]
+
+
+def test_export_follows_the_source(workspace, finished):
+    source, export = workspace / "model", finished[0] / "export"
+    assert sorted(p.name for p in source.iterdir()) == sorted(p.name for p in export.iterdir())
+    for name in ("config.json", "tokenizer.json", "model.safetensors.index.json", "generation_config.json"):
+        assert (source / name).read_bytes() == (export / name).read_bytes()
+    changed = 0
+    for file in source.glob("*.safetensors"):
+        before, after = load_file(file), load_file(export / file.name)
+        assert {k: (v.dtype, v.shape) for k, v in before.items()} == {
+            k: (v.dtype, v.shape) for k, v in after.items()
+        }
+        changed += sum(not np.array_equal(before[name], after[name]) for name in before)
+    assert changed > 50
+
+
+def test_starting_again_changes_nothing(workspace, finished, tmp_path):
+    """A finished run that is started again only reports."""
+    output, _ = finished
+    before = {path: path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()}
+    out = finish(start(write_config(tmp_path, run_config(workspace, output))))
+    assert "held-out bits per byte" in out
+    assert {path: path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()} == before
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_and_resumed_is_bit_for_bit_the_same(workspace, finished, tmp_path, seed):
+    """kill -9 at random moments: after some steps, and at once (while it starts or saves)."""
+    rng = random.Random(seed)
+    output = tmp_path / "run"
+    config = write_config(tmp_path, run_config(workspace, output))
+    for stop_after in sorted(rng.sample(range(1, 12), 2)):
+        process = start(config)
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and process.poll() is None:
+            log = output / "metrics.jsonl"
+            if log.exists() and any(f'"step": {step},' in log.read_text() for step in range(stop_after, 13)):
+                break
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.15)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    out = finish(start(config))
+    assert "resuming after step" in out or "starting" in out
+    assert metrics(output) == metrics(finished[0])
+    for file in sorted((finished[0] / "export").iterdir()):
+        assert (output / "export" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_full_disk_keeps_the_previous_checkpoint(workspace, tmp_path):
+    """A limit on the size of files stands for a full disk: the second save fails, the first stays valid."""
+    import resource
+
+    output = tmp_path / "run"
+    config = write_config(tmp_path, run_config(workspace, output))
+    finish(
+        start(
+            config,
+            "train.steps=12",
+            "train.export=false",
+            "train.checkpoint_every=12",
+            "output_dir=" + str(output),
+        )
+    )
+    largest = max(
+        path.stat().st_size for path in (output / "checkpoints" / "12").rglob("*") if path.is_file()
+    )
+
+    output = tmp_path / "full"
+    ready = write_config(tmp_path / "again", run_config(workspace, output))
+    process = start(ready, "train.export=false")
+    while process.poll() is None and not (output / "checkpoints" / "3").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert (output / "checkpoints" / "3").exists()
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
+
+    process = start(ready, "train.export=false", preexec_fn=limit)
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 2, out
+    error = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert "cannot write the checkpoint" in error[0]
+    assert "still valid" in error[0]
+    assert "Traceback" not in out
+    assert "resuming after step" in finish(start(ready, "train.export=false"))
+    assert [r for r in metrics(output) if "loss" in r][-1]["step"] == 12
+
+
+def test_random_weights_export_load_and_follow_up(workspace, tmp_path, capfd):
+    """Random weights, a tokenizer made from the data, export, and a second run that fine-tunes the export."""
+    raw = tiny.config_json("mixtral", vocab_size=160, initializer_range=0.02)
+    changes = {
+        "model": {"config": raw, "dtype": "float32"},
+        "data__tokenizer": {"train_bpe": 150},
+        "sample": {"prompt": "w12 w13", "tokens": 5},
+        "train__steps": 2,
+        "mesh": {"data": 8},
+        "train__batch_size": 16,
+        "train__micro_batch_size": 8,
+        "then": [
+            {
+                "model": {"path": "${output_dir}/export"},
+                "data": {"tokenizer": None},
+                "output_dir": str(tmp_path / "second"),
+                "sample": None,
+            }
+        ],
+    }
+    config = write_config(tmp_path, run_config(workspace, tmp_path / "first", **changes))
+    assert cli(["train", str(config)]) == 0
+    out = capfd.readouterr().out
+    assert "w12 w13" in out
+    for run in ("first", "second"):
+        names = {path.name for path in (tmp_path / run / "export").iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert cli(["export", str(tmp_path / "first"), str(tmp_path / "again")]) == 0
+    for path in (tmp_path / "first" / "export").iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+    assert cli(["inspect", str(tmp_path / "second" / "export")]) == 0
+    assert "12 experts of 28, top 3" in capfd.readouterr().out
+    assert (
+        cli(["generate", str(tmp_path / "second" / "export"), "w12", "--tokens", "3", "--dtype", "float32"])
+        == 0
+    )
+    assert capfd.readouterr().out.startswith("w12")
+
+
+def truncate(folder):
+    file = folder / "model-00001-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def corrupt(folder):
+    file = folder / "model-00001-of-00002.safetensors"
+    file.write_bytes(b"\xff" * 40 + file.read_bytes()[40:])
+
+
+def rewrite_tensors(change):
+    def damage(folder):
+        tensors = {}
+        for file in folder.glob("*.safetensors"):
+            tensors |= load_file(file)
+            file.unlink()
+        change(tensors)
+        (folder / "model.safetensors.index.json").unlink()
+        tiny.write_tensors(folder, tensors)
+
+    return damage
+
+
+def edit_config(**fields):
+    def damage(folder):
+        raw = json.loads((folder / "config.json").read_text()) | fields
+        (folder / "config.json").write_text(json.dumps(raw))
+
+    return damage
+
+
+BAD_MODELS = {
+    "missing shard": (
+        lambda f: (f / "model-00002-of-00002.safetensors").unlink(),
+        "model-00002-of-00002.safetensors",
+    ),
+    "truncated": (truncate, "model-00001-of-00002.safetensors"),
+    "corrupt": (corrupt, "model-00001-of-00002.safetensors"),
+    "wrong shape": (
+        rewrite_tensors(lambda t: t.update({"model.norm.weight": np.ones(7, np.float32)})),
+        "model.norm.weight has shape [7], expected [40]",
+    ),
+    "wrong dtype": (
+        rewrite_tensors(lambda t: t.update({"model.norm.weight": np.ones(40, np.int64)})),
+        "model.norm.weight has dtype I64",
+    ),
+    "missing tensor": (
+        rewrite_tensors(lambda t: t.pop("model.layers.1.mlp.experts.7.up_proj.weight")),
+        "model.layers.1.mlp.experts.7.up_proj.weight is missing",
+    ),
+    "surplus tensor": (
+        rewrite_tensors(lambda t: t.update({"model.layers.9.extra": np.ones(3, np.float32)})),
+        "model.layers.9.extra is not part of the model",
+    ),
+    "unknown model_type": (edit_config(model_type="qwen9_moe"), "supported: mixtral, olmoe, qwen3_moe"),
+    "unknown field": (edit_config(norm_topk_probs=True), "did you mean 'norm_topk_prob'"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_bad_model(case, tmp_path, workspace, capfd):
+    damage, expected = BAD_MODELS[case]
+    model = tmp_path / "model"
+    tiny.write_checkpoint(model, "qwen3_moe", shards=2)
+    damage(model)
+    changes = {"model__path": str(model), "mesh": {"data": 8}, "train__micro_batch_size": 8}
+    refused(write_config(tmp_path, run_config(workspace, tmp_path / "run", **changes)), expected, capfd)
+
+
+def refused(config: Path, expected: str, capfd, *overrides: str) -> None:
+    """Exit code 2, one line with `expected` in it, no traceback, and no run folder."""
+    output = Path(yaml.safe_load(config.read_text())["output_dir"])
+    existed = output.exists()
+    assert cli(["train", str(config), *overrides]) == 2
+    out, err = capfd.readouterr()
+    assert err.count("error: ") == 1, err
+    assert len(err.strip().splitlines()) == 1, err
+    assert expected in err
+    assert "Traceback" not in out + err
+    assert output.exists() == existed, "nothing is left of a run that did not begin"
+
+
+BAD_DATA = {
+    "empty file": ({"data.jsonl": b""}, "data.jsonl"),
+    "not UTF-8": ({"data.txt": b"good text \xff\xfe and more"}, "data.txt"),
+    "no field": ({"data.jsonl": b'{"txet": "a"}\n'}, "text"),
+    "nothing to read": ({"data.csv": b"a,b"}, ".jsonl"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data(case, tmp_path, workspace, capfd):
+    files, expected = BAD_DATA[case]
+    (tmp_path / "text").mkdir()
+    for name, content in files.items():
+        (tmp_path / "text" / name).write_bytes(content)
+    changes = {"data__path": str(tmp_path / "text"), "mesh": {"data": 8}, "train__micro_batch_size": 8}
+    refused(write_config(tmp_path, run_config(workspace, tmp_path / "run", **changes)), expected, capfd)
+
+
+BAD_VALUES = [
+    ("model.path=/no/such/folder", "/no/such/folder"),
+    ("optimizer.learning_rat=1", "did you mean"),
+    ("train.steps=many", "train.steps"),
+    ("train.batch_size=12", "train.batch_size"),
+    ("mesh.fsdp=3", "mesh"),
+    ("mesh.expert=2", "8"),
+    ("data.path=/no/such/text", "/no/such/text"),
+    ("data.tokenizer={train_bpe: 5000}", "vocab_size is 104"),
+    ("model.dtype=float8", "float8"),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), BAD_VALUES)
+def test_bad_value(override, expected, tmp_path, workspace, capfd):
+    changes = {"mesh": {"data": 8}, "train__micro_batch_size": 8}
+    refused(
+        write_config(tmp_path, run_config(workspace, tmp_path / "run", **changes)), expected, capfd, override
+    )
+
+
+def test_folder_of_another_run(finished, workspace, tmp_path, capfd):
+    changes = {"mesh": {"data": 8}, "train__micro_batch_size": 8}
+    config = write_config(tmp_path, run_config(workspace, finished[0], **changes))
+    refused(config, "holds another run", capfd)
+    refused(config, "train.seed is 0 there and 9 here", capfd, "train.seed=9")
