@@ -15,7 +15,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions and date: what a figure means nothing without."""
+    """Device, its load, versions and date: what a figure means nothing without."""
     device = jax.devices()[0]
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -23,6 +23,7 @@ def environment() -> dict[str, Any]:
         "device": _processor() if device.platform == "cpu" else device.device_kind,
         "device_count": jax.device_count(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jaxlib": jaxlib.version.__version__,

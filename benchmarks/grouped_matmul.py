@@ -52,11 +52,14 @@ def with_gradients(product: Product) -> Callable[..., tuple[jax.Array, ...]]:
 
 
 def best_times(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Best time in ms of each call. After a warm-up they alternate, each for about `seconds` or for one run."""
+    """Best time in ms of each call. After a warm-up they alternate, each for about `seconds` or for one run.
+
+    Where even the warm-up takes several seconds it is the one run: compiling is a small part of it.
+    """
     best = {}
     for name, call in calls.items():
-        jax.block_until_ready(call())
-        best[name] = _time(call)
+        warm_up = _time(call)
+        best[name] = warm_up if warm_up > 5 else _time(call)
     repeats = {name: min(int(seconds / best[name]), 200) for name in calls}
     for index in range(max(repeats.values())):
         for name, call in calls.items():

@@ -65,6 +65,8 @@ def resolve_folder(path_or_hub_id: str | Path) -> Path:
         UserError: neither.
     """
     path = Path(path_or_hub_id).expanduser()
+    if path.is_file():
+        raise UserError(f"{path}: is a file, expected a folder with config.json; give {path.parent}")
     if path.exists():
         return path
     if not _HUB_ID.fullmatch(str(path_or_hub_id)):

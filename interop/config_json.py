@@ -83,9 +83,13 @@ class ConfigReader:
         config_class = CONFIG_MAPPING[raw["model_type"]]
         for alias, name in config_class.attribute_map.items():
             if alias in raw and name in raw and raw[alias] != raw[name]:
-                raise UserError(f"{file}: {alias} = {raw[alias]!r} and {name} = {raw[name]!r} mean the same; keep one")
+                raise UserError(
+                    f"{file}: {alias} = {raw[alias]!r} and {name} = {raw[name]!r} mean the same; keep one"
+                )
         # The class fills in nested objects in place, and looks the dtype up in torch.
-        fields = {name: copy.deepcopy(value) for name, value in raw.items() if name not in ("dtype", "torch_dtype")}
+        fields = {
+            name: copy.deepcopy(value) for name, value in raw.items() if name not in ("dtype", "torch_dtype")
+        }
         try:
             self._config = config_class.from_dict(fields)
             self._config.standardize_rope_params()

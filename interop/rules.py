@@ -208,7 +208,9 @@ def _expand(rule: Rule, part: _Part) -> list[Binding]:
     choices: list[list[tuple[str, int, str]]] = []
     for letter, words in fields:
         if words is not None and len(words) != size_of[letter]:
-            raise ValueError(f"{rule} spells {len(words)} words for {letter}={size_of[letter]} of {part.name}")
+            raise ValueError(
+                f"{rule} spells {len(words)} words for {letter}={size_of[letter]} of {part.name}"
+            )
         if letter == "L":
             choices.append([("L", part.repeat or 0, str(part.layer))])
         else:

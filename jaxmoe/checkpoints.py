@@ -6,6 +6,7 @@ with a temporary name, which the next start removes.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -70,12 +71,22 @@ class Checkpoints:
         self._saving = step
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            self._check_room(state)
             self._checkpointer.save(
                 self._folder / str(step),
                 args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), extra=ocp.args.JsonSave(extra)),
             )
         except Exception as error:
             self._fail(error)
+
+    def _check_room(self, state: Any) -> None:
+        """Refuse before anything is written: a write that fails halfway makes TensorStore print tracebacks."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self._folder).free
+        if needed > free:
+            raise OSError(
+                errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({needed:,} bytes needed, {free:,} free)"
+            )
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending; one being written has none yet."""

@@ -345,3 +345,19 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     ):
         checkpoints.save(1, state_of(1), {})
     checkpoints.close()
+
+
+def test_no_room_is_noticed_before_writing(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    state = {"weight": jnp.ones((50, 20), jnp.float32)}
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3_999))
+    with pytest.raises(UserError, match=r"step 2: No space left .* \(4,000 bytes needed, 3,999 free\); the .* 1 is"):
+        checkpoints.save(2, state, {})
+    assert checkpoints.steps() == [1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4_000))
+    checkpoints.save(3, state, {})
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 3]

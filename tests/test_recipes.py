@@ -115,4 +115,4 @@ def test_mesh_divides_the_model_and_holds_it(file):
     stated = re.search(r"# State and gradients: (\d+) GB per GPU", file.read_text(encoding="utf-8"))
     assert stated is not None
     assert round(needed / 1e9) == int(stated[1])
-    assert needed < 0.85 * H200_BYTES  # activations, gathered weights and the allocator want the rest
+    assert needed < 0.55 * H200_BYTES  # jax takes 0.75 by default; activations and gathered weights want 0.2

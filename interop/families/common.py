@@ -11,8 +11,19 @@ from jaxmoe.model.rope import Dynamic, Linear, Llama3, LongRope, RopeSpec, Scali
 LAYER = "model.layers.{L}."
 
 _ROPE_NUMBERS = frozenset(
-    """rope_theta partial_rotary_factor factor original_max_position_embeddings attention_factor beta_fast beta_slow
-    mscale mscale_all_dim low_freq_factor high_freq_factor""".split()
+    {
+        "rope_theta",
+        "partial_rotary_factor",
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "low_freq_factor",
+        "high_freq_factor",
+    }
 )
 
 
@@ -92,7 +103,9 @@ def rope_spec(config: ConfigReader, width: int) -> RopeSpec:
     given = dict(config.take("rope_parameters"))
     for name in _ROPE_NUMBERS & given.keys():
         if given[name] is not None and not _is_positive(given[name]):
-            raise UserError(f"{config.file}: {name} = {given[name]!r} of the rotation: expected a positive number")
+            raise UserError(
+                f"{config.file}: {name} = {given[name]!r} of the rotation: expected a positive number"
+            )
     kind = given.pop("rope_type", "default")
     given.pop("type", None)
     rotary = int(width * (given.pop("partial_rotary_factor", None) or 1.0))

@@ -47,7 +47,9 @@ class Family:
 def _check_layer(layer: LayerSpec, file: str) -> None:
     heads, kv_heads, window = layer.mixer.num_heads, layer.mixer.num_kv_heads, layer.mixer.window
     if heads % kv_heads:
-        raise UserError(f"{file}: num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}")
+        raise UserError(
+            f"{file}: num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}"
+        )
     if window is not None and window < 1:
         raise UserError(f"{file}: sliding_window = {window}: expected a positive integer or null")
     if isinstance(layer.ffn, MoESpec) and layer.ffn.router.top_k > layer.ffn.router.num_experts:

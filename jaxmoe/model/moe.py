@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -95,8 +96,12 @@ def _experts_on_mesh(
         wide_RD = jax.lax.psum(partial_RD.astype(jnp.float32), "tensor")
         return jax.lax.psum_scatter(wide_RD, "expert", tiled=True).astype(x_RD.dtype)
 
+    # shard_map wants equal parts; a single prompt may have any number of rows. Those added weigh nothing.
+    missing = -x_RD.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    padded = (jnp.pad(x, ((0, missing), (0, 0))) for x in (x_RD, experts_RK, weights_RK))
     weights = {"gate_up": P("expert", None, "tensor", None), "down": P("expert", None, "tensor")}
     rows = P(BATCH_AXES)
-    return jax.shard_map(
+    out_RD = jax.shard_map(
         local, mesh=mesh, in_specs=(weights, rows, rows, rows), out_specs=rows, check_vma=False
-    )(params, x_RD, experts_RK, weights_RK)
+    )(params, *padded)
+    return out_RD[: x_RD.shape[0]]

@@ -231,13 +231,13 @@ class TestMistakes:
     @pytest.mark.parametrize("axes", ["V D X", "V", "V X", "V V D", "D (V D)", ""])
     def test_letters(self, spec_and_rules, axes):
         spec, rules = spec_and_rules
-        with pytest.raises(ValueError, match="gives letters .* for embed, declared as VD"):
+        with pytest.raises(ValueError, match=r"gives letters .* for embed, declared as VD"):
             bind(self.replaced(rules, "embed", axes=axes), spec)
 
     def test_letters_of_the_name(self, spec_and_rules):
         spec, rules = spec_and_rules
         broken = self.replaced(rules, "norm", source="model.layers.{L}.norm.weight")
-        with pytest.raises(ValueError, match="gives letters .* for norm, declared as D"):
+        with pytest.raises(ValueError, match=r"gives letters .* for norm, declared as D"):
             bind(broken, spec)
 
     def test_parameter_without_rule(self, spec_and_rules):
@@ -258,7 +258,7 @@ class TestMistakes:
         """A rule whose name lacks the layer must say so in its axes, else all layers would share a tensor."""
         spec, rules = spec_and_rules
         broken = self.replaced(rules, "layers.{L}.ffn_norm", source="model.shared_norm.weight")
-        with pytest.raises(ValueError, match="gives letters .*ffn_norm, declared as LD"):
+        with pytest.raises(ValueError, match=r"gives letters .*ffn_norm, declared as LD"):
             bind(broken, spec)
 
     @pytest.mark.parametrize("words", ["w1", "w1|w2|w3"])
@@ -266,7 +266,7 @@ class TestMistakes:
         spec, rules = spec_and_rules
         name = f"model.layers.{{L}}.block_sparse_moe.experts.{{E}}.{{G:{words}}}.weight"
         broken = tuple(rule for rule in rules if not rule.target.endswith("gate_up"))
-        with pytest.raises(ValueError, match=r"words for G, which is 2 in groups\.0\.0\.experts\.gate_up"):
+        with pytest.raises(ValueError, match=r"words for G=2 of groups\.0\.0\.experts\.gate_up"):
             bind((*broken, Rule("layers.{L}.experts.gate_up", name, "F D")), spec)
 
 

@@ -218,3 +218,11 @@ def test_sharded_equals_replicated_for_every_axis_and_orientation():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("equal\n")
+
+
+def test_a_model_of_experts_is_orthogonalised_one_layer_at_a_time():
+    gradient, transform = jnp.ones((L, E, G, F, D)), scale_by_muon()
+    memory = jax.jit(transform.update).lower(gradient, transform.init(gradient)).compile().memory_analysis()
+    if memory is None:
+        pytest.skip("this backend does not analyse memory")
+    assert memory.temp_size_in_bytes < 1.5 * gradient.nbytes

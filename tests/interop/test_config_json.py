@@ -1,0 +1,460 @@
+"""config.json: published files, both generations of spellings, and everything that is refused."""
+
+import copy
+import json
+import math
+import random
+import re
+
+import published
+import pytest
+import tiny
+
+from jaxmoe import UserError
+from jaxmoe.interop.config_json import read_config
+from jaxmoe.interop.families import FAMILIES
+from jaxmoe.interop.pretrained import from_config, read_blueprint
+from jaxmoe.model.attention import AttentionSpec
+from jaxmoe.model.mlp import MLPSpec
+from jaxmoe.model.moe import MoESpec
+from jaxmoe.model.rope import Dynamic, Linear, Llama3, LongRope, RopeSpec, Yarn
+from jaxmoe.model.router import RouterSpec
+from jaxmoe.spec import LayerGroup, LayerSpec, ModelSpec, group_layers
+
+MIXTRAL, QWEN, OLMOE = (
+    published.CONFIGS[name] for name in ("Mixtral-8x7B-v0.1", "Qwen3-30B-A3B", "OLMoE-1B-7B-0924")
+)
+
+
+def spec_of(config, *, without=(), **changes):
+    config = {name: value for name, value in config.items() if name not in without} | changes
+    return FAMILIES[config["model_type"]].spec(config, "config.json")
+
+
+def layer_of(config, **changes):
+    """The one layer that all layers of a model are."""
+    (group,) = spec_of(config, **changes).groups
+    (layer,) = group.pattern
+    return layer
+
+
+def refusal(config, **changes):
+    with pytest.raises(UserError) as caught:
+        spec_of(config, **changes)
+    message = str(caught.value)
+    assert message.startswith("config.json: ")
+    assert "\n" not in message
+    return message
+
+
+def model_spec(rope, attention, router, hidden, *, width, vocab, layers, eps):
+    layer = LayerSpec(AttentionSpec(rope=rope, norm_eps=eps, **attention), MoESpec(router, hidden), eps)
+    return ModelSpec(width, vocab, (LayerGroup((layer,), layers),), eps, tie_embeddings=False, init_std=0.02)
+
+
+PUBLISHED_SPECS = {
+    "Mixtral-8x7B-v0.1": model_spec(
+        RopeSpec(1e6, 128),
+        {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128},
+        RouterSpec(8, 2, renormalize=True, weight_dtype="float32"),
+        14336,
+        width=4096,
+        vocab=32000,
+        layers=32,
+        eps=1e-5,
+    ),
+    "Mixtral-8x22B-Instruct-v0.1": model_spec(
+        RopeSpec(1e6, 128),
+        {"num_heads": 48, "num_kv_heads": 8, "head_dim": 128},
+        RouterSpec(8, 2, renormalize=True, weight_dtype="float32"),
+        16384,
+        width=6144,
+        vocab=32768,
+        layers=56,
+        eps=1e-5,
+    ),
+    "Qwen3-30B-A3B": model_spec(
+        RopeSpec(1e6, 128),
+        {"num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "qk_norm": "head"},
+        RouterSpec(128, 8, renormalize=True, weight_dtype="model"),
+        768,
+        width=2048,
+        vocab=151936,
+        layers=48,
+        eps=1e-6,
+    ),
+    "Qwen3-235B-A22B": model_spec(
+        RopeSpec(1e6, 128),
+        {"num_heads": 64, "num_kv_heads": 4, "head_dim": 128, "qk_norm": "head"},
+        RouterSpec(128, 8, renormalize=True, weight_dtype="model"),
+        1536,
+        width=4096,
+        vocab=151936,
+        layers=94,
+        eps=1e-6,
+    ),
+    "OLMoE-1B-7B-0924": model_spec(
+        RopeSpec(1e4, 128),
+        {"num_heads": 16, "num_kv_heads": 16, "head_dim": 128, "qk_norm": "full"},
+        RouterSpec(64, 8, renormalize=False, weight_dtype="model"),
+        1024,
+        width=2048,
+        vocab=50304,
+        layers=16,
+        eps=1e-5,
+    ),
+}
+
+
+class TestPublished:
+    @pytest.mark.parametrize("name", published.CONFIGS)
+    def test_gives_its_spec(self, name):
+        assert spec_of(published.CONFIGS[name]) == PUBLISHED_SPECS[name]
+
+    @pytest.mark.parametrize("name", published.CONFIGS)
+    def test_is_read_from_a_file_and_left_as_it_is(self, name, tmp_path):
+        config = published.CONFIGS[name]
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(config))
+        blueprint = read_blueprint(path)
+        assert (blueprint.spec, blueprint.raw) == (PUBLISHED_SPECS[name], config)
+
+    @pytest.mark.torch
+    @pytest.mark.parametrize("name", published.CONFIGS)
+    def test_saved_again_by_transformers_gives_the_same_spec(self, name, tmp_path):
+        from transformers import AutoConfig
+
+        AutoConfig.for_model(**published.CONFIGS[name]).save_pretrained(tmp_path)
+        again = read_config(tmp_path / "config.json")
+        assert "rope_theta" not in again  # the new spelling
+        assert spec_of(again) == PUBLISHED_SPECS[name]
+
+    def test_rotation_is_not_filled_in_within_the_caller_s_object(self):
+        config = QWEN | {"rope_scaling": {"type": "linear", "factor": 2.0}}
+        before = copy.deepcopy(config)
+        spec_of(config)
+        assert config == before
+
+
+ORIGINAL = {"original_max_position_embeddings": 8192}
+STRETCHED = [
+    ("linear", {"factor": 2.5}, Linear(2.5)),
+    ("dynamic", {"factor": 3.0}, Dynamic(3.0, 40960)),
+    ("yarn", {"factor": 4.0} | ORIGINAL, Yarn(4.0, 8192, pytest.approx(1 + 0.1 * math.log(4)))),
+    ("yarn shrunk", {"factor": 0.5} | ORIGINAL, Yarn(0.5, 8192, 1.0)),
+    ("yarn of the whole length", {"factor": 4.0}, Yarn(4.0, 40960, pytest.approx(1 + 0.1 * math.log(4)))),
+    (
+        "yarn with all entries",
+        {"factor": 4.0, "beta_fast": 16, "beta_slow": 2.0, "attention_factor": 1.5, "truncate": False}
+        | ORIGINAL,
+        Yarn(4.0, 8192, 1.5, beta_fast=16, beta_slow=2.0, truncate=False),
+    ),
+    (
+        "yarn with mscale",
+        {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.5} | ORIGINAL,
+        Yarn(40.0, 8192, pytest.approx((1 + 0.1 * math.log(40)) / (1 + 0.05 * math.log(40)))),
+    ),
+    (
+        "llama3",
+        {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0} | ORIGINAL,
+        Llama3(8.0, 1.0, 4.0, 8192),
+    ),
+    (
+        "longrope",
+        {"short_factor": [1.5] * 64, "long_factor": [9.0] * 64, "factor": 4.0} | ORIGINAL,
+        LongRope((1.5,) * 64, (9.0,) * 64, 8192, pytest.approx(math.sqrt(1 + math.log(4) / math.log(8192)))),
+    ),
+    (
+        "longrope by its lengths",
+        {"short_factor": [1.5] * 64, "long_factor": [9.0] * 64} | ORIGINAL,
+        LongRope((1.5,) * 64, (9.0,) * 64, 8192, pytest.approx(math.sqrt(1 + math.log(5) / math.log(8192)))),
+    ),
+]
+
+
+class TestSpellings:
+    """rope_theta and rope_scaling are of transformers 4, rope_parameters of 5."""
+
+    @pytest.mark.parametrize("kind", ["type", "rope_type"])
+    @pytest.mark.parametrize(
+        ("entries", "scaling"), [case[1:] for case in STRETCHED], ids=[case[0] for case in STRETCHED]
+    )
+    def test_of_a_stretched_rotation(self, entries, scaling, kind):
+        entries = {kind: type(scaling).__name__.lower()} | entries
+        old = layer_of(QWEN, rope_scaling=entries, rope_theta=5e5).mixer.rope
+        assert (old.theta, old.rotary_dim, type(old.scaling)) == (5e5, 128, type(scaling))
+        assert vars(old.scaling) == vars(scaling)
+        new = entries | {"rope_theta": 5e5}
+        assert layer_of(QWEN, without=("rope_theta", "rope_scaling"), rope_parameters=new).mixer.rope == old
+
+    @pytest.mark.parametrize("config", [MIXTRAL, QWEN, OLMOE], ids=["mixtral", "qwen3_moe", "olmoe"])
+    def test_of_a_plain_rotation(self, config):
+        expected = spec_of(config, rope_theta=123.0)
+        without = ("rope_theta", "rope_scaling")
+        for entries in ({"rope_type": "default"}, {"type": "default"}, {}):
+            new = entries | {"rope_theta": 123.0}
+            assert spec_of(config, without=without, rope_parameters=new) == expected
+        assert spec_of(config, without=without, rope_theta=123.0, rope_parameters=None) == expected
+
+    def test_of_a_rotation_without_theta(self):
+        assert layer_of(MIXTRAL, without=["rope_theta"]).mixer.rope.theta == 1e6
+        assert layer_of(OLMOE, without=["rope_theta"]).mixer.rope.theta == 1e4
+
+    def test_of_a_partial_rotation(self):
+        rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+        assert layer_of(QWEN, without=["rope_theta"], rope_parameters=rope).mixer.rope == RopeSpec(1e4, 32)
+
+    @pytest.mark.parametrize("config", [MIXTRAL, QWEN, OLMOE], ids=["mixtral", "qwen3_moe", "olmoe"])
+    def test_of_the_number_of_experts(self, config):
+        count = 16
+        specs = [
+            spec_of(config, without=("num_experts", "num_local_experts"), **{name: count})
+            for name in ("num_experts", "num_local_experts")
+        ]
+        assert specs[0] == specs[1]
+        assert specs[0].layers[0].ffn.router.num_experts == count
+        message = refusal(config, num_experts=16, num_local_experts=32)
+        assert re.search(
+            "num_experts = 16 and num_local_experts = 32|num_local_experts = 32 and num_experts = 16", message
+        )
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float8_e4m3fn"])
+    def test_of_the_dtype(self, dtype):
+        expected = spec_of(QWEN)
+        assert spec_of(QWEN, torch_dtype=dtype) == expected
+        assert spec_of(QWEN, without=["torch_dtype"], dtype=dtype) == expected
+
+    def test_defaults_are_those_of_the_family(self):
+        minimal = {"model_type": "qwen3_moe"}
+        layer = layer_of(minimal)
+        assert (layer.mixer.num_heads, layer.mixer.head_dim, layer.ffn.router.top_k) == (32, 2048 // 32, 8)
+        assert layer.mixer.window is None
+
+
+class TestVariants:
+    def test_window(self):
+        assert layer_of(MIXTRAL, sliding_window=4096).mixer.window == 4096
+        assert layer_of(QWEN, sliding_window=4096).mixer.window is None
+        assert layer_of(QWEN, sliding_window=4096, use_sliding_window=True).mixer.window == 4096
+        assert (
+            layer_of(QWEN, sliding_window=4096, use_sliding_window=True, max_window_layers=3).mixer.window
+            == 4096
+        )
+
+    def test_router_and_attention(self):
+        assert layer_of(MIXTRAL, router_jitter_noise=0.1).ffn.router.jitter == 0.1
+        assert layer_of(QWEN, norm_topk_prob=False).ffn.router.renormalize is False
+        assert layer_of(OLMOE, norm_topk_prob=True).ffn.router.renormalize is True
+        assert layer_of(OLMOE, clip_qkv=8.0).mixer.clip_qkv == 8.0
+        assert layer_of(OLMOE, attention_bias=True).mixer.bias is True
+        assert layer_of(QWEN, attention_bias=True).mixer.bias is True
+        assert layer_of(OLMOE, num_key_value_heads=None).mixer.num_kv_heads == 16
+        assert layer_of(MIXTRAL, head_dim=64).mixer.head_dim == 64
+
+    def test_model(self):
+        assert spec_of(MIXTRAL, tie_word_embeddings=True).tie_embeddings is True
+        assert spec_of(MIXTRAL, initializer_range=0.5).init_std == 0.5
+        assert (
+            spec_of(MIXTRAL, rms_norm_eps=1e-3).norm_eps
+            == layer_of(MIXTRAL, rms_norm_eps=1e-3).norm_eps
+            == 1e-3
+        )
+
+    @pytest.mark.parametrize(
+        ("step", "dense_layers", "pattern"),
+        [
+            (1, [], "SSSSSSS"),
+            (1, None, "SSSSSSS"),
+            (1, [0], "DSSSSSS"),
+            (1, [0, 1, 2], "DDDSSSS"),
+            (1, [3, 5, 99], "SSSDSDS"),
+            (2, [], "DSDSDSD"),
+            (3, [], "DDSDDSD"),
+            (2, [3], "DSDDDSD"),
+            (8, [], "DDDDDDD"),
+        ],
+    )
+    def test_dense_layers_among_sparse_ones(self, step, dense_layers, pattern):
+        spec = spec_of(QWEN, num_hidden_layers=7, decoder_sparse_step=step, mlp_only_layers=dense_layers)
+        assert "".join("D" if isinstance(layer.ffn, MLPSpec) else "S" for layer in spec.layers) == pattern
+        assert {layer.ffn.hidden for layer in spec.layers} == {
+            {"D": 6144, "S": 768}[kind] for kind in pattern
+        }
+        assert spec.groups == group_layers(spec.layers)
+
+
+class TestGroups:
+    """Layers are letters here: grouping looks at equality only."""
+
+    @pytest.mark.parametrize(
+        ("layers", "groups"),
+        [
+            ("", []),
+            ("A", [("A", 1)]),
+            ("AAAA", [("A", 4)]),
+            ("DDD" + "S" * 58, [("D", 3), ("S", 58)]),
+            ("D" + "S" * 47, [("D", 1), ("S", 47)]),
+            ("ABABAB", [("AB", 3)]),
+            ("DSDSD", [("DS", 2), ("D", 1)]),
+            ("LLLF" * 10, [("LLLF", 10)]),
+            ("AABAAB", [("AAB", 2)]),
+            ("ABC", [("A", 1), ("B", 1), ("C", 1)]),
+            ("SSSDSDS", [("S", 3), ("DS", 2)]),
+        ],
+    )
+    def test_examples(self, layers, groups):
+        assert group_layers(layers) == tuple(
+            LayerGroup(tuple(pattern), repeats) for pattern, repeats in groups
+        )
+
+    def test_any_list_unrolls_to_itself(self):
+        rng = random.Random(0)
+        for _ in range(500):
+            layers = "".join(rng.choices("ABC"[: rng.randint(1, 3)], k=rng.randint(0, 25)))
+            groups = group_layers(layers)
+            assert "".join("".join(group.pattern) * group.repeats for group in groups) == layers
+            assert all(group.repeats >= 1 and group.pattern for group in groups)
+
+    def test_locate_is_the_place_in_the_unrolled_list(self):
+        spec = spec_of(QWEN, num_hidden_layers=11, decoder_sparse_step=2, mlp_only_layers=[9])
+        for index, layer in enumerate(spec.layers):
+            group, place, repeat = spec.locate(index)
+            assert spec.groups[group].pattern[place] == layer
+            assert repeat < spec.groups[group].repeats
+        assert len({spec.locate(index) for index in range(11)}) == len(spec.layers) == 11
+        with pytest.raises(IndexError, match="past the last of 11"):
+            spec.locate(11)
+
+
+class TestRefused:
+    @pytest.mark.parametrize("config", [MIXTRAL, QWEN, OLMOE], ids=["mixtral", "qwen3_moe", "olmoe"])
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (
+                {"num_hidden_layer": 3},
+                r"unknown field 'num_hidden_layer' \(did you mean 'num_hidden_layers'\?\)",
+            ),
+            ({"zzz": None}, r"unknown field 'zzz'$"),
+            ({"quantization_config": {"quant_method": "fp8"}}, "unknown field 'quantization_config'"),
+            ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; expected 'silu'"),
+            ({"attention_dropout": 0.1}, r"attention_dropout = 0\.1 is not supported \(only 0\.0\)"),
+            ({"hidden_size": "40"}, "'hidden_size' expected int, got str"),
+            ({"hidden_size": 40.5}, "'hidden_size' expected int, got float"),
+            ({"hidden_size": None}, "'hidden_size' expected int, got NoneType"),
+            ({"tie_word_embeddings": "yes"}, "'tie_word_embeddings' expected bool, got str"),
+            ({"num_hidden_layers": 0}, "num_hidden_layers = 0: expected a positive integer"),
+            ({"num_attention_heads": -4}, "num_attention_heads = -4: expected a positive integer"),
+            ({"vocab_size": 0}, "vocab_size = 0: expected a positive integer"),
+            ({"num_experts_per_tok": 0}, "num_experts_per_tok = 0: expected a positive integer"),
+            ({"num_experts_per_tok": 500}, r"num_experts_per_tok 500 is more than the \d+ experts"),
+            (
+                {"num_key_value_heads": 7},
+                r"num_attention_heads \d+ is not divisible by num_key_value_heads 7",
+            ),
+            (
+                {"rope_scaling": {"rope_type": "spiral", "factor": 2.0}},
+                "rope type 'spiral' is not supported; supported: .*yarn",
+            ),
+            (
+                {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "wobble": 1, "wiggle": 2}},
+                "of type 'yarn' have unknown entries wiggle, wobble",
+            ),
+            (
+                {"rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20]}},
+                "unknown entries mrope_section",
+            ),
+            ({"rope_scaling": {"type": "linear"}}, "factor"),
+            (
+                {"rope_scaling": {"type": "linear", "factor": "2"}},
+                "factor = '2' .* expected a positive number",
+            ),
+            ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor = 0 .* expected a positive number"),
+            ({"rope_scaling": {"type": "llama3", "factor": 2.0, "low_freq_factor": 1.0}}, "high_freq_factor"),
+            ({"rope_scaling": "yarn"}, "yarn"),
+            ({"rope_theta": "1e6"}, "rope_theta = '1e6' .* expected a positive number"),
+        ],
+    )
+    def test_by_every_family(self, config, changes, message):
+        assert re.search(message, refusal(config, **changes))
+
+    @pytest.mark.parametrize(
+        ("config", "changes", "message"),
+        [
+            (
+                QWEN,
+                {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 64}},
+                "short_factor .* expected 64 positive numbers",
+            ),
+            (QWEN, {"decoder_sparse_step": 0}, "decoder_sparse_step = 0: expected a positive integer"),
+            (QWEN, {"mlp_only_layers": ["0"]}, "mlp_only_layers"),
+            (QWEN, {"moe_intermediate_sise": 3}, r"did you mean 'moe_intermediate_size'\?"),
+            (
+                QWEN,
+                {"shared_expert_intermediate_size": 64},
+                "unknown field 'shared_expert_intermediate_size'",
+            ),
+            (QWEN, {"clip_qkv": 8.0}, "unknown field 'clip_qkv'"),
+            (MIXTRAL, {"sliding_window": 0}, "sliding_window = 0: expected a positive integer or null"),
+            (MIXTRAL, {"head_dim": 0}, "head_dim = 0: expected a positive integer"),
+            (MIXTRAL, {"qkv_bias": True}, "unknown field 'qkv_bias'"),
+            (
+                MIXTRAL,
+                {"num_attention_heads": 24},
+                "hidden_size 4096 is not divisible by num_attention_heads 24",
+            ),
+        ],
+    )
+    def test_by_one_family(self, config, changes, message):
+        assert re.search(message, refusal(config, **changes))
+
+    def test_several_fields_at_once(self):
+        message = refusal(QWEN, colour="red", attention_dropout=0.5, hiden_size=1)
+        assert all(
+            part in message for part in ("'colour'", "attention_dropout = 0.5", "did you mean 'hidden_size'?")
+        )
+
+
+class TestFiles:
+    def refusal(self, path):
+        with pytest.raises(UserError) as caught:
+            read_blueprint(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    def test_missing(self, tmp_path):
+        assert "does not exist: expected the config.json" in self.refusal(tmp_path / "config.json")
+
+    @pytest.mark.parametrize("content", [b"", b"{", b"{'model_type': 'mixtral'}", b"\xff\xfe{}", b"not json"])
+    def test_not_json(self, tmp_path, content):
+        path = tmp_path / "config.json"
+        path.write_bytes(content)
+        assert "is not readable JSON" in self.refusal(path)
+
+    def test_folder(self, tmp_path):
+        assert "is not readable" in self.refusal(tmp_path)
+
+    @pytest.mark.parametrize("content", [[], 3, None, "mixtral", {}, {"model_type": None}, {"model_type": 3}])
+    def test_no_model_type(self, tmp_path, content):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(content))
+        assert "expected a JSON object with a string 'model_type'" in self.refusal(path)
+
+    def test_unknown_model_type(self, tmp_path):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(QWEN | {"model_type": "qwen3moe"}))
+        message = self.refusal(path)
+        assert "model_type 'qwen3moe' is not supported (did you mean 'qwen3_moe'?)" in message
+        assert "supported: mixtral, olmoe, qwen3_moe" in message
+        path.write_text(json.dumps({"model_type": "llama"}))
+        assert "did you mean" not in self.refusal(path)
+
+    def test_content_without_model_type(self):
+        for config in ({}, {"model_type": 5}):
+            with pytest.raises(UserError, match="expected a string 'model_type'"):
+                from_config(config)
+
+    def test_tiny_configs_are_whole(self):
+        for family in tiny.CONFIGS:
+            assert spec_of(tiny.config_json(family)).vocab_size == 104
