@@ -81,7 +81,8 @@ class Checkpoints:
 
     def _check_room(self, state: Any) -> None:
         """Refuse before anything is written: a write that fails halfway makes TensorStore print tracebacks."""
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        shards = (shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
+        needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
         free = shutil.disk_usage(self._folder).free
         if needed > free:
             raise OSError(

@@ -138,7 +138,7 @@ class DataConfig(Section):
         | None
     ) = Field(
         default=None,
-        description="A folder or hub id, or {train_bpe: vocabulary size}. null: the tokenizer of the model.",
+        description="A tokenizer.json or its folder, or {train_bpe: vocabulary size}. null: that of the model.",
     )
 
     @model_validator(mode="after")
