@@ -9,11 +9,16 @@ import copy
 import dataclasses
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# Without torch, transformers says on stderr at import that its models will be missing; ours are not its.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
 
 from jaxmoe.errors import UserError
 
@@ -90,11 +95,15 @@ class ConfigReader:
         fields = {
             name: copy.deepcopy(value) for name, value in raw.items() if name not in ("dtype", "torch_dtype")
         }
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()  # what matters of a config is checked here, and is an error
         try:
             self._config = config_class.from_dict(fields)
             self._config.standardize_rope_params()
         except Exception as error:  # the class raises its own, many kinds
             raise UserError(f"{file}: {' '.join(str(error).split())}") from error
+        finally:
+            transformers_logging.set_verbosity(verbosity)
         self._defaults = config_class()
         self._known = {field.name for field in dataclasses.fields(config_class)} | set(
             config_class.attribute_map

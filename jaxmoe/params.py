@@ -102,7 +102,7 @@ def initialize(tree: Tree, key: jax.Array, std: float, dtype: Any, shardings: Tr
         shardings: an optional tree of the same structure; each device then makes only its own shard.
     """
 
-    def draw(index: int, declared: Param) -> jax.Array:
+    def draw(key: jax.Array, index: int, declared: Param) -> jax.Array:
         if declared.init == "normal":
             values = std * jax.random.normal(jax.random.fold_in(key, index), declared.shape)
             return values.astype(dtype)
@@ -110,7 +110,7 @@ def initialize(tree: Tree, key: jax.Array, std: float, dtype: Any, shardings: Tr
 
     leaves, structure = jax.tree.flatten(tree)
 
-    def draw_all() -> Tree:
-        return structure.unflatten([draw(index, leaf) for index, leaf in enumerate(leaves)])
+    def draw_all(key: jax.Array) -> Tree:
+        return structure.unflatten([draw(key, index, leaf) for index, leaf in enumerate(leaves)])
 
-    return jax.jit(draw_all, out_shardings=shardings)()
+    return jax.jit(draw_all, out_shardings=shardings)(key)

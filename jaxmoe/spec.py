@@ -59,11 +59,12 @@ class ModelSpec:
 
     def locate(self, layer: int) -> tuple[int, int, int]:
         """Group, place in its pattern and repeat of layer number `layer`."""
+        first = 0
         for index, group in enumerate(self.groups):
-            size = len(group.pattern) * group.repeats
-            if layer < size:
-                return index, layer % len(group.pattern), layer // len(group.pattern)
-            layer -= size
+            repeat, place = divmod(layer - first, len(group.pattern))
+            if repeat < group.repeats:
+                return index, place, repeat
+            first += len(group.pattern) * group.repeats
         raise IndexError(f"layer {layer} past the last of {len(self.layers)}")
 
 
