@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from jaxmoe.errors import UserError
 from jaxmoe.interop.config_json import read_config
-from jaxmoe.interop.families import Family, family_of
+from jaxmoe.interop.families import family_of
+from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.layout import DTYPES, TensorInfo, raise_problems
 from jaxmoe.interop.reader import CheckpointFolder
 from jaxmoe.interop.rules import Binding, Bindings, bind
@@ -133,7 +134,7 @@ def read_params(
     for (name, declared), placement in zip(named(tree), jax.tree.leaves(placements), strict=True):
         shards = _ShardReader(reader, declared, bindings.of_parameter[name], np.dtype(dtype))
         arrays.append(jax.make_array_from_callback(declared.shape, placement, shards.read))
-    return jax.tree.structure(tree).unflatten(arrays)
+    return jax.tree.unflatten(jax.tree.structure(tree), arrays)
 
 
 class _ShardReader:
@@ -148,8 +149,11 @@ class _ShardReader:
         self._dtype = dtype
         self._done: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
-    def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        bounds = tuple(s.indices(size)[:2] for s, size in zip(index, self._declared.shape, strict=True))
+    def read(self, index: tuple[slice, ...] | None) -> np.ndarray:
+        whole = (slice(None),) * len(self._declared.shape)
+        bounds = tuple(
+            s.indices(size)[:2] for s, size in zip(index or whole, self._declared.shape, strict=True)
+        )
         if bounds not in self._done:
             self._done[bounds] = self._assemble(bounds)
         return self._done[bounds]

@@ -8,7 +8,7 @@ whatever dtype it was trained in.
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ class _Tensors:
         self._bindings = bindings
         self._original = original
 
-    def take_part(self, shards: list[Shard]) -> None:
+    def take_part(self, shards: Sequence[Shard]) -> None:
         """Run the same device computations as the host that writes, and drop the results."""
         for info in (info for shard in shards for info in shard.tensors):
             if info.name in self._bindings.of_tensor:

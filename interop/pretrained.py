@@ -12,7 +12,8 @@ from jaxmoe.errors import UserError
 from jaxmoe.interop.checkpoint import compute_dtype, load_params, open_source
 from jaxmoe.interop.config_json import read_config
 from jaxmoe.interop.export import export_like_source, export_new
-from jaxmoe.interop.families import Family, family_of
+from jaxmoe.interop.families import family_of
+from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.rules import Bindings, bind
 from jaxmoe.model.module import MoEModel
 from jaxmoe.params import initialize

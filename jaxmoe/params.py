@@ -111,6 +111,7 @@ def initialize(tree: Tree, key: jax.Array, std: float, dtype: Any, shardings: Tr
     leaves, structure = jax.tree.flatten(tree)
 
     def draw_all(key: jax.Array) -> Tree:
-        return structure.unflatten([draw(key, index, leaf) for index, leaf in enumerate(leaves)])
+        drawn = [draw(key, index, leaf) for index, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(structure, drawn)
 
     return jax.jit(draw_all, out_shardings=shardings)(key)

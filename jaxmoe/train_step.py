@@ -16,12 +16,19 @@ from jaxmoe.spec import ModelSpec, model_params
 
 
 class TrainState(NamedTuple):
-    """All that a run needs to go on: float32 master weights, optimiser state, steps done, random state."""
+    """All that a run needs to go on, as arrays or (`abstract_state`) as their shapes.
+
+    Attributes:
+        params: float32 master weights.
+        opt_state: of the optimiser.
+        step: () int32, optimiser steps done.
+        key: data of the PRNG key that the next step splits, uint32.
+    """
 
     params: Tree
     opt_state: Any
-    step: jax.Array
-    key: jax.Array
+    step: Any
+    key: Any
 
 
 @dataclasses.dataclass(frozen=True)

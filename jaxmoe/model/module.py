@@ -49,7 +49,9 @@ class MoEModel(nnx.Module):
             (B, T, V) float32.
         """
         batch = decoder.make_batch(
-            *(None if x is None else jnp.asarray(x) for x in (tokens, positions, segment_ids))
+            jnp.asarray(tokens),
+            None if positions is None else jnp.asarray(positions),
+            None if segment_ids is None else jnp.asarray(segment_ids),
         )
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             return _logits(self.pure_params(), self.spec, batch, self.dtype)

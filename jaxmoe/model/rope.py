@@ -120,7 +120,7 @@ def _frequencies(spec: RopeSpec, positions: jax.Array) -> tuple[jax.Array, float
             return jnp.asarray(_llama3(spec.scaling, base)), 1.0
         case LongRope(short, long, original, attention_factor):
             divisor = jnp.where(jnp.max(positions) + 1 > original, jnp.asarray(long), jnp.asarray(short))
-            return base / divisor.astype(jnp.float32), attention_factor
+            return jnp.asarray(base) / divisor.astype(jnp.float32), attention_factor
 
 
 def _dynamic(spec: RopeSpec, scaling: Dynamic, positions: jax.Array) -> jax.Array:
