@@ -24,13 +24,13 @@ def main(argv: list[str]) -> None:
     if not (options.run / "config.yaml").exists():
         raise UserError(f"{options.run}: found no config.yaml, expected the folder of a run")
     # Imported only now: a wrong folder is reported without waiting for it.
-    import jax.numpy as jnp
-
-    from jaxmoe import params
+    from jaxmoe.optim import build_optimizer
+    from jaxmoe.params import roles
     from jaxmoe.run_data import tokenizer_files
     from jaxmoe.run_model import open_model
-    from jaxmoe.sharding import make_mesh, shardings
+    from jaxmoe.sharding import make_mesh
     from jaxmoe.spec import model_params
+    from jaxmoe.train_step import abstract_state
 
     config = load_config(options.run / "config.yaml", [f"output_dir={options.run}"])
     checkpoints = Checkpoints(options.run / "checkpoints", None)
@@ -38,17 +38,14 @@ def main(argv: list[str]) -> None:
     if step is None:
         raise UserError(f"{options.run}: the run has no checkpoint yet")
     model = open_model(config.model)
-    # One device is enough here, whatever mesh the run has.
-    mesh = make_mesh(fsdp=jax.device_count()) if jax.device_count() > 1 else make_mesh()
-    tree = model_params(model.spec)
-    wanted = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        params.abstract(tree, jnp.float32),
-        shardings(tree, mesh),
-    )
-    state, _ = checkpoints.restore(step, {"params": wanted, "opt_state": ..., "step": ..., "key": ...})
+    # Whatever mesh the run has: the weights alone, spread over the devices that are here.
+    mesh = make_mesh(fsdp=jax.device_count())
+    optimizer = build_optimizer(config.optimizer, roles(model_params(model.spec)), config.train.steps)
+    state = abstract_state(optimizer, model.spec, mesh)
+    unread = jax.tree.map(lambda _: ..., state)
+    state, _ = checkpoints.restore(step, unread._replace(params=state.params))
     left_out = model.export(
-        state["params"], options.folder, tokenizer_files(config), overwrite=options.overwrite
+        state.params, options.folder, tokenizer_files(config), overwrite=options.overwrite
     )
     checkpoints.close()
     print(f"{options.folder}: step {step} of {options.run}")

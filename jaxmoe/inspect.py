@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
 
     path = Path(options.model)
     origin = read_blueprint(path) if path.is_file() else open_source(options.model)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(_summary(origin.family.model_type, origin.spec))
     if options.parameters:
         table = Table("parameter", "dimensions", "shape", "tensors", "first tensor")

@@ -1,7 +1,6 @@
 """What a run shows: a live line on a terminal, plain lines in a log file."""
 
 import sys
-import time
 from types import TracebackType
 
 from rich.console import Console
@@ -13,9 +12,9 @@ class RunDisplay:
     """Shows a run's progress on stderr; silent on all hosts but the first."""
 
     def __init__(self, steps: int, done: int, quiet: bool) -> None:
-        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        # No markup: paths and generated text may hold anything in brackets.
+        self._console = Console(stderr=True, quiet=quiet, highlight=False, markup=False)
         self._steps = steps
-        self._start = time.perf_counter()
         self._progress = Progress(
             TextColumn("[bold]train"),
             BarColumn(bar_width=24),
@@ -55,4 +54,4 @@ def show_table(title: str, rows: dict[str, str]) -> None:
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in rows.items():
         table.add_row(name, value)
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)

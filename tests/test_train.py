@@ -70,18 +70,27 @@ def write_config(folder: Path, config: dict) -> Path:
     return path
 
 
-def start(config: Path, *overrides: str, **popen) -> subprocess.Popen:
+# Stands for a full disk: no file may grow past argv[1] bytes.
+LIMITED = """
+import resource, runpy, signal, sys
+limit = int(sys.argv.pop(1))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+runpy.run_module("jaxmoe.train", run_name="__main__")
+"""
+
+
+def start(config: Path, *overrides: str, file_limit: int | None = None) -> subprocess.Popen:
     """The command in a process of its own, on one device."""
     environment = dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu")
-    command = [sys.executable, "-m", "jaxmoe.train", str(config), *overrides]
+    program = ["-m", "jaxmoe.train"] if file_limit is None else ["-c", LIMITED, str(file_limit)]
     return subprocess.Popen(
-        command,
+        [sys.executable, *program, str(config), *overrides],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=config.parent,
-        **popen,
     )
 
 
@@ -182,8 +191,6 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(workspace, finished, tmp_pat
 
 def test_full_disk_keeps_the_previous_checkpoint(workspace, tmp_path):
     """A limit on the size of files stands for a full disk: the second save fails, the first stays valid."""
-    import resource
-
     output = tmp_path / "run"
     config = write_config(tmp_path, run_config(workspace, output))
     finish(
@@ -208,11 +215,7 @@ def test_full_disk_keeps_the_previous_checkpoint(workspace, tmp_path):
     process.communicate()
     assert (output / "checkpoints" / "3").exists()
 
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
-
-    process = start(ready, "train.export=false", preexec_fn=limit)
+    process = start(ready, "train.export=false", file_limit=largest // 2)
     out = process.communicate(timeout=300)[0]
     assert process.returncode == 2, out
     error = [line for line in out.splitlines() if line.startswith("error: ")]
