@@ -104,8 +104,8 @@ def open_source(path_or_hub_id: str | Path) -> Source:
 def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> Tree:
     """Read the parameters, each device its own shard.
 
-    Host memory beyond what the devices hold stays below one tensor of the file: every piece is cast and placed
-    as it is read.
+    Tensors are read and cast one at a time, straight into the arrays that the devices take over. On a CPU these are
+    the devices' memory; for a GPU the host holds its part of one parameter (all layers of it) until it is copied.
 
     Args:
         source: an open checkpoint.

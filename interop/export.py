@@ -50,7 +50,12 @@ _OTHER_WEIGHTS = frozenset(
 
 
 def export_like_source(
-    params: Tree, source: Source, folder: str | Path, *, overwrite: bool = False
+    params: Tree,
+    source: Source,
+    folder: str | Path,
+    *,
+    replaced_files: Mapping[str, Path | None] | None = None,
+    overwrite: bool = False,
 ) -> list[str]:
     """Write `params` as `source` is laid out.
 
@@ -60,6 +65,8 @@ def export_like_source(
         params: the tree of `jaxmoe.spec.model_params`.
         source: the checkpoint that they were loaded from; its folder must still be there.
         folder: a new folder, or with `overwrite` an existing checkpoint that is replaced as a whole.
+        replaced_files: files that take the place of the source's of those names, such as another tokenizer's;
+            None leaves a file out.
 
     Returns:
         Files of the source that were left out: weights in other formats.
@@ -70,6 +77,10 @@ def export_like_source(
     tensors = _Tensors(params, source.bindings, source.files)
     if source.folder.resolve() == Path(folder).resolve():
         raise UserError(f"{folder}: is the folder that the model was loaded from; export to another one")
+    if Path(folder).resolve().is_relative_to(source.folder.resolve()):
+        raise UserError(
+            f"{folder}: lies inside {source.folder}, all of which is exported; choose a folder outside of it"
+        )
     if jax.process_index() != 0:
         tensors.take_part(source.files.shards)
         return []
@@ -77,7 +88,7 @@ def export_like_source(
     with FolderWriter(folder, overwrite=overwrite) as writer:
         for shard in source.files.shards:
             writer.shard(shard, tensors.fetch)
-        written = {shard.file for shard in source.files.shards}
+        written = {shard.file for shard in source.files.shards} | (replaced_files or {}).keys()
         for path in sorted(source.folder.rglob("*")):
             name = path.relative_to(source.folder).as_posix()
             if not path.is_file() or name in written or name.startswith((".cache/", ".git/")):
@@ -86,6 +97,9 @@ def export_like_source(
                 left_out.append(name)
             else:
                 writer.copy(path, name)
+        for name, replacement in (replaced_files or {}).items():
+            if replacement is not None:
+                writer.copy(replacement, name)
     return left_out
 
 

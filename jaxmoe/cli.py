@@ -25,7 +25,7 @@ _SUMMARIES = {
     "train": "fine-tune a model as a YAML file says",
     "export": "write a checkpoint of a run as a Hugging Face folder",
     "generate": "continue a prompt",
-    "inspect": "say what is in a model folder or a run",
+    "inspect": "check a model folder or a config.json and say what is in it",
 }
 
 EXIT_USER_ERROR = 2

@@ -83,7 +83,8 @@ class ModelConfig(Section):
         description="For random weights: a config.json file, or its content as a mapping. Exactly one of "
         "`path` and `config` is given.",
     )
-    dtype: Literal["bfloat16", "float32", "float16"] = Field(
+    # Not float16: without loss scaling its gradients underflow to zero, silently.
+    dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="Dtype that the forward and backward pass compute in."
     )
     remat: bool = Field(

@@ -1,9 +1,11 @@
 """``python -m jaxmoe.export RUN FOLDER``: write a checkpoint of a run as a Hugging Face folder."""
 
 import argparse
+import math
 from pathlib import Path
 
 import jax
+from jax.sharding import AxisType
 
 from jaxmoe.checkpoints import Checkpoints
 from jaxmoe.cli import run_command
@@ -28,18 +30,21 @@ def main(argv: list[str]) -> None:
     from jaxmoe.params import roles
     from jaxmoe.run_data import tokenizer_files
     from jaxmoe.run_model import open_model
-    from jaxmoe.sharding import make_mesh
+    from jaxmoe.sharding import MESH_AXES
     from jaxmoe.spec import model_params
     from jaxmoe.train_step import abstract_state
 
-    config = load_config(options.run / "config.yaml", [f"output_dir={options.run}"])
+    config = load_config(options.run / "config.yaml").model_copy(update={"output_dir": str(options.run)})
     checkpoints = Checkpoints(options.run / "checkpoints", None)
     step = checkpoints.latest() if options.step is None else options.step
     if step is None:
         raise UserError(f"{options.run}: the run has no checkpoint yet")
     model = open_model(config.model)
     # Whatever mesh the run has: the weights alone, spread over the devices that are here.
-    mesh = make_mesh(fsdp=jax.device_count())
+    usable = math.gcd(jax.device_count(), model.spec.width)
+    mesh = jax.make_mesh(
+        (1, usable, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:usable]
+    )
     optimizer = build_optimizer(config.optimizer, roles(model_params(model.spec)), config.train.steps)
     state = abstract_state(optimizer, model.spec, mesh)
     unread = jax.tree.map(lambda _: ..., state)

@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxmoe.cli import run_command
+from jaxmoe.errors import UserError
 from jaxmoe.model import decoder
 from jaxmoe.params import Tree
 from jaxmoe.spec import ModelSpec
@@ -99,6 +100,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args(argv)
+    if options.tokens < 1 or options.temperature < 0:
+        raise UserError(
+            f"--tokens {options.tokens} --temperature {options.temperature}: expected at least 1 and at least 0"
+        )
     dtype = compute_dtype(options.dtype)
     source = open_source(options.model)
     tokenizer = load_tokenizer(source.folder)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,17 @@ class RunData:
 
     def keep_tokenizer(self) -> None:
         """Write a tokenizer that was made for this run into the run's folder."""
+        kept = _kept(self.config)
         made = isinstance(self.config.data.tokenizer, TrainTokenizer)
-        if made and jax.process_index() == 0 and not _complete(_kept(self.config)):
-            save_tokenizer(self.tokenizer, _kept(self.config))
+        if not made or jax.process_index() != 0 or kept.exists():
+            return
+        partial = kept.with_name(kept.name + ".partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            save_tokenizer(self.tokenizer, partial)
+            partial.rename(kept)  # whole or not there, whenever the process is killed
+        except OSError as error:
+            raise UserError(f"{kept}: cannot write the tokenizer: {error.strerror}") from error
 
     def training_batches(self) -> Any:
         """This host's endless training batches; a step takes one: (batch_size / hosts, T)."""
@@ -124,7 +133,13 @@ def open_data(config: RunConfig, model_folder: Path | None, vocab_size: int) -> 
     documents = open_documents(data.path, field=data.field, include=data.include, exclude=data.exclude)
     heldout = None
     if data.eval_path is not None:
-        heldout = open_documents(data.eval_path, field=data.field, include=data.include, exclude=data.exclude)
+        is_file = Path(data.eval_path).expanduser().is_file()  # patterns choose among the files of a folder
+        heldout = open_documents(
+            data.eval_path,
+            field=data.field,
+            include=None if is_file else data.include,
+            exclude=() if is_file else data.exclude,
+        )
     elif data.eval_fraction:
         documents, heldout = split_documents(documents, data.eval_fraction, config.train.seed)
     tokenizer, folder = _tokenizer(config, model_folder, documents)
@@ -138,13 +153,13 @@ def open_data(config: RunConfig, model_folder: Path | None, vocab_size: int) -> 
     return RunData(config, documents, heldout, tokenizer, eos)
 
 
-def tokenizer_files(config: RunConfig) -> dict[str, Path]:
-    """Files of a tokenizer that does not come with the model, by name, for an export to add."""
+def tokenizer_files(config: RunConfig) -> dict[str, Path | None]:
+    """Files of a tokenizer that does not come with the model, by name; None for those that it lacks."""
     given = config.data.tokenizer
     if given is None:
         return {}
     folder = _kept(config) if isinstance(given, TrainTokenizer) else _folder_of(Path(given).expanduser())
-    return {name: folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()}
+    return {name: folder / name if (folder / name).is_file() else None for name in _TOKENIZER_FILES}
 
 
 def _tokenizer(
@@ -153,7 +168,7 @@ def _tokenizer(
     """The tokenizer and the folder that it was read from, None if it was just made."""
     given = config.data.tokenizer
     if isinstance(given, TrainTokenizer):
-        if _complete(_kept(config)):  # a run that goes on keeps its tokenizer
+        if _kept(config).exists():  # a run that goes on keeps its tokenizer
             return load_tokenizer(_kept(config)), _kept(config)
         return train_byte_bpe(documents, given.train_bpe), None
     if given is not None:
@@ -172,8 +187,3 @@ def _folder_of(path: Path) -> Path:
 
 def _kept(config: RunConfig) -> Path:
     return Path(config.output_dir) / "tokenizer"
-
-
-def _complete(folder: Path) -> bool:
-    # The last of the two files that save_tokenizer writes.
-    return (folder / "tokenizer_config.json").exists()

@@ -48,21 +48,28 @@ class RunModel:
         return initialize(tree, jax.random.key(seed), self.spec.init_std, jnp.float32, shardings(tree, mesh))
 
     def export(
-        self, weights: Tree, folder: Path, tokenizer_files: Mapping[str, Path], *, overwrite: bool = False
+        self,
+        weights: Tree,
+        folder: Path,
+        tokenizer_files: Mapping[str, Path | None],
+        *,
+        overwrite: bool = False,
     ) -> list[str]:
         """Write a Hugging Face folder; returns the source's files that were left out.
 
         Args:
             weights: as from `weights`.
             folder: a new folder, or with `overwrite` a checkpoint folder that is replaced.
-            tokenizer_files: to add to a model that has no source folder, by name.
+            tokenizer_files: of a tokenizer that does not come with the model, by name; None where it has no
+                such file.
         """
         if isinstance(self.origin, Source):
-            return export_like_source(weights, self.origin, folder, overwrite=overwrite)
+            return export_like_source(
+                weights, self.origin, folder, replaced_files=tokenizer_files, overwrite=overwrite
+            )
         bindings, raw = self.origin.bindings, self.origin.raw
-        export_new(
-            weights, bindings, raw, folder, dtype=self.dtype, extra_files=tokenizer_files, overwrite=overwrite
-        )
+        present = {name: path for name, path in tokenizer_files.items() if path is not None}
+        export_new(weights, bindings, raw, folder, dtype=self.dtype, extra_files=present, overwrite=overwrite)
         return []
 
 

@@ -10,6 +10,7 @@ import jax
 
 from jaxmoe.cli import run_command
 from jaxmoe.config import load_config
+from jaxmoe.errors import UserError
 
 
 def main(argv: list[str]) -> None:
@@ -29,7 +30,13 @@ def main(argv: list[str]) -> None:
         options.config = None
     config = load_config(None if options.config is None else Path(options.config), overrides)
     if config.train.distributed:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"train.distributed: found no cluster to join ({str(error).splitlines()[0]}): start the command "
+                "with srun or mpirun, or set train.distributed=false"
+            ) from error
     # Imported only now: a mistake in the config is reported without waiting for it.
     from jaxmoe.trainer import run
 

@@ -1,5 +1,6 @@
 """The training loop of one run: resume, step, log, evaluate, checkpoint, export."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -67,6 +68,11 @@ def run(config: RunConfig) -> Result:
             "tensor parallelism must stay within a host"
         )
     model = open_model(config.model)
+    if model.folder is not None and Path(config.output_dir).resolve().is_relative_to(model.folder.resolve()):
+        raise UserError(
+            f"output_dir: {config.output_dir} lies inside the model's folder {model.folder}, all of which is "
+            "exported; choose a folder outside of it"
+        )
     shardings(model_params(model.spec), mesh)
     data = open_data(config, model.folder, model.spec.vocab_size)
     with RunFolder.open(config) as folder, jax.set_mesh(mesh):
@@ -100,8 +106,13 @@ class Trainer:
         batches = self.data.training_batches()
         state = self._start(batches)
         done = int(state.step)
-        with RunDisplay(self.config.train.steps, done, quiet=jax.process_index() != 0) as display:
-            state = self._train(state, batches, done, display)
+        try:
+            with RunDisplay(self.config.train.steps, done, quiet=jax.process_index() != 0) as display:
+                state = self._train(state, batches, done, display)
+        except BaseException:
+            with contextlib.suppress(UserError):  # the first error is the one to report
+                self.checkpoints.close()
+            raise
         self.checkpoints.close()
         return self._finish(state)
 
@@ -115,7 +126,13 @@ class Trainer:
         state, extra = self.checkpoints.restore(
             latest, abstract_state(self.optimizer, self.model.spec, self.mesh)
         )
-        batches.set_state(extra["data"][jax.process_index()])
+        positions = extra["data"]
+        if len(positions) != jax.process_count():
+            raise UserError(
+                f"{self.folder.path}: the run was made by {len(positions)} processes and now has "
+                f"{jax.process_count()}: start it with as many as before, or export it and begin another run"
+            )
+        batches.set_state(positions[jax.process_index()])
         return TrainState(*state)
 
     def _train(self, state: TrainState, batches: Any, done: int, display: RunDisplay) -> TrainState:
@@ -153,11 +170,13 @@ class Trainer:
         figures: dict[str, float],
         display: RunDisplay,
     ) -> None:
-        loss = float(metrics["loss"])
-        if not math.isfinite(loss):
+        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.checkpoints.wait()
             raise UserError(
-                f"training diverged: the loss of step {number} is {loss}; lower optimizer.learning_rate or raise "
-                f"optimizer.warmup_steps, in a new output_dir (step {self.checkpoints.latest()} is checkpointed)"
+                f"training diverged: step {number} has loss {loss} and gradient norm {norm}; lower "
+                f"optimizer.learning_rate or raise optimizer.warmup_steps, in a new output_dir (step "
+                f"{self.checkpoints.latest()} is checkpointed)"
             )
         line = f"loss {loss:.4f}  {figures['tokens_per_second']:,.0f} tokens/s  MFU {figures['mfu']:.1%}"
         display.step(number, line)

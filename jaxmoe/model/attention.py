@@ -18,7 +18,7 @@ class AttentionSpec:
 
     Attributes:
         qk_norm: RMSNorm on queries and keys before the rotation: "head" normalises each head of width H with
-            one shared scale (Qwen3), "full" the whole projection before it is split into heads (OLMoE).
+            one shared scale, "full" the whole projection before it is split into heads.
         bias: biases on all four projections.
         window: keys that a query sees, itself included; None sees all before it.
         clip_qkv: clamp queries, keys and values to ±clip_qkv after the norms.
@@ -125,11 +125,11 @@ def _project(params: Tree, spec: AttentionSpec, x_BTD: jax.Array) -> tuple[jax.A
 
 
 def _implementation(q: jax.Array) -> Literal["cudnn", "xla"]:
-    """cuDNN's flash attention where it takes the shape: on NVIDIA GPUs, 16-bit, head width ≤ 128 in eights.
+    """cuDNN's flash attention where it takes the shape: NVIDIA GPUs, 16-bit, heads of ≤ 128 in eights, even length.
 
     XLA's own attention writes the (B, N, T, S) scores: at 2 x 4,096 tokens and 32 heads that is 10 GiB of
     temporaries against 0.14 GiB.
     """
     sixteen_bit = q.dtype in (jnp.bfloat16, jnp.float16)
-    fits = q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+    fits = q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.shape[1] % 2 == 0
     return "cudnn" if jax.default_backend() == "gpu" and sixteen_bit and fits else "xla"
