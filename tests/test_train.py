@@ -392,3 +392,10 @@ def test_folder_of_another_run(finished, workspace, tmp_path, capfd):
     config = write_config(tmp_path, run_config(workspace, finished[0], **changes))
     refused(config, "holds another run", capfd)
     refused(config, "train.seed is 0 there and 9 here", capfd, "train.seed=9")
+
+
+def test_run_inside_the_model_folder(workspace, capfd, tmp_path):
+    """All of the model's folder is exported: the run would copy itself."""
+    changes = {"mesh": {"data": 8}, "train__micro_batch_size": 8}
+    config = write_config(tmp_path, run_config(workspace, workspace / "model" / "run", **changes))
+    refused(config, "lies inside the model's folder", capfd)

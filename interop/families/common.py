@@ -1,12 +1,14 @@
 """Rules and config readings that several families share."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from jaxmoe.errors import UserError
 from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.rope import Dynamic, Linear, Llama3, LongRope, RopeSpec, Scaling, Yarn
+from jaxmoe.spec import LayerSpec, ModelSpec, group_layers
 
 LAYER = "model.layers.{L}."
 
@@ -81,6 +83,18 @@ def mlp_rules() -> tuple[Rule, ...]:
     return (
         Rule("layers.{L}.mlp.gate_up", LAYER + "mlp.{G:gate_proj|up_proj}.weight", "I D"),
         Rule("layers.{L}.mlp.down", LAYER + "mlp.down_proj.weight", "D I"),
+    )
+
+
+def model_spec(config: ConfigReader, layers: Sequence[LayerSpec], norm_eps: float) -> ModelSpec:
+    """The layers with the trunk that most families share."""
+    return ModelSpec(
+        width=config.size("hidden_size"),
+        vocab_size=config.size("vocab_size"),
+        groups=group_layers(layers),
+        norm_eps=norm_eps,
+        tie_embeddings=config.take("tie_word_embeddings"),
+        init_std=config.take("initializer_range"),
     )
 
 

@@ -7,7 +7,7 @@ from jaxmoe.interop.rules import Rule
 from jaxmoe.model.attention import AttentionSpec
 from jaxmoe.model.moe import MoESpec
 from jaxmoe.model.router import RouterSpec
-from jaxmoe.spec import LayerSpec, ModelSpec, group_layers
+from jaxmoe.spec import LayerSpec, ModelSpec
 
 
 def _spec(config: ConfigReader) -> ModelSpec:
@@ -35,14 +35,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
         ),
         norm_eps=eps,
     )
-    return ModelSpec(
-        width=config.size("hidden_size"),
-        vocab_size=config.size("vocab_size"),
-        groups=group_layers([layer] * config.size("num_hidden_layers")),
-        norm_eps=eps,
-        tie_embeddings=config.take("tie_word_embeddings"),
-        init_std=config.take("initializer_range"),
-    )
+    return common.model_spec(config, [layer] * config.size("num_hidden_layers"), eps)
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:

@@ -8,7 +8,7 @@ from jaxmoe.model.attention import AttentionSpec
 from jaxmoe.model.mlp import MLPSpec
 from jaxmoe.model.moe import MoESpec
 from jaxmoe.model.router import RouterSpec
-from jaxmoe.spec import LayerSpec, ModelSpec, group_layers
+from jaxmoe.spec import LayerSpec, ModelSpec
 
 
 def _spec(config: ConfigReader) -> ModelSpec:
@@ -42,14 +42,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
         LayerSpec(attention, dense if index in dense_layers or (index + 1) % step else sparse, eps)
         for index in range(config.size("num_hidden_layers"))
     ]
-    return ModelSpec(
-        width=config.size("hidden_size"),
-        vocab_size=config.size("vocab_size"),
-        groups=group_layers(layers),
-        norm_eps=eps,
-        tie_embeddings=config.take("tie_word_embeddings"),
-        init_std=config.take("initializer_range"),
-    )
+    return common.model_spec(config, layers, eps)
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
