@@ -1,9 +1,9 @@
-"""Loading: a checkpoint folder → parameters on their devices, reading only the bytes that each shard needs."""
+"""Loading: a checkpoint folder → parameters on their devices, reading what they need once."""
 
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,15 @@ _ALIGNMENT = 64
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
+
+
+PIECE_ELEMENTS = 8 << 20
+"""A tensor is read in pieces of at most so many numbers."""
+
+COMPUTE_DTYPES = ("bfloat16", "float32", "float16")
+
+Box = tuple[slice, ...]
+"""One slice per axis, bounds given."""
 
 
 class TensorReader(Protocol):
@@ -102,10 +111,10 @@ def open_source(path_or_hub_id: str | Path) -> Source:
 
 
 def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> Tree:
-    """Read the parameters, each device its own shard.
+    """Read the parameters, each process what its own devices hold of them, once.
 
-    Tensors are read and cast one at a time, straight into the arrays that the devices take over. On a CPU these are
-    the devices' memory; for a GPU the host holds its part of one parameter (all layers of it) until it is copied.
+    Tensors are read piece by piece and cast into the arrays that the devices take over. On a CPU these are the
+    devices' memory; for a GPU the host holds its part of one parameter (all layers of it) until it is copied.
 
     Args:
         source: an open checkpoint.
@@ -113,7 +122,7 @@ def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> Tree:
         mesh: shards them by `jaxmoe.sharding`; by default they are whole, on the first device.
 
     Raises:
-        UserError: a file could not be read, a tied copy differs, a value overflows float16, or the mesh does not
+        UserError: a file could not be read, a tied copy differs, a value overflows `dtype`, or the mesh does not
             divide a dimension.
     """
     _check_copies(source)
@@ -132,60 +141,130 @@ def read_params(
     )
     arrays = []
     for (name, declared), placement in zip(named(tree), jax.tree.leaves(placements), strict=True):
-        shards = _ShardReader(reader, declared, bindings.of_parameter[name], np.dtype(dtype))
-        arrays.append(jax.make_array_from_callback(declared.shape, placement, shards.read))
+        shards = LocalShards(declared, placement, np.dtype(dtype))
+        for part in bindings.of_parameter[name]:
+            shards.fill(part, reader)
+        # Waiting keeps a host from holding a second parameter while the first is on its way to its devices.
+        arrays.append(jax.make_array_from_callback(declared.shape, placement, shards.at).block_until_ready())
     return jax.tree.unflatten(jax.tree.structure(tree), arrays)
 
 
-class _ShardReader:
-    """Reads any rectangular part of one parameter; devices that hold the same part share one read."""
+def pieces(box: Sequence[slice], elements: int) -> Iterator[Box]:
+    """Cut a box into boxes of at most `elements` each, which follow each other in C order."""
+    axis, inner = len(box), 1
+    while axis and inner * (box[axis - 1].stop - box[axis - 1].start) <= elements:
+        axis -= 1
+        inner *= box[axis].stop - box[axis].start
+    if not axis:
+        yield tuple(box)
+        return
+    *outer, cut = box[:axis]
+    step = elements // inner
+    for index in itertools.product(*(range(part.start, part.stop) for part in outer)):
+        for start in range(cut.start, cut.stop, step):
+            run = slice(start, min(start + step, cut.stop))
+            yield (*(slice(i, i + 1) for i in index), run, *box[axis:])
 
-    def __init__(
-        self, reader: TensorReader, declared: Param, parts: Sequence[Binding], dtype: np.dtype
-    ) -> None:
-        self._reader = reader
+
+class LocalShards:
+    """Host buffers of the shards of one parameter that this process's devices hold.
+
+    Devices with the same shard share a buffer. What is read of a tensor goes to all shards that it is part of, so
+    nothing is read twice.
+
+    Args:
+        declared: the parameter.
+        placement: its sharding.
+        dtype: of the buffers.
+    """
+
+    def __init__(self, declared: Param, placement: jax.sharding.Sharding, dtype: np.dtype) -> None:
         self._declared = declared
-        self._parts = parts
-        self._dtype = dtype
-        self._done: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+        indices = placement.addressable_devices_indices_map(declared.shape).values()
+        self._buffers = {
+            bounds: _aligned_empty(tuple(stop - start for start, stop in bounds), dtype)
+            for bounds in map(self._bounds, indices)
+        }
 
-    def read(self, index: tuple[slice, ...] | None) -> np.ndarray:
-        whole = (slice(None),) * len(self._declared.shape)
-        bounds = tuple(
-            s.indices(size)[:2] for s, size in zip(index or whole, self._declared.shape, strict=True)
-        )
-        if bounds not in self._done:
-            self._done[bounds] = self._assemble(bounds)
-        return self._done[bounds]
+    def at(self, index: tuple[slice, ...] | None) -> np.ndarray:
+        """The buffer of one shard, by its index in the parameter."""
+        return self._buffers[self._bounds(index)]
 
-    def _assemble(self, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-        out = _aligned_empty(tuple(stop - start for start, stop in bounds), self._dtype)
-        of_letter = dict(zip(self._declared.dims, bounds, strict=True))
-        for part in self._parts:
-            if any(not of_letter[letter][0] <= i < of_letter[letter][1] for letter, i in part.index.items()):
+    def fill(self, part: Binding, reader: TensorReader) -> None:
+        """Read what the shards need of one tensor, in pieces of at most `PIECE_ELEMENTS`.
+
+        Raises:
+            UserError: the tensor could not be read, or a value overflows the buffers' dtype.
+        """
+        targets = list(self._targets(part))
+        if not targets:
+            return
+        for piece in pieces(_cover([box for box, _ in targets]), PIECE_ELEMENTS):
+            shared = [(_overlap(box, piece), box, buffer) for box, buffer in targets]
+            shared = [target for target in shared if all(one.start < one.stop for one in target[0])]
+            if not shared:
                 continue
-            box = [slice(*of_letter[letter]) for letter in part.letters]
-            values = part.to_parameter(self._reader.read_box(part.source, part.sizes, box))
-            place = tuple(
-                part.index[letter] - of_letter[letter][0] if letter in part.index else slice(None)
-                for letter in self._declared.dims
-            )
-            with np.errstate(
-                over="ignore", invalid="ignore"
-            ):  # a NaN stays one; what overflows is found below
-                out[place] = values
-            if self._dtype == np.float16:  # the only one of less range than what checkpoints are stored in
-                _refuse_overflow(part.source, values, out[place])
-        return out
+            read = _cover([overlap for overlap, _, _ in shared])
+            values = reader.read_box(part.source, part.sizes, read)
+            for overlap, box, buffer in shared:
+                _store(part.source, values[_within(overlap, read)], buffer[_within(overlap, box)])
+
+    def _targets(self, part: Binding) -> Iterator[tuple[Box, np.ndarray]]:
+        """For each shard that has some of a tensor: its box in the tensor, and that part of its buffer."""
+        dims = self._declared.dims
+        free = [letter for letter in dims if letter not in part.index]
+        for bounds, buffer in self._buffers.items():
+            of_letter = {letter: slice(*one) for letter, one in zip(dims, bounds, strict=True)}
+            if all(of_letter[letter].start <= i < of_letter[letter].stop for letter, i in part.index.items()):
+                place = tuple(
+                    part.index[letter] - of_letter[letter].start if letter in part.index else slice(None)
+                    for letter in dims
+                )
+                view = buffer[place].transpose([free.index(letter) for letter in part.letters])
+                yield tuple(of_letter[letter] for letter in part.letters), view
+
+    def _bounds(self, index: tuple[slice, ...] | None) -> tuple[tuple[int, int], ...]:
+        shape = self._declared.shape
+        if index is None:
+            return tuple((0, size) for size in shape)
+        return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
-def _refuse_overflow(name: str, stored: np.ndarray, loaded: np.ndarray) -> None:
-    lost = np.isfinite(stored) & ~np.isfinite(loaded)
+def _cover(boxes: Sequence[Box]) -> Box:
+    """The smallest box that holds all of them."""
+    return tuple(
+        slice(min(part.start for part in axis), max(part.stop for part in axis))
+        for axis in zip(*boxes, strict=True)
+    )
+
+
+def _overlap(one: Box, other: Box) -> Box:
+    return tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, other, strict=True))
+
+
+def _within(box: Box, outer: Box) -> Box:
+    """`box` as an index into an array that holds `outer`."""
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(box, outer, strict=True))
+
+
+def _store(name: str, stored: np.ndarray, target: np.ndarray) -> None:
+    """Cast `stored` into `target`, and refuse values that overflow its dtype."""
+    with np.errstate(over="ignore", invalid="ignore"):  # a NaN stays one; what overflows is found below
+        target[...] = stored
+    if _largest(stored.dtype) <= _largest(target.dtype) or np.isfinite(target).all():
+        return
+    lost = np.isfinite(stored) & ~np.isfinite(target)
     if lost.any():
         largest = np.abs(stored[lost].astype(np.float64)).max()
-        raise UserError(
-            f"tensor {name}: value {largest:.6g} does not fit {loaded.dtype}; load it as bfloat16 or float32"
+        larger = [dtype for dtype in COMPUTE_DTYPES if _largest(dtype) >= largest]
+        remedy = (
+            f"load it as {' or '.join(larger)}" if larger else "no dtype that jaxmoe computes in holds it"
         )
+        raise UserError(f"tensor {name}: value {largest:.6g} does not fit {target.dtype}; {remedy}")
+
+
+def _largest(dtype: Any) -> float:
+    return float(jnp.finfo(dtype).max)
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -245,8 +324,7 @@ def compute_dtype(name: Any) -> Any:
     Raises:
         UserError: anything else.
     """
-    allowed = ("bfloat16", "float32", "float16")
     text = name if isinstance(name, str) else jnp.dtype(name).name
-    if text not in allowed:
-        raise UserError(f"dtype {text!r} is not supported: expected one of {', '.join(allowed)}")
+    if text not in COMPUTE_DTYPES:
+        raise UserError(f"dtype {text!r} is not supported: expected one of {', '.join(COMPUTE_DTYPES)}")
     return jnp.dtype(text)

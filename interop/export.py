@@ -7,17 +7,17 @@ whatever dtype it was trained in.
 
 import functools
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmoe.errors import UserError
-from jaxmoe.interop.checkpoint import Source, numpy_dtype
+from jaxmoe.interop.checkpoint import Box, Source, numpy_dtype, pieces
 from jaxmoe.interop.layout import INDEX_FILE, Shard, TensorInfo, dtype_name
 from jaxmoe.interop.reader import CheckpointFolder
 from jaxmoe.interop.rules import Binding, Bindings
@@ -25,7 +25,7 @@ from jaxmoe.interop.writer import FolderWriter, index_json, plan_shards
 from jaxmoe.params import Tree, named
 
 PIECE_BYTES = 32 << 20
-"""A tensor is fetched, compared and written in pieces of about this size."""
+"""A tensor is fetched, compared and written in pieces of at most this size."""
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Largest file of an export that has no source folder to follow."""
@@ -156,8 +156,8 @@ class _Tensors:
         """Run the same device computations as the host that writes, and drop the results."""
         for info in (info for shard in shards for info in shard.tensors):
             if info.name in self._bindings.of_tensor:
-                for _ in self._parts(self._bindings.of_tensor[info.name]):
-                    pass
+                for _, bits in self._pieces(self._bindings.of_tensor[info.name]):
+                    bits.block_until_ready()
 
     def fetch(self, info: TensorInfo) -> Iterator[memoryview | bytearray]:
         """The bytes of one tensor, in order."""
@@ -166,28 +166,22 @@ class _Tensors:
             assert self._original is not None
             yield from self._original.iter_bytes(info.name)
             return
-        for box, part in self._parts(binding):
-            values = self._stored(info, binding, box, part)
+        free = [i for i, letter in enumerate(binding.declared.dims) if letter not in binding.index]
+        for box, bits in self._pieces(binding):
+            part = np.asarray(bits).view(self._params[binding.target].dtype)
+            values = self._stored(info, binding, box, part.reshape([bits.shape[i] for i in free]))
             yield np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
-    def _parts(self, binding: Binding) -> Iterator[tuple[list[slice], np.ndarray]]:
-        """Pieces of a tensor along its outermost letter: the box on the tensor's letters, and the values."""
+    def _pieces(self, binding: Binding) -> Iterator[tuple[Box, jax.Array]]:
+        """Pieces of a tensor in order: the box on the tensor's letters, and the bits in the parameter's."""
         array = self._params[binding.target]
-        outer, length = binding.letters[0], binding.sizes[0]
-        step = max(1, PIECE_BYTES * length // max(1, math.prod(binding.sizes) * array.dtype.itemsize))
-        for start in range(0, length, step):
-            stop = min(start + step, length)
-            box = [slice(start, stop), *(slice(0, size) for size in binding.sizes[1:])]
-            starts, sizes = [], []
-            for letter, size in zip(binding.declared.dims, binding.declared.shape, strict=True):
-                fixed = letter in binding.index
-                starts.append(binding.index[letter] if fixed else start if letter == outer else 0)
-                sizes.append(1 if fixed else stop - start if letter == outer else size)
-            part = np.asarray(_slice(array, np.asarray(starts, np.int32), tuple(sizes), _replicated(array)))
-            free = [i for i, letter in enumerate(binding.declared.dims) if letter in binding.index]
-            yield box, part.squeeze(tuple(free))
+        whole = [slice(0, size) for size in binding.sizes]
+        for box in pieces(whole, max(1, PIECE_BYTES // array.dtype.itemsize)):
+            of_letter = dict(zip(binding.letters, box, strict=True))
+            of_letter |= {letter: slice(i, i + 1) for letter, i in binding.index.items()}
+            yield box, slice_bits(array, [of_letter[letter] for letter in binding.declared.dims])
 
-    def _stored(self, info: TensorInfo, binding: Binding, box: list[slice], part: np.ndarray) -> np.ndarray:
+    def _stored(self, info: TensorInfo, binding: Binding, box: Box, part: np.ndarray) -> np.ndarray:
         """A piece in the dtype of the file; where training changed nothing, the very bits of the source."""
         with np.errstate(over="ignore", invalid="ignore"):  # a NaN stays one; what overflows is found below
             values = part.astype(numpy_dtype(info.dtype))
@@ -205,16 +199,56 @@ class _Tensors:
         return binding.to_tensor(values)
 
 
-def _replicated(array: jax.Array) -> NamedSharding | None:
-    if isinstance(array.sharding, NamedSharding):
-        return NamedSharding(array.sharding.mesh, PartitionSpec())
-    return None
+def slice_bits(array: jax.Array, box: Sequence[slice]) -> jax.Array:
+    """The part `box` of a sharded array as unsigned integers, whole on every device, so any host can fetch it.
+
+    Memory and traffic are in proportion to the part. On several hosts all must call it.
+
+    Raises:
+        TypeError: the array is on several devices without a `NamedSharding`.
+    """
+    sharding = array.sharding if isinstance(array.sharding, NamedSharding) else None
+    if sharding is None and len(array.sharding.device_set) > 1:
+        raise TypeError(f"expected arrays with a NamedSharding, got {array.sharding}")
+    starts = np.asarray([part.start for part in box], np.int32)
+    return _slice_bits(array, starts, tuple(part.stop - part.start for part in box), sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "sharding"))
-def _slice(
-    array: jax.Array, starts: np.ndarray, sizes: tuple[int, ...], sharding: NamedSharding | None
+def _slice_bits(
+    array: jax.Array, starts: jax.Array, sizes: tuple[int, ...], sharding: NamedSharding | None
 ) -> jax.Array:
-    """A slice of a sharded array, whole on every device, so that any host can fetch it."""
-    piece = jax.lax.dynamic_slice(array, [starts[i] for i in range(len(sizes))], sizes)
-    return piece if sharding is None else jax.lax.with_sharding_constraint(piece, sharding)
+    """Each device cuts out what its own shard holds of the slice, at its place among zeros; the sum is the slice.
+
+    Left to XLA's partitioner, a slice of a sharded array is a slice of the whole array, gathered on each device.
+    Where the slice starts is no constant, so that all slices of one size share a compilation. Integers have no
+    signalling NaN, -0.0 or subnormal that a sum could change.
+    """
+    spec = () if sharding is None else tuple(sharding.spec)
+    summed = [name for names in spec if names for name in ([names] if isinstance(names, str) else names)]
+
+    def cut(shard: jax.Array, starts: jax.Array) -> jax.Array:
+        split = [axis for axis in range(array.ndim) if shard.shape[axis] < array.shape[axis]]
+        held = [min(size, length) for size, length in zip(sizes, shard.shape, strict=True)]
+        # Where the slice starts as this shard counts, which may be outside of it, and the nearest place inside.
+        wanted = [
+            starts[axis] - (jax.lax.axis_index(spec[axis]) * length if axis in split else 0)
+            for axis, length in enumerate(shard.shape)
+        ]
+        nearest = [
+            jnp.clip(start, 0, length - size)
+            for start, length, size in zip(wanted, shard.shape, held, strict=True)
+        ]
+        values = jax.lax.dynamic_slice(shard, nearest, held)
+        bits = jax.lax.bitcast_convert_type(values, np.dtype(f"u{array.dtype.itemsize}"))
+        for axis in split:
+            index = wanted[axis] - nearest[axis] + jnp.arange(sizes[axis])
+            inside = (index >= 0) & (index < held[axis])
+            inside = jnp.expand_dims(inside, [other for other in range(array.ndim) if other != axis])
+            bits = jnp.where(inside, jnp.take(bits, index, axis, mode="clip"), 0)
+        return jax.lax.psum(bits, tuple(summed)) if summed else bits
+
+    if sharding is None:
+        return cut(array, starts)
+    specs = (sharding.spec, PartitionSpec())
+    return jax.shard_map(cut, mesh=sharding.mesh, in_specs=specs, out_specs=PartitionSpec())(array, starts)

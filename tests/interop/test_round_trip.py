@@ -13,13 +13,11 @@ import tiny
 
 import jaxmoe
 from jaxmoe import UserError
-from jaxmoe.interop.checkpoint import _ShardReader, open_source, read_params
 from jaxmoe.interop.export import export_like_source, export_new
 from jaxmoe.interop.pretrained import from_config, read_blueprint
 from jaxmoe.interop.reader import CheckpointFolder
 from jaxmoe.params import named
-from jaxmoe.sharding import make_mesh, shardings
-from jaxmoe.spec import model_params
+from jaxmoe.sharding import make_mesh
 
 FAMILIES = list(tiny.CONFIGS)
 FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -106,7 +104,7 @@ def test_largest_float16_survives_bfloat16(folders):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_special_values_keep_their_bits(folders, dtype):
     tensors = tiny.write_checkpoint(folders.source, "olmoe", shards=1)
-    # NaNs with payloads, quiet and signalling, infinities, -0.0, subnormals, the largest float32.
+    # NaNs with payloads, quiet and signalling, infinities, -0.0, subnormals, the largest float32 that fits.
     bits = [
         0x7FC12345,
         0x7F812345,
@@ -116,7 +114,7 @@ def test_special_values_keep_their_bits(folders, dtype):
         0x80000000,
         0x00000001,
         0x807FFFFF,
-        0x7F7FFFFF,
+        0x7F7FFFFF if dtype == "float32" else 0x7F7F7FFF,
     ]
     for name in ("model.norm.weight", "model.layers.3.mlp.experts.11.up_proj.weight"):
         tensors[name].reshape(-1).view(np.uint32)[: len(bits)] = bits
@@ -388,39 +386,6 @@ class TestNewModel:
         }
 
 
-class TestBytesRead:
-    @pytest.mark.parametrize("layout", ["experts", "fused"])
-    def test_one_devices_shard_reads_its_experts_only(self, folders, layout):
-        tiny.write_checkpoint(folders.source, "mixtral", "bfloat16", layout)
-        source = open_source(folders.source)
-        assert source.files.bytes_read == 0
-        name = "groups.0.0.experts.gate_up"
-        declared = dict(named(model_params(source.spec)))[name]
-        index = shardings({name: declared}, make_mesh(data=2, expert=4))[name].devices_indices_map(
-            declared.shape
-        )
-        reader = _ShardReader(source.files, declared, source.bindings.of_parameter[name], np.dtype("float32"))
-        values = reader.read(index[jax.devices()[0]])
-        assert values.shape == (5, 12 // 4, 2, 28, 40)
-        assert source.files.bytes_read == values.size * 2  # as stored, in bfloat16
-        reader.read(index[jax.devices()[4]])  # the same experts, in the other half of the data axis
-        assert source.files.bytes_read == values.size * 2
-
-    @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "expert": 4}, {"expert": 2, "data": 4}])
-    def test_every_byte_is_read_once_however_often_it_is_replicated(self, folders, mesh):
-        tensors = tiny.write_checkpoint(folders.source, "qwen3_moe", "bfloat16")
-        source = open_source(folders.source)
-        read_params(source.files, source.spec, source.bindings, np.float32, make_mesh(**mesh))
-        assert source.files.bytes_read == sum(values.nbytes for values in tensors.values())
-
-    def test_shards_are_where_the_mesh_says(self, folders):
-        tiny.write_checkpoint(folders.source, "mixtral", "bfloat16")
-        model = jaxmoe.from_pretrained(folders.source, mesh=mesh_of("mesh"))
-        experts = model.params["groups"][0][0]["experts"]["gate_up"][...]
-        assert {shard.data.shape for shard in experts.addressable_shards} == {(5, 6, 2, 14, 20)}
-        assert len({str(shard.index) for shard in experts.addressable_shards}) == 8
-
-
 class TestRefusals:
     def test_value_that_the_file_cannot_hold(self, folders):
         tiny.write_checkpoint(folders.source, "olmoe", "float16")
@@ -464,15 +429,6 @@ class TestRefusals:
                 UserError, match=f"dtype '{dtype}' is not supported: expected one of bfloat16"
             ):
                 jaxmoe.from_pretrained(folders.source, dtype=dtype)
-
-    def test_value_that_the_loading_dtype_cannot_hold(self, folders):
-        tensors = tiny.write_checkpoint(folders.source, "olmoe", "bfloat16", shards=1)
-        tensors["model.layers.1.mlp.experts.7.up_proj.weight"][5, 6] = 1e6
-        tiny.write_tensors(folders.source, tensors)
-        with pytest.raises(
-            UserError, match=r"tensor model\.layers\.1\.mlp\.experts\.7\.up_proj\.weight: value .* float16"
-        ):
-            jaxmoe.from_pretrained(folders.source, dtype="float16")
 
 
 @pytest.mark.torch
