@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.kernels.grouped_matmul import grouped_matmul
-from jaxmoe.model.dispatch import combine, gather_to_experts, make_dispatch
+from jaxmoe.kernels.expert_mlp import Experts, expert_mlp
 from jaxmoe.model.router import RouterSpec, RouterStats, jitter, route, router_params, router_stats
 from jaxmoe.params import Tree, param
 from jaxmoe.sharding import BATCH_AXES, current_mesh
@@ -54,44 +53,29 @@ def moe(
     return out_RD.reshape(batch, length, width), stats
 
 
-def _experts(
-    params: Tree,
-    x_RD: jax.Array,
-    experts_RK: jax.Array,
-    weights_RK: jax.Array,
-    num_experts: int,
-    first: jax.Array | int,
-) -> jax.Array:
-    """Outputs of the experts held here, summed per token: (R, D)."""
-    held, _, hidden, width = params["gate_up"].shape
-    dispatch = make_dispatch(experts_RK, num_experts, first, held)
-    x_ZD = gather_to_experts(x_RD, dispatch)
-    gate_up = params["gate_up"].reshape(held, 2 * hidden, width)
-    h_ZGF = grouped_matmul(x_ZD, gate_up, dispatch.group_sizes).reshape(-1, 2, hidden)
-    y_ZF = jax.nn.silu(h_ZGF[:, 0]) * h_ZGF[:, 1]
-    y_ZD = grouped_matmul(y_ZF, params["down"], dispatch.group_sizes)
-    return combine(y_ZD, weights_RK, dispatch)
-
-
 def _experts_on_mesh(
     params: Tree, x_RD: jax.Array, experts_RK: jax.Array, weights_RK: jax.Array
 ) -> jax.Array:
-    """`_experts` where the mesh shards it.
+    """`expert_mlp` where the mesh shards it.
 
     Tokens are gathered along the expert axis, each device computes its own experts and its own slice of the
     hidden width, and the partial sums are scattered back: two collectives per layer. Everything between is
     local, so each device sorts and multiplies only what it holds.
     """
     mesh = current_mesh()
-    num_experts = params["gate_up"].shape[0]
     if mesh is None:
-        return _experts(params, x_RD, experts_RK, weights_RK, num_experts, 0)
+        return expert_mlp(x_RD, Experts(params["gate_up"], params["down"]), experts_RK, weights_RK)
+    num_experts = params["gate_up"].shape[0]
 
     def local(params: Tree, x_RD: jax.Array, experts_RK: jax.Array, weights_RK: jax.Array) -> jax.Array:
         gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
-        first = jax.lax.axis_index("expert") * params["gate_up"].shape[0]
-        partial_RD = _experts(
-            params, gather(x_RD), gather(experts_RK), gather(weights_RK), num_experts, first
+        partial_RD = expert_mlp(
+            gather(x_RD),
+            Experts(params["gate_up"], params["down"]),
+            gather(experts_RK),
+            gather(weights_RK),
+            num_experts=num_experts,
+            first=jax.lax.axis_index("expert") * params["gate_up"].shape[0],
         )
         wide_RD = jax.lax.psum(partial_RD.astype(jnp.float32), "tensor")
         return jax.lax.psum_scatter(wide_RD, "expert", tiled=True).astype(x_RD.dtype)

@@ -17,8 +17,8 @@ class Dispatch(NamedTuple):
     Attributes:
         order: (Z,) int32: slot number, token * K + choice, at each place of the expert order.
         inverse: (R, K) int32: place of each slot in the expert order.
-        group_sizes: (E,) int32: slots of each expert, in order. They may sum to less than Z: the slots
-            after them belong to experts held elsewhere.
+        group_sizes: (E,) int32: slots of each expert held here, in order. They may sum to less than Z: the
+            slots after them belong to experts held elsewhere.
     """
 
     order: jax.Array
@@ -44,54 +44,28 @@ def make_dispatch(
     return Dispatch(order, inverse, jnp.diff(edges))
 
 
-@jax.custom_vjp
-def gather_to_experts(x_RD: jax.Array, dispatch: Dispatch) -> jax.Array:
+def to_slots(x_RD: jax.Array, dispatch: Dispatch) -> jax.Array:
     """x (R, D) → its rows in expert order (Z, D)."""
     return x_RD[dispatch.order // dispatch.inverse.shape[1]]
 
 
-def _gather_fwd(x_RD: jax.Array, dispatch: Dispatch) -> tuple[jax.Array, Dispatch]:
-    return gather_to_experts(x_RD, dispatch), dispatch
+def slot_weights(weights_RK: jax.Array, dispatch: Dispatch) -> jax.Array:
+    """The router's weights in expert order, (Z,) float32."""
+    return weights_RK.reshape(-1)[dispatch.order].astype(jnp.float32)
 
 
-def _gather_bwd(dispatch: Dispatch, grad_ZD: jax.Array) -> tuple[jax.Array, None]:
-    return grad_ZD[dispatch.inverse].astype(jnp.float32).sum(axis=1).astype(grad_ZD.dtype), None
-
-
-gather_to_experts.defvjp(_gather_fwd, _gather_bwd)
-
-
-@jax.custom_vjp
-def combine(y_ZD: jax.Array, weights_RK: jax.Array, dispatch: Dispatch) -> jax.Array:
-    """Weighted sum of each token's K expert outputs, in float32, choices always added in the same order.
+def gather_sum(y_ZD: jax.Array, dispatch: Dispatch, weights_RK: jax.Array | None = None) -> jax.Array:
+    """Sum of each token's K slots, in float32 and always in the order of its choices; weighted if weights are given.
 
     Args:
-        y_ZD: (Z, D), expert outputs in expert order.
-        weights_RK: (R, K).
+        y_ZD: (Z, D) in expert order.
         dispatch: the order.
+        weights_RK: (R, K).
 
     Returns:
         (R, D) in y's dtype.
     """
     y_RKD = y_ZD[dispatch.inverse].astype(jnp.float32)
+    if weights_RK is None:
+        return y_RKD.sum(axis=1).astype(y_ZD.dtype)
     return jnp.einsum("rkd,rk->rd", y_RKD, weights_RK.astype(jnp.float32)).astype(y_ZD.dtype)
-
-
-def _combine_fwd(
-    y_ZD: jax.Array, weights_RK: jax.Array, dispatch: Dispatch
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Dispatch]]:
-    return combine(y_ZD, weights_RK, dispatch), (y_ZD, weights_RK, dispatch)
-
-
-def _combine_bwd(
-    saved: tuple[jax.Array, jax.Array, Dispatch], grad_RD: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    y_ZD, weights_RK, dispatch = saved
-    grad = grad_RD.astype(jnp.float32)
-    grad_ZD = grad[dispatch.order // weights_RK.shape[1]]
-    dy_ZD = grad_ZD * weights_RK.reshape(-1)[dispatch.order].astype(jnp.float32)[:, None]
-    dweights_Z = jnp.sum(grad_ZD * y_ZD.astype(jnp.float32), axis=-1)
-    return dy_ZD.astype(y_ZD.dtype), dweights_Z[dispatch.inverse].astype(weights_RK.dtype), None
-
-
-combine.defvjp(_combine_fwd, _combine_bwd)

@@ -1,0 +1,7 @@
+"""The experts of a mixture-of-experts layer: dispatch, gated feed-forward, combine; forward, backward, LoRA."""
+
+from jaxmoe.kernels.expert_mlp.activations import Activation
+from jaxmoe.kernels.expert_mlp.api import expert_mlp
+from jaxmoe.kernels.expert_mlp.operands import Experts, Lora
+
+__all__ = ["Activation", "Experts", "Lora", "expert_mlp"]

@@ -1,0 +1,197 @@
+"""The experts of a layer: checks, choice of the backend, gradients.
+
+A backend has the functions `forward` and `backward` that `xla` has. `forward` raises
+NotImplementedError for operands or a device that it cannot take, and the next one is asked.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal
+
+from jaxmoe.kernels.expert_mlp import hopper, reference, xla
+from jaxmoe.kernels.expert_mlp.activations import Activation
+from jaxmoe.kernels.expert_mlp.call import Call, Chosen, Grads, OtherDevice
+from jaxmoe.kernels.expert_mlp.dispatch import Dispatch, make_dispatch
+from jaxmoe.kernels.expert_mlp.operands import Experts
+
+if TYPE_CHECKING:  # not needed to run, and not everywhere where kernels are measured
+    from jaxtyping import Array, Float, Int
+
+_logger = logging.getLogger(__name__)
+
+# In the order in which they are asked. The last one takes everything.
+_BACKENDS: dict[str, Any] = {"mosaic": hopper, "xla": xla}
+
+
+def expert_mlp(
+    x: Float[Array, "R D"],
+    experts: Experts,
+    chosen: Int[Array, "R K"],
+    weights: Float[Array, "R K"],
+    *,
+    activation: Activation = Activation(),  # noqa: B008 - frozen
+    lora_scale: float = 1.0,
+    num_experts: int | None = None,
+    first: jax.Array | int = 0,
+    backend: str | None = None,
+) -> Float[Array, "R D"]:
+    """out[r] = Σ_k weights[r, k] · down_e · activation(gate_up_e · x[r]) with e = chosen[r, k].
+
+    Differentiable in x, weights and every array of `experts`, in reverse mode only; what is not differentiated
+    (a frozen base under LoRA) costs no gradient. Kept for the backward pass are x, the routing and the
+    pre-activation. The gradient of an expert that no token chose is exactly zero. Sums over a token's experts
+    are taken in the order of its choices: results do not depend on timing.
+
+    Args:
+        x: (R, D) tokens.
+        experts: parameters of the E experts held here, in x's dtype.
+        chosen: (R, K) int32, the experts of each token, all different. Those held elsewhere add nothing here.
+        weights: (R, K), what each expert's output is multiplied with.
+        activation: see `Activation`.
+        lora_scale: factor of the low-rank updates.
+        num_experts: experts of the whole layer; by default those held here are all.
+        first: number of the first expert held here.
+        backend: "mosaic" (NVIDIA Hopper), "xla", or "reference" (slow, for tests); by default the first one of
+            these that takes the call.
+
+    Returns:
+        (R, D) in x's dtype; products are accumulated in float32.
+
+    Raises:
+        ValueError: shapes that do not fit each other, half of a LoRA pair, or an unknown backend.
+        TypeError: dtypes that differ.
+        NotImplementedError: the backend asked for by name cannot take the call.
+    """
+    _check_operands(x, experts, chosen, weights, activation)
+    if backend == "reference":
+        return reference.expert_mlp(
+            x, experts, chosen, weights, activation=activation, lora_scale=lora_scale, first=first
+        )
+    if backend is not None and backend not in _BACKENDS:
+        known = ", ".join(sorted([*_BACKENDS, "reference"]))
+        raise ValueError(f"backend is {backend!r}; expected one of {known}, or None to choose one")
+    held = experts.down.shape[0]
+    dispatch = make_dispatch(chosen, held if num_experts is None else num_experts, first, held)
+    candidates = tuple(_BACKENDS) if backend is None else (backend,)
+    return _expert_mlp(Call(activation, lora_scale), candidates, x, experts, weights, dispatch)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _expert_mlp(
+    call: Call,
+    candidates: tuple[str, ...],
+    x: jax.Array,
+    experts: Experts,
+    weights: jax.Array,
+    dispatch: Dispatch,
+) -> jax.Array:
+    return _first_forward(call, candidates, x, experts, weights, dispatch, save=False)[1][0]
+
+
+def _forward(
+    call: Call,
+    candidates: tuple[str, ...],
+    x: CustomVJPPrimal,
+    experts: Any,
+    weights: CustomVJPPrimal,
+    dispatch: Any,
+) -> tuple[jax.Array, Any]:
+    is_primal = lambda leaf: isinstance(leaf, CustomVJPPrimal)
+    marked = Grads(x, weights, experts)
+    wanted = jax.tree.map(lambda leaf: leaf.perturbed, marked, is_leaf=is_primal)
+    x, weights, experts = jax.tree.map(lambda leaf: leaf.value, marked, is_leaf=is_primal)
+    dispatch = jax.tree.map(lambda leaf: leaf.value, dispatch, is_leaf=is_primal)
+    name, (out, saved) = _first_forward(call, candidates, x, experts, weights, dispatch, save=True)
+    return out, (Chosen(name, wanted), x, experts, weights, dispatch, saved)
+
+
+def _backward(call: Call, candidates: tuple[str, ...], residuals: Any, dout: jax.Array) -> Any:
+    del candidates
+    (chosen, x, experts, weights, dispatch, saved) = residuals
+    backend = _BACKENDS[chosen.backend]
+    grads = backend.backward(call, x, experts, weights, dispatch, saved, dout, chosen.wanted)
+    return grads.x, grads.experts, grads.weights, None
+
+
+_expert_mlp.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _first_forward(
+    call: Call,
+    candidates: tuple[str, ...],
+    x: jax.Array,
+    experts: Experts,
+    weights: jax.Array,
+    dispatch: Dispatch,
+    *,
+    save: bool,
+) -> tuple[str, tuple[jax.Array, Any]]:
+    """Name and results of the first backend that takes the call; logs why others pass it on."""
+    *others, last = candidates
+    for name in others:
+        try:
+            return name, _BACKENDS[name].forward(call, x, experts, weights, dispatch, save=save)
+        except NotImplementedError as error:
+            level = logging.INFO if isinstance(error, OtherDevice) else logging.WARNING
+            _log_once(level, f"expert_mlp: backend {name} is not used: {error}")
+    return last, _BACKENDS[last].forward(call, x, experts, weights, dispatch, save=save)
+
+
+@functools.cache
+def _log_once(level: int, message: str) -> None:
+    _logger.log(level, message)
+
+
+def _check_operands(
+    x: jax.Array, experts: Experts, chosen: jax.Array, weights: jax.Array, activation: Activation
+) -> None:
+    if x.ndim != 2 or experts.gate_up.ndim != 4 or experts.down.ndim != 3:
+        raise ValueError(
+            f"x is {x.shape}, gate_up {experts.gate_up.shape}, down {experts.down.shape}; expected (tokens, width), "
+            "(experts, parts, hidden, width) and (experts, width, hidden)"
+        )
+    (_, width), (held, parts, hidden, _) = x.shape, experts.gate_up.shape
+    if parts != activation.parts:
+        raise ValueError(
+            f"gate_up {experts.gate_up.shape} has {parts} parts; expected {activation.parts} for {activation.name}"
+        )
+    if chosen.ndim != 2 or chosen.shape != weights.shape or chosen.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"chosen is {chosen.shape} and weights are {weights.shape} for x {x.shape}; expected (tokens, K) twice"
+        )
+    ranks = {
+        "gate_up": experts.lora.gate_up_a.shape[1] if experts.lora.gate_up_a is not None else 0,
+        "down": experts.lora.down_a.shape[1] if experts.lora.down_a is not None else 0,
+    }
+    for pair, rank in ranks.items():
+        if (getattr(experts.lora, f"{pair}_a") is None) != (getattr(experts.lora, f"{pair}_b") is None):
+            raise ValueError(f"lora has one of {pair}_a and {pair}_b; expected both or neither (rank {rank})")
+    expected = {
+        "gate_up": (held, parts, hidden, width),
+        "down": (held, width, hidden),
+        "gate_up_bias": (held, parts, hidden),
+        "down_bias": (held, width),
+        "gate_up_a": (held, ranks["gate_up"], width),
+        "gate_up_b": (held, parts, hidden, ranks["gate_up"]),
+        "down_a": (held, ranks["down"], hidden),
+        "down_b": (held, width, ranks["down"]),
+    }
+    arrays = experts._asdict() | experts.lora._asdict()
+    for name, shape in expected.items():
+        array = arrays[name]
+        if array is None:
+            continue
+        if array.shape != shape:
+            raise ValueError(f"{name} is {array.shape}; expected {shape} beside x {x.shape}")
+        if array.dtype != x.dtype:
+            raise TypeError(
+                f"{name} is {array.dtype} and x is {x.dtype}; expected the same: cast one with astype"
+            )
+    if not jnp.issubdtype(chosen.dtype, jnp.integer):
+        raise TypeError(f"chosen is {chosen.dtype}; expected int32")
