@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxmoe.kernels.expert_mlp.mosaic_rows import SLAB, TILED, await_rows, issue_rows
+from jaxmoe.kernels.expert_mlp.mosaic_rows import SLAB, TILED, await_rows, issue_nothing, issue_rows
 from jaxmoe.kernels.expert_mlp.slots import Slots
 from jaxmoe.kernels.expert_mlp.tiles import MatmulTiles
 
@@ -175,7 +175,7 @@ def grouped_matmul(
 
 def consumer_registers(consumers: int) -> int:
     """Registers of each thread of a consumer, once the producer has given up its share; a multiple of 8."""
-    return min(232, (REGISTERS - PRODUCER_REGISTERS) // consumers // 8 * 8)
+    return min(256, (REGISTERS - PRODUCER_REGISTERS) // consumers // 8 * 8)
 
 
 def store_chunk(columns: int) -> int:
@@ -269,6 +269,8 @@ class _Producer:
 
                     self._copy_weights(number, expert, n, k, slot)
                     self._copy_rows(number, gathered, m, k, slot)
+                    if any_gathered and not gathered:
+                        issue_nothing(interpret=self.interpret)
                     if any_gathered:
                         await_rows(LAG, interpret=self.interpret)
 
@@ -381,8 +383,10 @@ class StorePieces:
     def store(self, piece: Any, target: Any) -> None:
         """Begin to store `piece` to the ref `target` in GPU memory."""
         buffer = self.buffers.at[self.count % 2]
+        # The piece before this one has the other buffer and may still be on its way. Before a tile's first piece
+        # nothing may: which buffer the last tile ended with is not known here.
+        plgpu.wait_smem_to_gmem(1 if self.count else 0, wait_read_only=True)
         self.count += 1
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         buffer[...] = piece
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(buffer, target)
