@@ -1,17 +1,22 @@
 """Losses: next-token cross-entropy without ever holding all logits, and the router's balance terms."""
 
 import functools
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from jaxmoe.model.precision import float32_matmuls
 from jaxmoe.model.router import RouterStats
+from jaxmoe.sharding import BATCH_AXES, current_mesh
 
 IGNORED = -1
 """A target that is not predicted."""
 
 _LOGITS_PER_CHUNK = 2**26
-"""Logits held at once, in elements over all devices' batch rows: 256 MiB in float32 on one device."""
+"""Logits that a device holds at once, in elements: 256 MiB in float32."""
 
 
 def next_token_targets(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
@@ -35,75 +40,155 @@ def linear_cross_entropy(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: 
     it is computed in the same pass (softmax minus one-hot needs nothing from later), so that the logits are
     never computed twice; the idea is that of Liger's fused linear cross-entropy (arXiv 2410.10989).
 
+    On a mesh each device goes through the chunks of its own rows and its own part of the vocabulary. The head
+    is gathered along "fsdp" once before the chunks and its gradient, summed locally in float32, is reduced once
+    after them. Within a chunk only sums over the vocabulary and hidden's gradient are exchanged, over "tensor".
+
     Args:
         hidden_BTD: (B, T, D).
-        head_VD: (V, D); multiplied in hidden's dtype, its gradient is summed in float32 and has head's own.
+        head_VD: (V, D); multiplied in hidden's dtype, its gradient is summed in float32 and has head's own. On
+            a mesh, "tensor" divides V and "fsdp" divides D.
         targets_BT: (B, T) int32.
 
     Returns:
         () float32.
     """
-    chunk = max(1, min(hidden_BTD.shape[1], _LOGITS_PER_CHUNK // (hidden_BTD.shape[0] * head_VD.shape[0])))
-    return _chunked(hidden_BTD, head_VD, targets_BT, chunk)
+    with float32_matmuls(hidden_BTD.dtype):
+        return _linear_cross_entropy(hidden_BTD, head_VD, targets_BT)
 
 
-def _chunks(x: jax.Array, chunk: int, fill: int) -> jax.Array:
-    """(B, T, …) → (chunks, B, chunk, …), padded at the end of T with `fill`."""
-    padding = -x.shape[1] % chunk
-    x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+@jax.custom_vjp
+def _linear_cross_entropy(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    return _on_mesh(_local_loss, hidden_BTD, head_VD, targets_BT)
 
 
-def _chunk_nll(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Summed loss of one chunk; logits and their logsumexp for whoever wants the gradient."""
-    logits = jnp.einsum("btd,vd->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    target_logit = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    return jnp.sum(jnp.where(targets == IGNORED, 0.0, lse - target_logit)), logits, lse
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _chunked(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
-    def body(total: jax.Array, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        return total + _chunk_nll(piece[0], head, piece[1])[0], None
-
-    pieces = (_chunks(hidden, chunk, 0), _chunks(targets, chunk, IGNORED))
-    return jax.lax.scan(body, jnp.zeros((), jnp.float32), pieces)[0]
-
-
-def _chunked_fwd(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int
+def _forward(
+    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    loss, dhidden_BTD, dhead_VD = _on_mesh(_local_loss_and_gradients, hidden_BTD, head_VD, targets_BT)
+    return loss, (dhidden_BTD[: hidden_BTD.shape[0]], dhead_VD)
+
+
+def _backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    dhidden_BTD, dhead_VD = saved
+    return (grad * dhidden_BTD).astype(dhidden_BTD.dtype), (grad * dhead_VD).astype(dhead_VD.dtype), None
+
+
+_linear_cross_entropy.defvjp(_forward, _backward)
+
+
+class _Axes(NamedTuple):
+    """Mesh axes that split the operands; without a mesh (), over which every collective is the identity."""
+
+    rows: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] = ()
+    width: tuple[str, ...] = ()
+
+
+def _on_mesh(local: Any, hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> Any:
+    """Call `local` on each device's parts. Gradients of hidden have rows added until the mesh divides them."""
+    mesh = current_mesh()
+    if mesh is None:
+        return local(hidden_BTD, head_VD, targets_BT, _Axes())
+    missing = -hidden_BTD.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    hidden_BTD = jnp.pad(hidden_BTD, ((0, missing), (0, 0), (0, 0)))
+    targets_BT = jnp.pad(targets_BT, ((0, missing), (0, 0)), constant_values=IGNORED)
+    rows, head = P(BATCH_AXES), P("tensor", "fsdp")
+    return jax.shard_map(
+        functools.partial(local, axes=_Axes(BATCH_AXES, ("tensor",), ("fsdp",))),
+        mesh=mesh,
+        in_specs=(rows, head, rows),
+        out_specs=P() if local is _local_loss else (P(), rows, head),
+        check_vma=False,
+    )(hidden_BTD, head_VD, targets_BT)
+
+
+def _local_loss(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, axes: _Axes) -> jax.Array:
+    head_VD = _gathered_head(head_VD, hidden_BTD.dtype, axes)
+
+    def body(total: jax.Array, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        return total + _chunk(*piece, head_VD, axes).loss, None
+
+    pieces = _chunks(hidden_BTD, targets_BT, head_VD)
+    return jax.lax.psum(jax.lax.scan(body, jnp.zeros((), jnp.float32), pieces)[0], axes.rows)
+
+
+def _local_loss_and_gradients(
+    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, axes: _Axes
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    own_head_VD, head_VD = head_VD, _gathered_head(head_VD, hidden_BTD.dtype, axes)
+
     def body(
         carry: tuple[jax.Array, jax.Array], piece: tuple[jax.Array, jax.Array]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        (total, dhead), (hidden, targets) = carry, piece
-        nll, logits, lse = _chunk_nll(hidden, head, targets)
-        one_hot = targets[..., None] == jnp.arange(head.shape[0])
-        dlogits = jnp.where(targets[..., None] == IGNORED, 0.0, jnp.exp(logits - lse[..., None]) - one_hot)
-        dlogits = dlogits.astype(hidden.dtype)
-        dhead += jnp.einsum("btv,btd->vd", dlogits, hidden, preferred_element_type=jnp.float32)
-        return (total + nll, dhead), jnp.einsum("btv,vd->btd", dlogits, head.astype(hidden.dtype))
+        (total, dhead_VD), (hidden, targets) = carry, piece
+        chunk = _chunk(hidden, targets, head_VD, axes)
+        softmax = jnp.exp(chunk.logits - chunk.lse[..., None])
+        one_hot = chunk.own_targets[..., None] == jnp.arange(head_VD.shape[0])
+        dlogits = jnp.where(targets[..., None] == IGNORED, 0.0, softmax - one_hot).astype(hidden.dtype)
+        dhead_VD += jnp.einsum("btv,btd->vd", dlogits, hidden, preferred_element_type=jnp.float32)
+        dhidden = jnp.einsum("btv,vd->btd", dlogits, head_VD, preferred_element_type=jnp.float32)
+        return (total + chunk.loss, dhead_VD), jax.lax.psum(dhidden, axes.vocabulary).astype(hidden.dtype)
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32))
-    (total, dhead), dhidden = jax.lax.scan(
-        body, start, (_chunks(hidden, chunk, 0), _chunks(targets, chunk, IGNORED))
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(head_VD.shape, jnp.float32))
+    (total, dhead_VD), dhidden = jax.lax.scan(body, start, _chunks(hidden_BTD, targets_BT, head_VD))
+    dhidden = jnp.moveaxis(dhidden, 0, 1).reshape(hidden_BTD.shape[0], -1, hidden_BTD.shape[2])
+    # First the reduction that leaves each device its own columns, then those columns over the other axes.
+    dhead_VD = jax.lax.psum_scatter(dhead_VD, axes.width, scatter_dimension=1, tiled=True)
+    dhead_VD = jax.lax.psum(dhead_VD, tuple(axis for axis in axes.rows if axis not in axes.width))
+    return (
+        jax.lax.psum(total, axes.rows),
+        dhidden[:, : hidden_BTD.shape[1]],
+        dhead_VD.astype(own_head_VD.dtype),
     )
-    dhidden = jnp.moveaxis(dhidden, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, : hidden.shape[1]]
-    return total, (dhidden, dhead.astype(head.dtype))
 
 
-def _chunked_bwd(
-    chunk: int, saved: tuple[jax.Array, jax.Array], grad: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    del chunk
-    dhidden, dhead = saved
-    return (grad * dhidden).astype(dhidden.dtype), (grad * dhead).astype(dhead.dtype), None
+def _gathered_head(head_VD: jax.Array, dtype: Any, axes: _Axes) -> jax.Array:
+    """This device's part of the vocabulary in the whole width."""
+    return jax.lax.all_gather(head_VD.astype(dtype), axes.width, axis=1, tiled=True)
 
 
-_chunked.defvjp(_chunked_fwd, _chunked_bwd)
+def _chunks(hidden_BTD: jax.Array, targets_BT: jax.Array, head_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(chunks, B, …) of hidden and targets, as few and as even as `_LOGITS_PER_CHUNK` allows."""
+    batch, length = targets_BT.shape
+    longest = max(1, min(length, _LOGITS_PER_CHUNK // (batch * head_VD.shape[0])))
+    count = -(-length // longest)
+    size = -(-length // count)
+    missing = count * size - length
+
+    def cut(x: jax.Array, fill: int) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
+        return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)
+
+    return cut(hidden_BTD, 0), cut(targets_BT, IGNORED)
+
+
+class _Chunk(NamedTuple):
+    """Summed loss of one chunk, and what its gradient is made of.
+
+    Attributes:
+        loss: (), over the whole vocabulary.
+        logits: (B, chunk, V) of this device's part of the vocabulary.
+        lse: (B, chunk), their logsumexp over the whole vocabulary.
+        own_targets: (B, chunk), counted from the start of this device's part.
+    """
+
+    loss: jax.Array
+    logits: jax.Array
+    lse: jax.Array
+    own_targets: jax.Array
+
+
+def _chunk(hidden: jax.Array, targets: jax.Array, head_VD: jax.Array, axes: _Axes) -> _Chunk:
+    logits = jnp.einsum("btd,vd->btv", hidden, head_VD, preferred_element_type=jnp.float32)
+    highest = jax.lax.pmax(jnp.max(logits, axis=-1), axes.vocabulary)
+    own_sum = jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1)
+    own_targets = targets - head_VD.shape[0] * jax.lax.axis_index(axes.vocabulary)
+    is_own = (own_targets >= 0) & (own_targets < head_VD.shape[0])
+    picked = jnp.take_along_axis(logits, jnp.where(is_own, own_targets, 0)[..., None], axis=-1)[..., 0]
+    whole_sum, target_logit = jax.lax.psum((own_sum, jnp.where(is_own, picked, 0.0)), axes.vocabulary)
+    lse = highest + jnp.log(whole_sum)
+    return _Chunk(jnp.sum(jnp.where(targets == IGNORED, 0.0, lse - target_logit)), logits, lse, own_targets)
 
 
 def load_balancing_loss(stats: RouterStats) -> jax.Array:

@@ -5,6 +5,7 @@ The mesh has four axes. ``data`` replicates parameters, ``fsdp`` shards them alo
 the first three.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -25,6 +26,17 @@ MESH_AXIS_OF = {
     "F": "tensor",
     "I": "tensor",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsParam(Param):
+    """A parameter whose dimension Q is made of query heads, each of which stays whole on one device.
+
+    Attributes:
+        num_heads: N.
+    """
+
+    num_heads: int
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
@@ -66,15 +78,21 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
     """A `NamedSharding` for every declared parameter.
 
     Raises:
-        UserError: a mesh axis does not divide the dimension that it shards (all such are listed).
+        UserError: a mesh axis does not divide the dimension, or the query heads, that it shards (all such are
+            listed).
     """
     problems = []
     for name, declared in named(tree):
         for size, letter, axis in zip(
             declared.shape, declared.dims, tuple(partition_spec(declared)), strict=False
         ):
-            if axis is not None and size % mesh.shape[axis]:
-                problems.append(f"{name}: {letter}={size} is not divisible by {axis}={mesh.shape[axis]}")
+            if axis is None:
+                continue
+            parts, what = size, f"{letter}={size}"
+            if letter == "Q" and isinstance(declared, HeadsParam):
+                parts, what = declared.num_heads, f"N={declared.num_heads} (query heads)"
+            if parts % mesh.shape[axis]:
+                problems.append(f"{name}: {what} is not divisible by {axis}={mesh.shape[axis]}")
     if problems:
         listed = "; ".join(sorted(problems)[:8]) + (
             f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -86,6 +104,12 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Sharding of a batch (…, B, T): rows over `BATCH_AXES`, with `leading` unsharded axes before B."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, BATCH_AXES))
+
+
+def axis_size(axis: str) -> int:
+    """Devices along an axis of the enclosing ``jax.set_mesh``; 1 without one."""
+    mesh = current_mesh()
+    return 1 if mesh is None else mesh.shape[axis]
 
 
 def current_mesh() -> Any | None:

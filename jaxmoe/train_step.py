@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe import losses, params, sharding
 from jaxmoe.model import decoder
+from jaxmoe.model.precision import float32_matmuls
 from jaxmoe.model.router import RouterStats
 from jaxmoe.params import Tree
 from jaxmoe.spec import ModelSpec, model_params
@@ -41,6 +42,8 @@ class StepSpec:
         remat: recompute layers in the backward pass.
         aux_loss: weight of `jaxmoe.losses.load_balancing_loss`.
         z_loss: weight of `jaxmoe.losses.router_z_loss`.
+        packed: training rows may hold several documents; False spares attention its mask (see
+            `jaxmoe.model.decoder.hidden_states`). Evaluation always takes packed rows.
     """
 
     model: ModelSpec
@@ -48,6 +51,7 @@ class StepSpec:
     remat: bool
     aux_loss: float
     z_loss: float
+    packed: bool = True
 
 
 def init_state(
@@ -115,9 +119,11 @@ def make_train_step(
 ) -> Any:
     """A jitted function (state, batch) → (state, metrics) that takes over the state's buffers.
 
-    The batch is a dict of tokens, segment_ids and positions, each (micro-batches, B, T) int32. Gradients of
-    the micro-batches are summed in float32; the language-model loss is a mean over all targets of all
-    micro-batches, so how they are split changes nothing but rounding.
+    The batch is a dict of tokens, segment_ids and positions, each (micro-batches, B, T) int32. The
+    language-model loss is a mean over all targets of all micro-batches, so how they are split changes nothing
+    but rounding. Within a micro-batch the gradients of layers have the compute dtype, and so they are summed
+    over devices: XLA reduces them before they are cast. That of the output head is summed in float32. The
+    sums of all micro-batches are added in float32.
 
     Metrics: ``loss`` (nats per target, without balance terms), ``aux_loss``, ``z_loss``, ``grad_norm``
     (before clipping), ``learning_rate``, ``targets``, ``tokens`` (valid ones), and ``router`` with a leading
@@ -161,7 +167,9 @@ def _accumulate(
         return _loss(spec, weights, micro, key, 1.0 / jnp.maximum(targets, 1.0), 1.0 / count)
 
     def one(micro: dict[str, jax.Array], index: jax.Array | int) -> tuple[Tree, dict[str, Any]]:
-        return jax.grad(loss_of, has_aux=True)(weights, micro, jax.random.fold_in(key, index))
+        # Once more around the backward pass: custom gradients are traced in it.
+        with float32_matmuls(spec.dtype):
+            return jax.grad(loss_of, has_aux=True)(weights, micro, jax.random.fold_in(key, index))
 
     if count == 1:
         grads, metrics = one(jax.tree.map(lambda x: x[0], batch), 0)
@@ -187,7 +195,7 @@ def _loss(
     """This micro-batch's part of the loss: terms of all micro-batches add up to the batch's."""
     inputs = decoder.Batch(micro["tokens"], micro["positions"], micro["segment_ids"])
     hidden, stats = decoder.hidden_states(
-        weights, spec.model, inputs, dtype=spec.dtype, remat=spec.remat, key=key
+        weights, spec.model, inputs, dtype=spec.dtype, remat=spec.remat, packed=spec.packed, key=key
     )
     head = decoder.output_head(weights, spec.model)
     targets = losses.next_token_targets(inputs.tokens, inputs.segment_ids)

@@ -1,12 +1,18 @@
 """The fused cross-entropy and the balance terms against their plain formulas."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxmoe import losses
 from jaxmoe.model.router import RouterSpec, RouterStats, route, router_stats
+from jaxmoe.sharding import BATCH_AXES, MESH_AXES
 
 B, T, D, V = 3, 11, 5, 17
 
@@ -56,6 +62,69 @@ def test_cross_entropy_never_holds_all_logits():
     temporary = compiled.memory_analysis().temp_size_in_bytes
     assert temporary < 4 * 4 * losses._LOGITS_PER_CHUNK
     assert 4 * rows * length * vocab >= 2 * 4 * losses._LOGITS_PER_CHUNK, "the case is too small to tell"
+
+
+def mesh_of(*shape):
+    return Mesh(np.array(jax.devices()).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (1, 2, 2, 2)])
+@pytest.mark.parametrize("rows", [8, 3])
+def test_cross_entropy_on_a_mesh(shape, rows, monkeypatch):
+    monkeypatch.setattr(losses, "_LOGITS_PER_CHUNK", 200)  # several chunks on every mesh
+    length, width, vocab = 11, 24, 40
+    rng = np.random.default_rng(7)
+    hidden = jnp.asarray(rng.normal(size=(rows, length, width)), jnp.float32)
+    # Logits of several hundred: exp overflows unless the maximum is that of all parts of the vocabulary.
+    head = jnp.asarray(30 * rng.normal(size=(vocab, width)), jnp.float32)
+    targets = jnp.asarray(rng.integers(-1, vocab, (rows, length)), jnp.int32)
+
+    def both(cross_entropy):
+        def loss(h, w):
+            return 3.0 * cross_entropy(h, w, targets)
+
+        return jax.jit(loss)(hidden, head), *jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(hidden, head)
+
+    value, value_too, (dhidden, dhead) = both(plain)
+    with jax.set_mesh(mesh_of(*shape)):
+        ours, ours_too, (our_dhidden, our_dhead) = both(losses.linear_cross_entropy)
+    np.testing.assert_allclose([ours, ours_too], [value, value_too], rtol=1e-6)
+    np.testing.assert_allclose(our_dhidden, dhidden, rtol=1e-5, atol=1e-5 * float(jnp.abs(dhidden).max()))
+    np.testing.assert_allclose(our_dhead, dhead, rtol=1e-5, atol=1e-5 * float(jnp.abs(dhead).max()))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (1, 2, 2, 2)])
+def test_the_head_travels_once_and_not_per_chunk(shape, monkeypatch):
+    rows, length, width, vocab = 8, 32, 128, 512
+    monkeypatch.setattr(losses, "_LOGITS_PER_CHUNK", 4 * vocab)
+    mesh = mesh_of(*shape)
+
+    def arg(shape, dtype, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+    with jax.set_mesh(mesh):
+        compiled = (
+            jax.jit(jax.grad(losses.linear_cross_entropy, argnums=(0, 1)))
+            .lower(
+                arg((rows, length, width), jnp.bfloat16, BATCH_AXES),
+                arg((vocab, width), jnp.float32, "tensor", "fsdp"),
+                arg((rows, length), jnp.int32, BATCH_AXES),
+            )
+            .compile()
+        )
+    entry, loops = [], []
+    inside = None
+    for line in compiled.as_text().splitlines():
+        if line.endswith("{"):
+            inside = entry if line.startswith("ENTRY") else loops
+        found = re.search(r"= (.*?) (?:all-gather|reduce-scatter|all-reduce|all-to-all)(?:-start)?\(", line)
+        if found:
+            sizes = re.findall(r"\w+\[([\d,]*)\]", found[1])
+            inside.append(max(math.prod(map(int, size.split(","))) for size in sizes if size))
+    assert "while(" in compiled.as_text(), "there are several chunks"
+    part_of_head = vocab // shape[3] * width // shape[1]
+    assert max(entry) >= part_of_head, "the head's gradient is reduced outside of the loop"
+    assert max(loops, default=0) < part_of_head
 
 
 def test_head_gradient_keeps_float32():

@@ -42,9 +42,13 @@ def test_mesh_must_fit():
     tree = model_params(from_config(tiny.config_json("mixtral"), "float32").spec)
     with pytest.raises(UserError, match="E=12 is not divisible by expert=8"):
         sharding.shardings(tree, mesh_of(1, 1, 8, 1))
+    # 4 heads of 16: their 64 rows could be cut in eight, a head must not be.
+    with pytest.raises(UserError, match=r"q_proj: N=4 \(query heads\) is not divisible by tensor=8"):
+        sharding.shardings(tree, mesh_of(1, 1, 1, 8))
+    sharding.shardings(tree, mesh_of(1, 1, 1, 4))  # 2 key-value heads are repeated
 
 
-MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2), (1, 2, 2, 2), (2, 1, 2, 2)]
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 2, 1), (1, 1, 1, 4), (1, 2, 2, 2), (2, 1, 2, 2)]
 
 
 def trained(mesh, steps=2, name="muon"):
@@ -116,3 +120,37 @@ def test_accumulation_changes_only_rounding():
             results.append((jax.device_get(state.params), float(metrics["loss"]), float(metrics["targets"])))
     assert results[0][2] == results[1][2] == 3 * 3 + 5 * 14
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
+
+
+def test_padded_rows_need_no_mask(monkeypatch):
+    """Documents from the start of their rows: the same step without the (T, T) mask."""
+    model = from_config(tiny.config_json("qwen3_moe"), "float32", seed=7)
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(0, 104, (2, 3, 15)).astype(np.int32)
+    segments = np.ones_like(tokens)
+    segments[:, 1, 6:] = 0
+    positions = np.where(segments > 0, np.arange(15, dtype=np.int32), 0)
+    masks = []
+    attend = jax.nn.dot_product_attention
+
+    def spy(*operands, mask, **options):
+        masks.append(mask)
+        return attend(*operands, mask=mask, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    mesh = mesh_of(1, 1, 1, 1)
+    results = []
+    for packed in (True, False):
+        masks.clear()
+        spec = StepSpec(model.spec, jnp.dtype("float32"), True, aux_loss=0.01, z_loss=0.02, packed=packed)
+        with jax.set_mesh(mesh):
+            state = init_state(
+                jax.tree.map(jnp.array, model.pure_params()), optax.sgd(1.0), model.spec, 0, mesh
+            )
+            step = make_train_step(spec, optax.sgd(1.0), optax.constant_schedule(1.0), None)
+            batch = {"tokens": tokens, "segment_ids": segments, "positions": positions}
+            state, metrics = step(state, batch)
+        assert {mask is not None for mask in masks} == {packed}
+        results.append((jax.device_get(state.params), jax.device_get(metrics)))
+    for (name, a), (_, b) in zip(named(results[0]), named(results[1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5, err_msg=name)

@@ -1,7 +1,10 @@
 """Grouped-query attention (Ainslie et al., arXiv 2305.13245)."""
 
 import dataclasses
-from typing import Literal
+import functools
+import logging
+import math
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,9 @@ import jax.numpy as jnp
 from jaxmoe.model.norms import rms_norm
 from jaxmoe.model.rope import RopeSpec, apply_rope, rope_tables
 from jaxmoe.params import Tree, param
-from jaxmoe.sharding import BATCH_AXES, constrain
+from jaxmoe.sharding import BATCH_AXES, HeadsParam, axis_size, constrain
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +45,11 @@ class Sequence:
     """What attention needs to know of the batch, computed once and shared by all layers.
 
     Attributes:
-        mask: (B, 1, T, S) bool, true within one document; None when every row is one document.
+        mask: (B, 1, T, S) bool, true within one document; None when every row begins with its only document.
+            Its memory grows with the square of T. cuDNN takes it as a bias in the compute dtype of 2·T² bytes
+            per row, 2 GiB at 32k tokens and 32 GiB at 131k, and jax 0.10.2 has its backward pass write as many
+            for a gradient of the bias that nobody asks for. No public function of jax hands cuDNN the ends of
+            documents instead.
         rope: cos and sin tables per distinct rotation.
     """
 
@@ -51,7 +60,7 @@ class Sequence:
 def sequence(
     specs: set[RopeSpec], positions: jax.Array, segment_ids: jax.Array | None, dtype: jnp.dtype
 ) -> Sequence:
-    """Prepare positions (B, T) and segment_ids (B, T) for all layers."""
+    """Prepare positions (B, T) for all layers, and segment_ids (B, T) of packed rows."""
     mask = None
     if segment_ids is not None:
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
@@ -66,11 +75,15 @@ def attention_params(spec: AttentionSpec, width: int) -> Tree:
         "Q": spec.num_heads * spec.head_dim,
         "U": spec.num_kv_heads * spec.head_dim,
     }
-    params = {
-        "q_proj": param("QD", sizes),
+
+    def of_heads(dims: str) -> HeadsParam:
+        return HeadsParam(**vars(param(dims, sizes)), num_heads=spec.num_heads)
+
+    params: dict[str, Any] = {
+        "q_proj": of_heads("QD"),
         "k_proj": param("UD", sizes),
         "v_proj": param("UD", sizes),
-        "o_proj": param("DQ", sizes),
+        "o_proj": of_heads("DQ"),
     }
     if spec.bias:
         for name, letter in {"q_bias": "Q", "k_bias": "U", "v_bias": "U", "o_bias": "D"}.items():
@@ -84,7 +97,7 @@ def attention_params(spec: AttentionSpec, width: int) -> Tree:
 
 def attention(params: Tree, spec: AttentionSpec, x_BTD: jax.Array, sequence: Sequence) -> jax.Array:
     """x (B, T, D) → (B, T, D)."""
-    q_BTNH, k_BTMH, v_BTMH = _project(params, spec, x_BTD)
+    q_BTNH, k_BTMH, v_BTMH = _project(_repeat_kv_heads(params, spec), spec, x_BTD)
     tables = sequence.rope[spec.rope]
     q_BTNH, k_BTMH = apply_rope(q_BTNH, tables), apply_rope(k_BTMH, tables)
     q_BTNH, k_BTMH, v_BTMH = (constrain(x, BATCH_AXES, None, "tensor") for x in (q_BTNH, k_BTMH, v_BTMH))
@@ -96,11 +109,33 @@ def attention(params: Tree, spec: AttentionSpec, x_BTD: jax.Array, sequence: Seq
         scale=spec.head_dim**-0.5,
         is_causal=True,
         local_window_size=None if spec.window is None else (spec.window - 1, 0),
-        implementation=_implementation(q_BTNH),
+        implementation=_implementation(q_BTNH, masked=sequence.mask is not None),
     )
     out_BTQ = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
     out_BTD = jnp.einsum("btq,dq->btd", out_BTQ, params["o_proj"])
     return out_BTD + params["o_bias"] if spec.bias else out_BTD
+
+
+def _repeat_kv_heads(params: Tree, spec: AttentionSpec) -> Tree:
+    """Repeat the weights of each key-value head until the mesh axis "tensor" divides their number M.
+
+    cuDNN is called on each device with that device's heads: its queries need their own keys and values there.
+    Weights are repeated and not activations, since they are what is small: every device projects its own heads,
+    and what is exchanged does not grow with the batch.
+    """
+    repeats = math.lcm(spec.num_kv_heads, axis_size("tensor")) // spec.num_kv_heads
+    if repeats == 1:
+        return params
+
+    def repeat(x: jax.Array) -> jax.Array:
+        """(U, …) → (repeats * U, …)."""
+        rest = ("fsdp",) if x.ndim == 2 else ()
+        # Whole before it is cut differently: XLA cannot go from parts of heads to copies of heads by itself.
+        heads = constrain(x, None, *rest).reshape(spec.num_kv_heads, spec.head_dim, *x.shape[1:])
+        return constrain(jnp.repeat(heads, repeats, axis=0).reshape(-1, *x.shape[1:]), "tensor", *rest)
+
+    of_heads = {"k_proj", "v_proj", "k_bias", "v_bias"} | ({"k_norm"} if spec.qk_norm == "full" else set())
+    return params | {name: repeat(params[name]) for name in of_heads & params.keys()}
 
 
 def _project(params: Tree, spec: AttentionSpec, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -124,12 +159,46 @@ def _project(params: Tree, spec: AttentionSpec, x_BTD: jax.Array) -> tuple[jax.A
     return q, k, v
 
 
-def _implementation(q: jax.Array) -> Literal["cudnn", "xla"]:
-    """cuDNN's flash attention where it takes the shape: NVIDIA GPUs, 16-bit, heads of ≤ 128 in eights, even length.
+def _implementation(q_BTNH: jax.Array, masked: bool) -> Literal["cudnn", "xla"]:
+    """cuDNN's flash attention where it takes the operands; otherwise the reason is logged once.
 
     XLA's own attention writes the (B, N, T, S) scores: at 2 x 4,096 tokens and 32 heads that is 10 GiB of
     temporaries against 0.14 GiB.
     """
-    sixteen_bit = q.dtype in (jnp.bfloat16, jnp.float16)
-    fits = q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.shape[1] % 2 == 0
-    return "cudnn" if jax.default_backend() == "gpu" and sixteen_bit and fits else "xla"
+    capability = _compute_capability()
+    if capability is None:
+        return "xla"
+    reason = _cudnn_refuses(q_BTNH, masked, capability)
+    if reason is None:
+        return "cudnn"
+    _log_once(f"attention goes through XLA, with memory for all {q_BTNH.shape[1]}² scores: {reason}")
+    return "xla"
+
+
+def _compute_capability() -> tuple[int, int] | None:
+    """Of the NVIDIA GPU that computes, such as (9, 0); None on anything else."""
+    if jax.default_backend() != "gpu":
+        return None
+    major, _, minor = str(getattr(jax.local_devices()[0], "compute_capability", "")).partition(".")
+    return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
+
+
+def _cudnn_refuses(q_BTNH: jax.Array, masked: bool, capability: tuple[int, int]) -> str | None:
+    """Why cuDNN does not take these queries, after jax's own checks, which raise instead.
+
+    Those also let widths over 128 through on GPUs after Hopper, where cuDNN has had no kernels for them.
+    """
+    length, width = q_BTNH.shape[1], q_BTNH.shape[3]
+    widest = 256 if capability[0] == 9 else 128
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN takes bfloat16 and float16, the model computes in {q_BTNH.dtype}"
+    if width > widest or width % 8:
+        return f"cuDNN takes head widths up to {widest} in eights on this GPU, the model has {width}"
+    if masked and length % 2:
+        return f"cuDNN takes packed rows of even length, these have {length} tokens"
+    return None
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _logger.warning(message)

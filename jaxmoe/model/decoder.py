@@ -9,6 +9,7 @@ from jaxmoe.model.attention import Sequence, attention, sequence
 from jaxmoe.model.mlp import mlp
 from jaxmoe.model.moe import MoESpec, moe
 from jaxmoe.model.norms import rms_norm
+from jaxmoe.model.precision import float32_matmuls
 from jaxmoe.model.router import RouterStats
 from jaxmoe.params import Tree
 from jaxmoe.sharding import BATCH_AXES, constrain
@@ -50,6 +51,7 @@ def hidden_states(
     *,
     dtype: Any,
     remat: bool = False,
+    packed: bool = True,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, RouterStats | None]:
     """Everything up to the final norm.
@@ -60,13 +62,28 @@ def hidden_states(
         batch: token ids.
         dtype: compute dtype; each layer's parameters are cast as the layer runs, never the whole model at once.
         remat: keep only each layer's input for the backward pass and compute the rest again.
+        packed: rows may hold several documents. False says that each holds one, from its start, and then
+            padding: causality hides that from every token, so that attention needs no (T, T) mask.
         key: PRNG key for router jitter, in training.
 
     Returns:
         (B, T, D) in `dtype`, and the router statistics with a leading axis over the MoE layers (None if there
         are none).
     """
-    sequence_info = sequence(spec.ropes, batch.positions, batch.segment_ids, dtype)
+    with float32_matmuls(dtype):
+        return _hidden_states(params, spec, batch, dtype, remat, packed, key)
+
+
+def _hidden_states(
+    params: Tree,
+    spec: ModelSpec,
+    batch: Batch,
+    dtype: Any,
+    remat: bool,
+    packed: bool,
+    key: jax.Array | None,
+) -> tuple[jax.Array, RouterStats | None]:
+    sequence_info = sequence(spec.ropes, batch.positions, batch.segment_ids if packed else None, dtype)
     valid_BT = None if batch.segment_ids is None else batch.segment_ids > 0
     # Rows of the table are looked up whole: split along D, the lookup's result would have to be resharded.
     x_BTD = constrain(constrain(params["embed"], "tensor")[batch.tokens].astype(dtype), BATCH_AXES)
@@ -87,7 +104,8 @@ def output_head(params: Tree, spec: ModelSpec) -> jax.Array:
 def logits(params: Tree, spec: ModelSpec, hidden_BTD: jax.Array) -> jax.Array:
     """Hidden states (B, T, D) → float32 logits (B, T, V)."""
     head_VD = output_head(params, spec).astype(hidden_BTD.dtype)
-    return jnp.einsum("btd,vd->btv", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+    with float32_matmuls(hidden_BTD.dtype):
+        return jnp.einsum("btd,vd->btv", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
 
 
 def _run_group(

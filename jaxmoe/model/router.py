@@ -1,10 +1,12 @@
 """The router: which experts a token goes to, and with what weight."""
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.lax import Precision
 
 from jaxmoe.params import Tree, param
 
@@ -60,7 +62,7 @@ def router_params(spec: RouterSpec, width: int) -> Tree:
 
 def route(params: Tree, spec: RouterSpec, x_RD: jax.Array) -> Routing:
     """x (R, D) → `Routing`. Scores are a float32 softmax of logits in x's dtype."""
-    logits_RE = x_RD @ params["weight"].T
+    logits_RE = jnp.matmul(x_RD, params["weight"].T, precision=Precision.HIGHEST)
     probabilities_RE = jax.nn.softmax(logits_RE.astype(jnp.float32), axis=-1)
     weights_RK, experts_RK = jax.lax.top_k(probabilities_RE, spec.top_k)
     if spec.renormalize:
@@ -79,15 +81,16 @@ def router_stats(routing: Routing, valid_R: jax.Array | None) -> RouterStats:
     """
     rows, num_experts = routing.logits.shape
     weight_R = jnp.ones((rows,), jnp.float32) if valid_R is None else valid_R.astype(jnp.float32)
-    # One-hot products instead of a scatter-add: deterministic on every device.
+    # One-hot products instead of a scatter-add: deterministic on every device. HIGHEST: never rounded to TF32.
     chosen_RE = jax.nn.one_hot(routing.experts, num_experts, dtype=jnp.float32).sum(axis=1)
     # The dtype that the logits have: the balance loss of transformers takes its softmax there.
     probabilities_RE = jax.nn.softmax(routing.logits, axis=-1).astype(jnp.float32)
     lse_R = jax.nn.logsumexp(routing.logits.astype(jnp.float32), axis=-1)
+    total = functools.partial(jnp.matmul, weight_R, precision=Precision.HIGHEST)
     return RouterStats(
-        load=jax.lax.stop_gradient(weight_R @ chosen_RE),
-        probability=weight_R @ probabilities_RE,
-        z=weight_R @ (lse_R * lse_R),
+        load=jax.lax.stop_gradient(total(chosen_RE)),
+        probability=total(probabilities_RE),
+        z=total(lse_R * lse_R),
         tokens=weight_R.sum(),
     )
 
