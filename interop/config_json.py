@@ -55,6 +55,7 @@ _INERT = frozenset(
         "router_aux_loss_coef",
         "torch_dtype",
         "transformers_version",
+        "unsloth_fixed",
         "unsloth_version",
         "use_cache",
         "use_return_dict",

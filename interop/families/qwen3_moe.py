@@ -10,9 +10,15 @@ from jaxmoe.model.moe import MoESpec
 from jaxmoe.model.router import RouterSpec
 from jaxmoe.spec import LayerSpec, ModelSpec
 
+# Published configs (Qwen3-Coder) carry these though transformers' model has no code for them. At any other
+# value the model would not be the one that its config describes.
+_UNREAD = {"qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True}
+
 
 def _spec(config: ConfigReader) -> ModelSpec:
     config.expect("hidden_act", "silu")
+    for name, value in _UNREAD.items():
+        config.expect(name, value, None)
     eps = config.take("rms_norm_eps")
     head_dim = common.head_dim(config)
     windowed = config.take("use_sliding_window")

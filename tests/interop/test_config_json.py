@@ -93,6 +93,16 @@ PUBLISHED_SPECS = {
         layers=94,
         eps=1e-6,
     ),
+    "Qwen3-Coder-30B-A3B-Instruct": model_spec(
+        RopeSpec(1e7, 128),
+        {"num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "qk_norm": "head"},
+        RouterSpec(128, 8, renormalize=True, weight_dtype="model"),
+        768,
+        width=2048,
+        vocab=151936,
+        layers=48,
+        eps=1e-6,
+    ),
     "OLMoE-1B-7B-0924": model_spec(
         RopeSpec(1e4, 128),
         {"num_heads": 16, "num_kv_heads": 16, "head_dim": 128, "qk_norm": "full"},
@@ -251,6 +261,10 @@ class TestVariants:
         assert layer_of(OLMOE, num_key_value_heads=None).mixer.num_kv_heads == 16
         assert layer_of(MIXTRAL, head_dim=64).mixer.head_dim == 64
 
+    @pytest.mark.parametrize("config", [MIXTRAL, QWEN, OLMOE], ids=["mixtral", "qwen3_moe", "olmoe"])
+    def test_what_other_programs_note_down_changes_nothing(self, config):
+        assert spec_of(config, unsloth_fixed=True, unsloth_version="2025.5") == spec_of(config)
+
     def test_model(self):
         assert spec_of(MIXTRAL, tie_word_embeddings=True).tie_embeddings is True
         assert spec_of(MIXTRAL, initializer_range=0.5).init_std == 0.5
@@ -392,12 +406,15 @@ class TestRefused:
             (
                 QWEN,
                 {"shared_expert_intermediate_size": 64},
-                "unknown field 'shared_expert_intermediate_size'",
+                "shared_expert_intermediate_size = 64 is not supported; expected 0 or None",
             ),
+            (QWEN, {"qkv_bias": True}, "qkv_bias = True is not supported; expected False or None"),
+            (QWEN, {"use_qk_norm": False}, "use_qk_norm = False is not supported; expected True or None"),
             (QWEN, {"clip_qkv": 8.0}, "unknown field 'clip_qkv'"),
             (MIXTRAL, {"sliding_window": 0}, "sliding_window = 0: expected a positive integer or null"),
             (MIXTRAL, {"head_dim": 0}, "head_dim = 0: expected a positive integer"),
-            (MIXTRAL, {"qkv_bias": True}, "unknown field 'qkv_bias'"),
+            (MIXTRAL, {"qkv_bias": False}, "unknown field 'qkv_bias'"),
+            (OLMOE, {"use_qk_norm": True}, "unknown field 'use_qk_norm'"),
             (
                 MIXTRAL,
                 {"num_attention_heads": 24},
