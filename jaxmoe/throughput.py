@@ -12,15 +12,23 @@ from jaxmoe.params import count
 from jaxmoe.spec import LayerSpec, ModelSpec, layer_params
 
 PEAK_TFLOPS = {
+    "GB300": 2500.0,
+    "GB200": 2500.0,
     "B300": 2250.0,
     "B200": 2250.0,
+    "H200 NVL": 835.0,
     "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.4,
     "A100": 311.9,
     "L40S": 362.1,
     "RTX PRO 6000": 503.8,
 }
-"""Dense 16-bit matmul rate of one device from NVIDIA's datasheets, in 1e12 operations per second."""
+"""Dense 16-bit matmul rate of one device from NVIDIA's datasheets, in 1e12 operations per second.
+
+The first name that is part of the device's is taken, so longer ones stand before those that they contain.
+"""
 
 
 def active_params(spec: ModelSpec) -> int:
