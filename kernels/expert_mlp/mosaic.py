@@ -7,6 +7,7 @@ further segments of the same contractions; W + B A is never formed.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jaxmoe.kernels.expert_mlp.mosaic_gradient import Side, weight_gradient
 from jaxmoe.kernels.expert_mlp.mosaic_matmul import Epilogue, Geometry, Segment, grouped_matmul
 from jaxmoe.kernels.expert_mlp.mosaic_rows import SLAB
 from jaxmoe.kernels.expert_mlp.operands import Experts, Lora
-from jaxmoe.kernels.expert_mlp.slots import make_slots, sum_choices
+from jaxmoe.kernels.expert_mlp.slots import Slots, make_slots, sum_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,34 @@ class Mosaic:
         """Gradients of whatever is true in `wanted`; None for the rest."""
         layer = _Layer(self, call, x_RD, experts, weights_RK, dispatch)
         return _Backward(layer, pre_Pf, dout_RD.astype(x_RD.dtype)).grads(wanted)
+
+    def matmul(
+        self, launch: tile_sizes.MatmulLaunch, segments: Sequence[Segment], slots: Slots, epilogue: Epilogue
+    ) -> list[jax.Array]:
+        """One launch of the grouped matmul."""
+        geometry = Geometry(launch.tiles(self.tiles), launch.parts, launch.columns, launch.contract_first)
+        return grouped_matmul(
+            segments,
+            slots,
+            epilogue,
+            geometry,
+            multiprocessors=self.multiprocessors,
+            interpret=self.interpret,
+        )
+
+    def gradient(
+        self, launch: tile_sizes.GradientLaunch, out: Side, columns: Side, slots: Slots, tile_rows: int
+    ) -> jax.Array:
+        """One launch of the weight gradient: (E, O, C)."""
+        return weight_gradient(
+            out,
+            columns,
+            slots,
+            launch.tiles(self.tiles),
+            tile_rows=tile_rows,
+            multiprocessors=self.multiprocessors,
+            interpret=self.interpret,
+        )
 
 
 class _Layer:
@@ -142,36 +171,21 @@ class _Layer:
         parts: int = 1,
         contract_first: bool = False,
     ) -> list[jax.Array]:
-        """One launch of the grouped matmul."""
+        """The products of the segments, added up and given to the epilogue."""
         launch = tile_sizes.MatmulLaunch(
             rows=self.rows,
             columns=size,
-            contraction=sum(segment.rows.shape[1] for segment in segments),
+            contraction=segments[0].rows.shape[1],
             parts=parts,
             contract_first=contract_first,
             kept_parts=self.parts if isinstance(epilogue, ActivationGradient) else 0,
         )
-        geometry = Geometry(launch.tiles(self.backend.tiles), parts, size, contract_first)
-        return grouped_matmul(
-            segments,
-            self.slots,
-            epilogue,
-            geometry,
-            multiprocessors=self.backend.multiprocessors,
-            interpret=self.backend.interpret,
-        )
+        return self.backend.matmul(launch, segments, self.slots, epilogue)
 
     def gradient(self, out: Side, columns: Side) -> jax.Array:
-        """One launch of the weight gradient: (E, O, C)."""
-        return weight_gradient(
-            out,
-            columns,
-            self.slots,
-            tile_sizes.GradientLaunch(out.rows.shape[1], columns.rows.shape[1]).tiles(self.backend.tiles),
-            tile_rows=self.rows,
-            multiprocessors=self.backend.multiprocessors,
-            interpret=self.backend.interpret,
-        )
+        """(E, O, C)."""
+        launch = tile_sizes.GradientLaunch(out.rows.shape[1], columns.rows.shape[1])
+        return self.backend.gradient(launch, out, columns, self.slots, self.rows)
 
     def column(self, values: jax.Array | float) -> jax.Array:
         """(P, 64) with `values` in column 0: what makes a bias one more segment."""

@@ -165,7 +165,10 @@ def grouped_matmul(
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            approx_math=True,
+            # Sums run along rows, which lie within a warp: they need no shared memory.
+            reduction_scratch_bytes=0,
         ),
         **options,
     )

@@ -10,6 +10,9 @@ Measurements = Mapping[str, Mapping[str, int]]
 SHARED_MEMORY_BYTES = 232_448
 """Of one block on Hopper."""
 
+RESERVED_BYTES = 2048
+"""Of those, for barriers, small vectors and alignment."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MatmulTiles:
@@ -50,7 +53,7 @@ def slot_rows(slots: int, groups: int) -> int:
 
 def stages_that_fit(per_stage: int, fixed: int, most: int = 6) -> int:
     """As many stages as shared memory holds beside `fixed` bytes."""
-    stages = min(most, (SHARED_MEMORY_BYTES - fixed - 4096) // per_stage)
+    stages = min(most, (SHARED_MEMORY_BYTES - fixed - RESERVED_BYTES) // per_stage)
     if stages < 3:
         raise NotImplementedError(
             f"stages of {per_stage} bytes: only {stages} fit into shared memory beside {fixed}"
@@ -65,7 +68,7 @@ class MatmulLaunch:
     Attributes:
         rows: rows that groups are padded to.
         columns: N, of one part.
-        contraction: C, over all segments.
+        contraction: C of the first segment; what LoRA and biases add is short.
         parts: gate and up, or one.
         contract_first: whether the weights are contracted over their first axis.
         kept_parts: parts of the pre-activation that the epilogue reads; 0 for other epilogues.
