@@ -35,7 +35,7 @@ def expert_mlp(
     chosen: Int[Array, "R K"],
     weights: Float[Array, "R K"],
     *,
-    activation: Activation = Activation(),  # noqa: B008 - frozen
+    activation: Activation = Activation(),
     lora_scale: float = 1.0,
     num_experts: int | None = None,
     first: jax.Array | int = 0,
