@@ -4,10 +4,12 @@ A file is an 8-byte little-endian length, that many bytes of JSON (padded with s
 bytes in C order and little-endian, without holes. Format: https://github.com/huggingface/safetensors.
 """
 
+import itertools
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from types import MappingProxyType
@@ -23,7 +25,9 @@ SINGLE_FILE = "model.safetensors"
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_LISTED = 20
+MAX_TOLD = 1000  # far more than a checkpoint that is merely wrong leads to, once what is alike is merged
 _MAX_AXES = 64  # numpy's limit
+_NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,8})(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -119,23 +123,63 @@ def quote(value: object) -> str:
 
 
 def raise_problems(where: object, problems: Sequence[str]) -> None:
-    """Raise one UserError that lists the problems (at most 20 of them); return if there are none."""
+    """Raise one UserError of one line with all the problems; return if there are none.
+
+    Problems that differ in the numbers of a name alone (``layers.3.``) are told as one, with those numbers.
+    """
     if not problems:
         return
     if len(problems) == 1:
         raise UserError(f"{where}: {problems[0]}")
-    lines = [f"{where}: {len(problems)} problems", *(f"  {text}" for text in problems[:MAX_LISTED])]
-    if len(problems) > MAX_LISTED:
-        lines.append(f"  ... and {len(problems) - MAX_LISTED} more")
-    raise UserError("\n".join(lines))
+    told = list(_merged(problems))
+    more = f"; and {len(told) - MAX_TOLD} more" if len(told) > MAX_TOLD else ""
+    raise UserError(f"{where}: {len(problems)} problems: {'; '.join(told[:MAX_TOLD])}{more}")
+
+
+def _merged(problems: Iterable[str]) -> Iterator[str]:
+    """The problems, ``a.{0..3}.b (4 tensors)`` for four that differ in a number; each comes once, exactly."""
+    alike: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
+    for problem in problems:
+        pieces = _NUMBER.split(problem)
+        alike.setdefault(tuple(pieces[::2]), set()).add(tuple(map(int, pieces[1::2])))
+    for texts, numbers in alike.items():
+        for axes in _boxes(numbers):
+            count = math.prod(map(len, axes))
+            merged = "".join(itertools.chain(*zip(texts, [*map(_set_text, axes), ""], strict=True)))
+            yield f"{merged} ({count} tensors)" if count > 1 else merged
+
+
+def _boxes(points: set[tuple[int, ...]]) -> list[tuple[tuple[int, ...], ...]]:
+    """Products of sets of numbers, disjoint, that together are the points."""
+    if points == {()}:
+        return [()]
+    rest: dict[int, set[tuple[int, ...]]] = {}
+    for first, *others in sorted(points):
+        rest.setdefault(first, set()).add(tuple(others))
+    firsts: dict[frozenset[tuple[int, ...]], list[int]] = {}
+    for first, following in rest.items():
+        firsts.setdefault(frozenset(following), []).append(first)
+    return [(tuple(same), *box) for following, same in firsts.items() for box in _boxes(set(following))]
+
+
+def _set_text(numbers: Sequence[int]) -> str:
+    """``3``, ``{0..47}`` or ``{0..3,7,9..11}``; the numbers ascend."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    starts = [
+        n for before, n in zip([None, *numbers], numbers, strict=False) if before is None or n != before + 1
+    ]
+    ends = [
+        n for n, after in zip(numbers, [*numbers[1:], None], strict=True) if after is None or after != n + 1
+    ]
+    runs = (str(a) if a == b else f"{a}..{b}" for a, b in zip(starts, ends, strict=True))
+    return f"{{{','.join(runs)}}}"
 
 
 def is_inside(name: str) -> bool:
-    """Whether ``name`` is a relative path, with forward slashes, that stays inside its folder."""
+    """Whether ``name`` is a relative path that stays inside its folder. A backslash is a letter, as on POSIX."""
     path = PurePosixPath(name)
-    return (
-        bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not set(name) & set("\\\0")
-    )
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def element_bytes(dtype: str, shape: Sequence[int]) -> int:

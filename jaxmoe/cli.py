@@ -1,17 +1,18 @@
 """The command line: one console script whose subcommands are modules, and how a command ends.
 
-A mistake of the user ends in one line and exit code 2, an interrupt in 130. Everything else is a fault of the
-program and keeps its traceback.
+A mistake of the user ends in one line and exit code 2, SIGINT in 130 and SIGTERM in 143. Everything else is a
+fault of the program and keeps its traceback.
 """
 
+import argparse
 import difflib
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from jaxmoe.errors import UserError
+from jaxmoe.signals import ENDINGS, Signals
 
 COMMANDS: dict[str, str] = {
     "train": "jaxmoe.train",
@@ -29,7 +30,15 @@ _SUMMARIES = {
 }
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, whose refusals are the one line of a `UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse found, which may quote a value of any length."""
+        message = message if len(message) <= 300 else f"{message[:297]}..."
+        raise UserError(f"{message}; {self.prog} --help tells what is expected")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +64,9 @@ def _dispatch(arguments: list[str]) -> int | None:
         print(_usage())
         return 0
     if command == "--version":
-        print(f"jaxmoe {importlib.metadata.version('jaxmoe')}")
+        from importlib import metadata  # loads more than all the rest of this module
+
+        print(f"jaxmoe {metadata.version('jaxmoe')}")
         return 0
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
@@ -81,11 +92,20 @@ def _usage() -> str:
 
 
 def _exit_code(command: Callable[[], int | None]) -> int:
-    try:
-        return command() or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    with Signals() as signals:
+        try:
+            return command() or 0
+        except BaseException as error:
+            number = signals.ended_by(error)
+            if number is not None:
+                print(ENDINGS[number], file=sys.stderr)
+                return 128 + number
+            if not isinstance(error, UserError):
+                raise
+            print(f"error: {_one_line(str(error))}", file=sys.stderr)
+            return EXIT_USER_ERROR
+
+
+def _one_line(text: str) -> str:
+    """Names of files and keys may hold anything: line breaks, control characters, bytes that are no UTF-8."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -6,7 +6,8 @@ names the dotted key (`jaxmoe.config_errors` words it).
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from jaxmoe.config_errors import describe
 from jaxmoe.config_reading import apply_override, read_mapping
 from jaxmoe.config_sections import (
+    MAX_TOKENS_PER_STEP,
     BalanceConfig,
     DataConfig,
     Items,
@@ -43,6 +45,12 @@ __all__ = [
     "TrainTokenizer",
     "load_config",
 ]
+
+
+_WRITTEN = ("export", "checkpoints", "tokenizer", "config.yaml", "metrics.jsonl")
+"""What a run writes into its output_dir."""
+
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 class RunConfig(Section):
@@ -81,6 +89,11 @@ class RunConfig(Section):
                 f"train.{key}: found {train.rows}, expected a multiple of {shards}, over which the mesh "
                 f"splits it (data x fsdp x expert), such as {_nearest_multiples(train.rows, shards)}"
             )
+        if train.batch_size * self.data.sequence_length > MAX_TOKENS_PER_STEP:
+            raise ValueError(
+                f"train.batch_size: found {train.batch_size} sequences of {self.data.sequence_length} tokens, "
+                f"expected at most {MAX_TOKENS_PER_STEP} tokens per step: lower it, or data.sequence_length"
+            )
         if train.eval_every is not None and self.data.eval_path is None and self.data.eval_fraction == 0:
             raise ValueError(
                 f"train.eval_every: found {train.eval_every}, but nothing to evaluate on; expected "
@@ -112,9 +125,21 @@ class RunConfig(Section):
         An entry that sets ``model.path`` clears ``model.config`` and the other way round.
 
         Raises:
-            UserError: an entry does not make a valid run, or has the output_dir of this one.
+            UserError: an entry does not make a valid run, or its output_dir gets in the way of another run's.
         """
-        return [self._followup(patch, f"{source}: then[{index}]") for index, patch in enumerate(self.then)]
+        runs = [self]
+        for index, patch in enumerate(self.then):
+            followup = self._followup(patch, f"{source}: then[{index}]")
+            for number, run in enumerate(runs):
+                place = _overlap(Path(followup.output_dir).resolve(), Path(run.output_dir).resolve())
+                if place is not None:
+                    other = "the first run" if number == 0 else f"then[{number - 1}]"
+                    raise UserError(
+                        f"{source}: then[{index}]: output_dir: found {followup.output_dir!r}, which {place} that "
+                        f"of {other}, expected another folder, such as ${{output_dir}}-then"
+                    )
+            runs.append(followup)
+        return runs[1:]
 
     def _followup(self, patch: dict[str, Any], source: str) -> "RunConfig":
         if "then" in patch:
@@ -125,13 +150,41 @@ class RunConfig(Section):
             for given, cleared in (("path", "config"), ("config", "path")):
                 if chosen.get(given) is not None:
                     base["model"][cleared] = None
-        followup = RunConfig.from_mapping(_merged(base, _substituted(patch, self.output_dir)), source)
-        if Path(followup.output_dir).resolve() == Path(self.output_dir).resolve():
-            raise UserError(
-                f"{source}: output_dir: found {followup.output_dir!r}, which is that of the first run, "
-                "expected another folder, such as ${output_dir}-then"
-            )
-        return followup
+        return RunConfig.from_mapping(_merged(base, _substituted(patch, self.output_dir)), source)
+
+    def all_runs(self) -> "list[RunConfig]":
+        """This run and those of ``then``, after a look whether those will find the files that they read.
+
+        Raises:
+            UserError: a path of a follow-up leads to nothing, and no run before it writes what would be there.
+        """
+        runs = [self, *self.followups()]
+        first = set(self._paths()) if self.then else set()  # the first run tells what is wrong with these
+        for index, run in enumerate(runs[1:]):
+            for key, path in run._paths():
+                if (key, path) not in first:
+                    _check_there(f"then[{index}]: {key}", path, runs[: index + 1])
+        return runs
+
+    def _paths(self) -> Iterator[tuple[str, str]]:
+        """The files and folders that the run reads, by key; among them a model that may be one of the hub."""
+        from jaxmoe.data.files import STANDARD_LIBRARY  # loads pyarrow
+
+        named = {
+            "model.path": self.model.path,
+            "model.config": self.model.config,
+            "data.path": None if self.data.path == STANDARD_LIBRARY else self.data.path,
+            "data.eval_path": self.data.eval_path,
+            "data.tokenizer": self.data.tokenizer,
+        }
+        return ((key, path) for key, path in named.items() if isinstance(path, str))
+
+    def _writes(self, path: Path) -> bool:
+        """Whether the run writes a model or a tokenizer there."""
+        folder = Path(self.output_dir).resolve()
+        return (self.train.export and path.is_relative_to(folder / "export")) or (
+            isinstance(self.data.tokenizer, TrainTokenizer) and path.is_relative_to(folder / "tokenizer")
+        )
 
     def to_yaml(self) -> str:
         """This run with every key, as YAML that `load_config` reads back to an equal `RunConfig`."""
@@ -155,6 +208,31 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         apply_override(mapping, override)
     source = file.name if path is None else str(path)
     return RunConfig.from_mapping(mapping, f"{source} with overrides" if overrides else source)
+
+
+def _overlap(folder: Path, other: Path) -> str | None:
+    """How a run in one folder would get in the way of a run in another one, or None."""
+    if folder == other:
+        return "is"
+    if other.is_relative_to(folder):
+        return "holds"
+    return "lies inside" if any(folder.is_relative_to(other / name) for name in _WRITTEN) else None
+
+
+def _check_there(key: str, path: str, before: Sequence[RunConfig]) -> None:
+    place = Path(path).expanduser().resolve()
+    if place.exists() or any(run._writes(place) for run in before):
+        return
+    for run in before:
+        if place.is_relative_to(Path(run.output_dir).resolve()):
+            raise UserError(
+                f"{key}: found {path!r}, which is not there and which the run before does not write: it writes "
+                f"{run.output_dir}/export with train.export=true (found {str(run.train.export).lower()}) and "
+                f"{run.output_dir}/tokenizer with data.tokenizer.train_bpe; expected a path that is there by then"
+            )
+    if key.endswith("model.path") and _HUB_ID.fullmatch(path):
+        return
+    raise UserError(f"{key}: found {path!r}, where there is nothing, expected an existing file or folder")
 
 
 def _merged(base: Any, patch: Any) -> Any:

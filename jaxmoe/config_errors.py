@@ -22,11 +22,12 @@ _EXPECTED = {
     "tuple_type": "a list",
     "literal_error": "{expected}",
     "union_tag_not_found": "a string or a mapping",
-    "greater_than": "a number above {gt:g}",
-    "greater_than_equal": "at least {ge:g}",
-    "less_than": "a number below {lt:g}",
-    "less_than_equal": "at most {le:g}",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "at most {le}",
     "too_long": "a list of {max_length}",
+    "invalid-json-value": "what JSON can hold",
 }
 
 
@@ -58,7 +59,9 @@ def _line(problem: ErrorDetails, known: list[str], mapping: Mapping[str, Any]) -
     if kind == "value_error":
         return f"{key}: {context['error']}" if key else str(context["error"])
     template = _EXPECTED.get(kind)
-    wanted = template.format(**context) if template else problem["msg"]
+    # Limits of floats are floats: 1.0 reads as 1, and 2147483647 must not read as 2.1e+09.
+    limits = {name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in context.items()}
+    wanted = template.format(**limits) if template else problem["msg"]
     return f"{key}: found {_shown(problem['input'])}, expected {wanted}"
 
 
@@ -85,7 +88,7 @@ def _dotted(location: tuple[int | str, ...], mapping: Any) -> str:
             here = here[part] if part < len(here) else None
         elif not (last and isinstance(here, Mapping)):
             continue
-        parts.append(str(part))
+        parts.append(part if isinstance(part, str) and part.isprintable() else repr(part))
     return ".".join(parts)
 
 

@@ -8,8 +8,22 @@ import yaml
 from jaxmoe.errors import UserError
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, where YAML would let the last one win."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = True) -> Any:  # noqa: ARG002
+        """What a node stands for. Always deep: a list that holds itself is refused in that way alone."""
+        try:
+            value = super().construct_object(node, deep=True)
+            if isinstance(value, str | int):
+                str(value).encode()  # fails for half a surrogate pair, and for more digits than Python prints
+        except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError):
+            # SafeLoader takes it for granted that a value is what its tag says: !!int abc, or a 99th of May.
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{_quoted(node.value)} cannot be read as {kind}", node.start_mark
+            ) from None
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -51,15 +65,20 @@ def _text(path: Traversable) -> str:
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - derives from SafeLoader
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - derives from SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
         raise UserError(f"{source}: not valid YAML{where}: {error.problem}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
-    except (ValueError, RecursionError) as error:  # an impossible date; nesting without end
+    except RecursionError as error:
         raise UserError(f"{source}: not valid YAML: {error}") from None
+
+
+def _quoted(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def apply_override(mapping: dict[str, Any], override: str) -> None:
@@ -69,23 +88,24 @@ def apply_override(mapping: dict[str, Any], override: str) -> None:
         UserError: no "=", an empty part in the path, a value that is not YAML, or a path through something
             that has no such keys.
     """
+    told = f"override {_quoted(override)}"
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise UserError(f"override {override!r}: expected key.path=value, such as train.steps=100")
-    value = _parse(text, f"override {override!r}")
+        raise UserError(f"{told}: expected key.path=value, such as train.steps=100")
+    value = _parse(text, told)
     here: Any = mapping
     for depth, part in enumerate(parts):
         index: Any = part
         if isinstance(here, list):
-            if not part.isdigit() or int(part) >= len(here):
+            if part not in map(str, range(len(here))):
                 raise UserError(
-                    f"override {override!r}: {'.'.join(parts[:depth])} is a list of {len(here)}, expected an "
-                    f"index below that, found {part!r}"
+                    f"{told}: {'.'.join(parts[:depth])} is a list of {len(here)}, expected an "
+                    f"index below that, found {_quoted(part)}"
                 )
             index = int(part)
         elif not isinstance(here, dict):
-            raise UserError(f"override {override!r}: {'.'.join(parts[:depth])} is {here!r} and has no keys")
+            raise UserError(f"{told}: {'.'.join(parts[:depth])} is {_quoted(here)} and has no keys")
         if depth == len(parts) - 1:
             here[index] = value
             return

@@ -12,9 +12,15 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    JsonValue,
     Tag,
     model_validator,
 )
+
+from jaxmoe.paths import why_unusable
+
+MAX_TOKENS_PER_STEP = 2**28
+"""A batch of so many tokens takes each host some gigabytes."""
 
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
@@ -32,6 +38,17 @@ def _tuple_from_list(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _unicode(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"found {value!r}, whose character {error.start} is half a surrogate pair; expected text that UTF-8 "
+            "can hold"
+        ) from None
+    return value
+
+
 def _filled(value: str) -> str:
     if not value.strip():
         raise ValueError("expected a non-empty string")
@@ -44,7 +61,11 @@ def _kind(value: Any) -> str | None:
     return "mapping" if isinstance(value, Mapping | BaseModel) else None
 
 
-def _home_expanded(value: str) -> str:
+def _path(value: str) -> str:
+    # Who exports a run may not be allowed to see its data.
+    unusable = why_unusable(value, allow=(PermissionError,))
+    if unusable is not None:
+        raise ValueError(f"{unusable}, expected another one")
     return str(Path(value).expanduser()) if value.startswith("~") else value
 
 
@@ -54,11 +75,13 @@ Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Decay = Annotated[Number, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
-Text = Annotated[str, AfterValidator(_filled)]
-PathText = Annotated[str, AfterValidator(_filled), AfterValidator(_home_expanded)]
-Json = Annotated[dict[str, Any], BeforeValidator(_float_from_yaml)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]  # steps and tokens are counted in int32
+Index = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Prose = Annotated[str, AfterValidator(_unicode)]
+Text = Annotated[Prose, AfterValidator(_filled)]
+PathText = Annotated[Text, AfterValidator(_path)]
+Json = Annotated[dict[str, JsonValue], BeforeValidator(_float_from_yaml)]
 Items = Annotated[tuple[T, ...], BeforeValidator(_tuple_from_list)]
 
 
@@ -106,7 +129,9 @@ class ModelConfig(Section):
 class TrainTokenizer(Section):
     """A tokenizer to be trained on the run's own data."""
 
-    train_bpe: Count = Field(description="Tokens in a byte-level BPE vocabulary trained on the data.")
+    train_bpe: Annotated[int, Field(ge=1, le=2**20)] = Field(
+        description="Tokens in a byte-level BPE vocabulary trained on the data."
+    )
 
 
 class DataConfig(Section):
@@ -127,7 +152,7 @@ class DataConfig(Section):
         description="Glob patterns of the files to read from a folder. null: all that can be read.",
     )
     exclude: Items[Text] = Field(default=(), description="Glob patterns of files to leave out.")
-    sequence_length: Annotated[int, Field(ge=2)] = Field(description="Tokens per sequence.")
+    sequence_length: Annotated[int, Field(ge=2, le=2**20)] = Field(description="Tokens per sequence.")
     packing: bool = Field(
         default=True, description="Fill sequences with several documents, which do not attend to each other."
     )
@@ -234,7 +259,7 @@ class TrainConfig(Section):
     eval_every: Count | None = Field(
         default=None, description="Steps between evaluations. null: at the end only."
     )
-    seed: Index = Field(default=0, description="Seed of initial weights and of the order of the data.")
+    seed: Seed = Field(default=0, description="Seed of initial weights and of the order of the data.")
     export: bool = Field(
         default=True, description="Write the Hugging Face folder output_dir/export at the end."
     )
@@ -260,9 +285,11 @@ class TrainConfig(Section):
 class SampleConfig(Section):
     """Text to generate when the run ends."""
 
-    prompt: str = Field(description="Text to continue.")
-    tokens: Count = Field(default=64, description="Tokens to generate at most.")
+    prompt: Prose = Field(description="Text to continue.")
+    tokens: Annotated[int, Field(ge=1, le=2**20)] = Field(
+        default=64, description="Tokens to generate at most."
+    )
     temperature: NotNegative = Field(
         default=0.8, description="Divides the logits. 0: always the likeliest token."
     )
-    seed: Index = Field(default=0, description="Seed of the draws.")
+    seed: Seed = Field(default=0, description="Seed of the draws.")

@@ -1,6 +1,5 @@
 """``python -m jaxmoe.export RUN FOLDER``: write a checkpoint of a run as a Hugging Face folder."""
 
-import argparse
 import math
 from pathlib import Path
 
@@ -8,23 +7,25 @@ import jax
 from jax.sharding import AxisType
 
 from jaxmoe.checkpoints import Checkpoints
-from jaxmoe.cli import run_command
-from jaxmoe.config import load_config
+from jaxmoe.cli import ArgumentParser, run_command
+from jaxmoe.config import RunConfig, load_config
 from jaxmoe.errors import UserError
+from jaxmoe.paths import path_argument
 
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="jaxmoe export", description="Write a checkpoint of a run as a Hugging Face folder."
     )
-    parser.add_argument("run", type=Path, help="folder of the run (its output_dir)")
-    parser.add_argument("folder", type=Path, help="new folder to write")
+    parser.add_argument("run", type=path_argument, help="folder of the run (its output_dir)")
+    parser.add_argument("folder", type=path_argument, help="new folder to write")
     parser.add_argument("--step", type=int, help="by default the newest checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint folder")
     options = parser.parse_args(argv)
-    if not (options.run / "config.yaml").exists():
-        raise UserError(f"{options.run}: found no config.yaml, expected the folder of a run")
+    run, folder = Path(options.run), Path(options.folder)
+    if not (run / "config.yaml").exists():
+        raise UserError(f"{run}: found no config.yaml, expected the folder of a run")
     # Imported only now: a wrong folder is reported without waiting for it.
     from jaxmoe.optim import build_optimizer
     from jaxmoe.params import roles
@@ -34,12 +35,16 @@ def main(argv: list[str]) -> None:
     from jaxmoe.spec import model_params
     from jaxmoe.train_step import abstract_state
 
-    config = load_config(options.run / "config.yaml").model_copy(update={"output_dir": str(options.run)})
-    checkpoints = Checkpoints(options.run / "checkpoints", None)
+    config = load_config(run / "config.yaml").model_copy(update={"output_dir": str(run)})
+    checkpoints = Checkpoints(run / "checkpoints", None)
     step = checkpoints.latest() if options.step is None else options.step
     if step is None:
-        raise UserError(f"{options.run}: the run has no checkpoint yet")
-    model = open_model(config.model)
+        raise UserError(f"{run}: the run has no checkpoint yet")
+    try:
+        model = open_model(config.model)
+        _check_tokenizer(config)
+    except UserError as error:
+        raise UserError(f"{error}{_hint(run, config)}") from None
     # Whatever mesh the run has: the weights alone, spread over the devices that are here.
     usable = math.gcd(jax.device_count(), model.spec.width)
     mesh = jax.make_mesh(
@@ -49,13 +54,40 @@ def main(argv: list[str]) -> None:
     state = abstract_state(optimizer, model.spec, mesh)
     unread = jax.tree.map(lambda _: ..., state)
     state, _ = checkpoints.restore(step, unread._replace(params=state.params))
-    left_out = model.export(
-        state.params, options.folder, tokenizer_files(config), overwrite=options.overwrite
-    )
+    left_out = model.export(state.params, folder, tokenizer_files(config), overwrite=options.overwrite)
     checkpoints.close()
-    print(f"{options.folder}: step {step} of {options.run}")
+    print(f"{folder}: step {step} of {run}")
     if left_out:
         print(f"left out, weights from before training in other files: {', '.join(left_out)}")
+
+
+def _check_tokenizer(config: RunConfig) -> None:
+    """Without this the export would have none."""
+    given = config.data.tokenizer
+    path = Path(given) if isinstance(given, str) else Path(config.output_dir, "tokenizer")
+    if given is not None and not path.exists():
+        raise UserError(f"data.tokenizer: found no {path}, which the run used, expected it where it was")
+
+
+def _hint(run: Path, config: RunConfig) -> str:
+    given = {
+        "model.path": config.model.path,
+        "model.config": config.model.config,
+        "data.tokenizer": config.data.tokenizer,
+    }
+    relative = [
+        f"{key} {path!r}" for key, path in given.items() if isinstance(path, str) and _leads_nowhere(path)
+    ]
+    if not relative:
+        return ""
+    return (
+        f" ({run}/config.yaml has {' and '.join(relative)}, relative to the folder where the run was started: "
+        "start this command there as well)"
+    )
+
+
+def _leads_nowhere(path: str) -> bool:
+    return not Path(path).is_absolute() and not Path(path).exists()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """``python -m jaxmoe.generate FOLDER PROMPT``: continue a text."""
 
-import argparse
 import functools
 import sys
 from typing import Any
@@ -8,12 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import ValidationError
 from tokenizers import Tokenizer
 
-from jaxmoe.cli import run_command
+from jaxmoe.cli import ArgumentParser, run_command
+from jaxmoe.config import SampleConfig
+from jaxmoe.config_errors import describe
 from jaxmoe.errors import UserError
 from jaxmoe.model import decoder
 from jaxmoe.params import Tree
+from jaxmoe.paths import path_argument
 from jaxmoe.spec import ModelSpec
 
 
@@ -45,6 +48,9 @@ def generate(
 
     Returns:
         The new token ids, without `stop`.
+
+    Raises:
+        UserError: the device has too little memory for so many tokens.
     """
     # Padded to one length, so that one compilation serves all tokens; causality hides what is not there yet.
     buffer = np.zeros((1, len(prompt) + tokens), np.int32)
@@ -52,9 +58,17 @@ def generate(
     key = jax.random.key(seed)
     for end in range(len(prompt), len(prompt) + tokens):
         draw = jax.random.fold_in(key, end)
-        token = int(
-            _next_token(weights, jnp.asarray(buffer), end - 1, draw, temperature, spec=spec, dtype=dtype)
-        )
+        try:
+            token = int(
+                _next_token(weights, jnp.asarray(buffer), end - 1, draw, temperature, spec=spec, dtype=dtype)
+            )
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"the device has no memory for a text of {buffer.size} tokens, {len(prompt)} of the prompt and "
+                f"{tokens} more: ask for fewer tokens"
+            ) from error
         if token == stop:
             return buffer[0, len(prompt) : end].tolist()
         buffer[0, end] = token
@@ -89,36 +103,50 @@ def continue_text(
 
 def main(argv: list[str]) -> None:
     """The command."""
-    from jaxmoe.data import end_of_document, load_tokenizer
+    from jaxmoe.data import end_of_document, load_tokenizer, vocabulary_size
     from jaxmoe.interop.checkpoint import compute_dtype, load_params, open_source
 
-    parser = argparse.ArgumentParser(prog="jaxmoe generate", description="Continue a text with a checkpoint.")
-    parser.add_argument("model", help="folder or hub id")
+    default = SampleConfig.model_fields
+    parser = ArgumentParser(prog="jaxmoe generate", description="Continue a text with a checkpoint.")
+    parser.add_argument("model", type=path_argument, help="folder or hub id")
     parser.add_argument("prompt")
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens", type=int, default=default["tokens"].default)
+    parser.add_argument("--temperature", type=float, default=default["temperature"].default)
+    parser.add_argument("--seed", type=int, default=default["seed"].default)
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args(argv)
-    if options.tokens < 1 or options.temperature < 0:
-        raise UserError(
-            f"--tokens {options.tokens} --temperature {options.temperature}: expected at least 1 and at least 0"
-        )
+    sample = _sample(options.prompt, options.tokens, options.temperature, options.seed)
     dtype = compute_dtype(options.dtype)
+    if dtype == jnp.float16 and jax.default_backend() == "cpu":
+        raise UserError(
+            "--dtype: found float16, which jax does not multiply on a CPU, expected bfloat16 or float32"
+        )
     source = open_source(options.model)
     tokenizer = load_tokenizer(source.folder)
+    if vocabulary_size(tokenizer) > source.spec.vocab_size:
+        raise UserError(
+            f"{source.folder}: the tokenizer's largest token id is {vocabulary_size(tokenizer) - 1} but the model's "
+            f"vocab_size is {source.spec.vocab_size}: give the folder the tokenizer that belongs to the model"
+        )
     text = continue_text(
         load_params(source, dtype),
         source.spec,
         tokenizer,
-        options.prompt,
+        sample.prompt,
         stop=end_of_document(tokenizer, source.folder),
-        tokens=options.tokens,
-        temperature=options.temperature,
-        seed=options.seed,
         dtype=dtype,
+        **sample.model_dump(exclude={"prompt"}),
     )
-    sys.stdout.write(options.prompt + text + "\n")
+    sys.stdout.write(sample.prompt + text + "\n")
+
+
+def _sample(prompt: str, tokens: int, temperature: float, seed: int) -> SampleConfig:
+    """The options within the bounds that the same keys have in a run's configuration."""
+    options = {"prompt": prompt, "tokens": tokens, "temperature": temperature, "seed": seed}
+    try:
+        return SampleConfig.model_validate(options)
+    except ValidationError as error:
+        raise UserError(f"jaxmoe generate: {describe(error, SampleConfig, options)}") from None
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
+import signal
 import subprocess
 import sys
+import threading
+import time
 import types
 
 import pytest
 
-from jaxmoe import cli
+from jaxmoe import cli, signals
 from jaxmoe.errors import UserError
 
 
@@ -48,10 +51,166 @@ def test_a_mistake_of_the_user_is_one_line_and_exit_code_2(command, capsys):
     assert captured.out == ""
 
 
+def test_whatever_a_message_quotes_it_stays_one_line(command, capsys):
+    command(lambda: fail(UserError("a\nb\x1b[2J\udcff: é 数 'x'\t")))
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == "error: a\\nb\\x1b[2J\\udcff: é 数 'x'\\t\n"
+
+
 def test_an_interrupt_is_exit_code_130(command, capsys):
     command(lambda: fail(KeyboardInterrupt()))
     assert cli.main(["train"]) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+class Finalized:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0)
+
+
+def wait(seconds=5.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.01)
+    return 0
+
+
+def swallowed_by_a_finalizer():
+    Finalized()
+    return wait()
+
+
+def swallowed_by_a_library():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+        wait()
+    except:  # noqa: E722
+        pass
+    return wait()
+
+
+def turned_into_another_error():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+        wait()
+    except BaseException:
+        raise RuntimeError("from C++") from None
+
+
+@pytest.mark.parametrize(
+    ("action", "want"),
+    [
+        (lambda: signal.raise_signal(signal.SIGINT) or wait(), (130, "interrupted\n")),
+        (lambda: signal.raise_signal(signal.SIGTERM) or wait(), (143, "terminated\n")),
+        (swallowed_by_a_finalizer, (130, "interrupted\n")),
+        (swallowed_by_a_library, (143, "terminated\n")),
+        (turned_into_another_error, (143, "terminated\n")),
+    ],
+)
+def test_a_signal_ends_the_command_and_then_all_is_as_before(command, capsys, action, want):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    hook = sys.unraisablehook
+    command(action)
+    assert (cli.main(["train"]), capsys.readouterr().err) == want
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)] == before
+    assert sys.unraisablehook is hook
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_signal_does_not_disturb_the_cleaning_up_after_it(command):
+    cleaned = []
+
+    def action():
+        try:
+            signal.raise_signal(signal.SIGINT)
+            wait()
+        finally:
+            wait(5 * signals.AGAIN_SECONDS)
+            cleaned.append(True)
+
+    command(action)
+    assert cli.main(["train"]) == 130
+    assert cleaned == [True]
+
+
+def test_a_signal_in_an_import_waits_for_the_end_of_it(command, monkeypatch, tmp_path):
+    source = "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(0.5)\nwhole = True\n"
+    (tmp_path / "interrupted_module.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def action():
+        import interrupted_module  # noqa: F401
+
+        return wait()
+
+    command(action)
+    assert cli.main(["train"]) == 130
+    assert sys.modules.pop("interrupted_module").whole
+
+
+def test_signals_that_the_parent_ignores_stay_ignored(command, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        command(lambda: signal.raise_signal(signal.SIGINT) or 7)
+        assert cli.main(["train"]) == 7
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_outside_of_the_main_thread_signals_are_left_alone(command):
+    command(lambda: 7)
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(cli.main(["train"])))
+    thread.start()
+    thread.join()
+    assert codes == [7]
+
+
+@pytest.mark.parametrize(
+    ("number", "want"), [(signal.SIGINT, "interrupted\n"), (signal.SIGTERM, "terminated\n")]
+)
+def test_a_signal_during_the_imports_of_a_program(number, want):
+    code = f"import os, jaxmoe.signals; jaxmoe.signals.end_at_once(); os.kill(os.getpid(), {number}); print('on')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (128 + number, want, "")
+
+
+def test_refusals_of_argparse_are_mistakes_of_the_user(capsys):
+    parser = cli.ArgumentParser(prog="jaxmoe train")
+    parser.add_argument("run")
+    parser.add_argument("--step", type=int)
+    for argv, want in (
+        ([], "the following arguments are required: run"),
+        (["a", "--step", "x"], "argument --step: invalid int value: 'x'"),
+        (["a", "--nope"], "unrecognized arguments: --nope"),
+        (["a", "--step"], "argument --step: expected one argument"),
+    ):
+        with pytest.raises(UserError) as caught:
+            parser.parse_args(argv)
+        assert str(caught.value) == f"{want}; jaxmoe train --help tells what is expected"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["export", "generate"])
+def test_commands_refuse_arguments_in_one_line(name, capsys, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for argv, want in (
+        (["--nope", "a", "b"], "unrecognized arguments: --nope"),
+        (["a"], "the following arguments are required: "),
+        (
+            [str(loop), "b"],
+            "loop', which is no usable path (Too many levels of symbolic links); give another one",
+        ),
+        (["a" * 5000, "b"], "which is no usable path (File name too long)"),
+        (["~no-such-user/x", "b"], "which is no usable path (Could not determine home directory)"),
+    ):
+        assert cli.main([name, *argv]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: ")
+        assert want in told
+        assert told.count("\n") == 1
 
 
 def test_any_other_error_is_not_caught(command):

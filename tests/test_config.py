@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from jaxmoe.config import OptimizerConfig, RunConfig, load_config
 from jaxmoe.config_reference import reference_yaml
 from jaxmoe.errors import UserError
+from jaxmoe.optim import schedule
 
 SMALLEST = {
     "model": {"path": "a-model"},
@@ -158,6 +159,49 @@ def test_sections_are_frozen_and_can_be_made_in_python():
         ),
         ({"model__config": 3}, "model.config: found 3, expected a string or a mapping"),
         ({"mesh__fsdp": 0}, "mesh.fsdp: found 0, expected at least 1"),
+        ({"mesh__tensor": 10**24}, f"mesh.tensor: found {10**24}, expected at most 2147483647"),
+        ({"train__steps": 10**24}, f"train.steps: found {10**24}, expected at most 2147483647"),
+        ({"train__batch_size": 10**11}, "train.batch_size: found 100000000000, expected at most 2147483647"),
+        ({"train__seed": 2**32}, "train.seed: found 4294967296, expected at most 4294967295"),
+        (
+            {"optimizer__warmup_steps": 9999999999},
+            "optimizer.warmup_steps: found 9999999999, expected at most 2147483647",
+        ),
+        (
+            {"data__sequence_length": 10**12},
+            "data.sequence_length: found 1000000000000, expected at most 1048576",
+        ),
+        (
+            {"data__tokenizer": {"train_bpe": 10**25}},
+            f"data.tokenizer.train_bpe: found {10**25}, expected at most 1048576",
+        ),
+        (
+            {"train__batch_size": 2**22},
+            "train.batch_size: found 4194304 sequences of 128 tokens, expected at most 268435456 tokens per step: "
+            "lower it, or data.sequence_length",
+        ),
+        (
+            {"sample": {"prompt": "x", "seed": 2**32}},
+            "sample.seed: found 4294967296, expected at most 4294967295",
+        ),
+        (
+            {"sample": {"prompt": "x", "tokens": 10**12}},
+            "sample.tokens: found 1000000000000, expected at most 1048576",
+        ),
+        (
+            {"sample": {"prompt": "x\ud800"}},
+            "sample.prompt: found 'x\\ud800', whose character 1 is half a surrogate pair; expected text that UTF-8 "
+            "can hold",
+        ),
+        (
+            {"model": {"config": {"a": [b"x"]}}},
+            "model.config.a.0: found b'x', expected what JSON can hold",
+        ),
+        (
+            {"train__a\nb": 1},
+            "train.'a\\nb': unknown key, expected one of batch_size, checkpoint_every, distributed, eval_every, "
+            "export, keep_checkpoints, log_every, micro_batch_size, peak_tflops, seed, steps",
+        ),
     ],
 )
 def test_one_line_for_one_mistake(changes, want):
@@ -205,6 +249,32 @@ def test_contradictions_between_sections():
     assert run(train__eval_every=5, data__eval_fraction=0.1).train.eval_every == 5
 
 
+@pytest.mark.parametrize(
+    "key", ["data__path", "data__eval_path", "data__tokenizer", "model__path", "output_dir"]
+)
+def test_paths_at_which_nothing_can_be(key, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path, reason in (
+        ("a\0b", "it has a character that no path can have"),
+        ("a" * 5000, "File name too long"),
+        (str(tmp_path / "loop"), "Too many levels of symbolic links"),
+        (str(tmp_path / "loop" / "x"), "Too many levels of symbolic links"),
+        ("~no-such-user/x", "Could not determine home directory"),
+    ):
+        told = message(**{key: path})
+        assert told.startswith(f"{key.replace('__', '.')}: found '")
+        assert told.endswith(f"which is no usable path ({reason}), expected another one")
+        assert len(told) < 500
+
+
+def test_the_largest_values_that_are_allowed():
+    config = run(
+        train__steps=2**31 - 1, train__seed=2**32 - 1, train__batch_size=2**8, data__sequence_length=2**20
+    )
+    assert config.train.batch_size * config.data.sequence_length == 2**28
+    assert schedule(config.optimizer, config.train.steps)(2**31 - 2) > 0
+
+
 def test_home_is_expanded():
     assert run(output_dir="~/runs/x").output_dir == str(Path.home() / "runs/x")
 
@@ -240,12 +310,99 @@ def test_followups_are_this_run_with_their_keys_on_top():
         ({"train": {"stepz": 3}}, "then[0]: train.stepz: unknown key, did you mean train.steps?"),
         ({"train": {"steps": 3}}, "then[0]: output_dir: found 'runs/x', which is that of the first run"),
         ({"output_dir": "runs/../runs/x"}, "then[0]: output_dir: found 'runs/../runs/x'"),
+        (
+            {"output_dir": "${output_dir}/export/y"},
+            "then[0]: output_dir: found 'runs/x/export/y', which lies inside that of the first run",
+        ),
+        (
+            {"output_dir": "${output_dir}/checkpoints"},
+            "then[0]: output_dir: found 'runs/x/checkpoints', which lies inside that of the first run",
+        ),
+        ({"output_dir": "runs"}, "then[0]: output_dir: found 'runs', which holds that of the first run"),
         ({"output_dir": "y", "then": []}, "then[0]: found a key then"),
         (3, "then.0: found 3, expected a mapping"),
     ],
 )
 def test_followups_are_checked_before_anything_runs(patch, want):
     assert message(then=[patch]).startswith(want)
+
+
+def test_two_followups_with_one_folder():
+    told = message(then=[{"output_dir": "y"}, {"output_dir": "./y"}])
+    assert told.startswith(
+        "then[1]: output_dir: found './y', which is that of then[0], expected another folder"
+    )
+
+
+def test_a_followup_in_a_folder_of_its_own_within_the_first():
+    assert run(then=[{"output_dir": "${output_dir}/y"}]).followups()[0].output_dir == "runs/x/y"
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("there", "my model"):
+        (tmp_path / name).mkdir()
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(
+    "patch",
+    [
+        {"model": {"path": "${output_dir}/export"}},
+        {"model": {"path": "organisation/name"}},
+        {"model": {"path": "my model"}},
+        {"data": {"path": "there", "tokenizer": "${output_dir}/export/tokenizer.json"}},
+        {"data": {"path": "python:stdlib"}},
+        {"data": {"eval_path": "there"}},
+    ],
+)
+def test_followups_whose_files_are_there_or_will_be(patch):
+    first, second = run(then=[patch | {"output_dir": "y"}]).all_runs()
+    assert (first.output_dir, second.output_dir) == ("runs/x", "y")
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(
+    ("patch", "key", "found"),
+    [
+        ({"model": {"path": "${output_dir}/exprt"}}, "model.path", "runs/x/exprt"),
+        ({"data": {"tokenizer": "${output_dir}/tokenizer"}}, "data.tokenizer", "runs/x/tokenizer"),
+        ({"model": {"path": "./nothing"}}, "model.path", "./nothing"),
+        ({"model": {"path": "/nothing/here"}}, "model.path", "/nothing/here"),
+        ({"model": {"path": "a model"}}, "model.path", "a model"),
+        ({"model": {"config": "nothing.json"}}, "model.config", "nothing.json"),
+        ({"data": {"path": "nothing"}}, "data.path", "nothing"),
+        ({"data": {"eval_path": "there/nothing"}}, "data.eval_path", "there/nothing"),
+    ],
+)
+def test_followups_whose_files_will_not_be_there(patch, key, found):
+    config = run(then=[{"output_dir": "y"}, patch | {"output_dir": "z"}])
+    with pytest.raises(UserError) as caught:
+        config.all_runs()
+    assert str(caught.value).startswith(f"then[1]: {key}: found {found!r}, wh")
+
+
+@pytest.mark.usefixtures("files")
+def test_a_followup_of_a_run_that_exports_nothing(tmp_path):
+    then = [{"model": {"path": "${output_dir}/export"}, "output_dir": "y"}]
+    with pytest.raises(UserError, match=r"runs/x/export with train.export=true \(found false\)"):
+        run(train__export=False, then=then).all_runs()
+    (tmp_path / "runs/x/export").mkdir(parents=True)  # by an earlier start
+    assert len(run(train__export=False, then=then).all_runs()) == 2
+    assert (
+        len(
+            run(
+                data__tokenizer={"train_bpe": 300},
+                then=[{"data": {"tokenizer": "${output_dir}/tokenizer"}, "output_dir": "y"}],
+            ).all_runs()
+        )
+        == 2
+    )
+
+
+def test_the_files_of_the_first_run_are_left_to_it():
+    assert len(run(then=[{"output_dir": "y"}]).all_runs()) == 2
 
 
 def test_overrides(tmp_path):
@@ -281,6 +438,9 @@ def test_overrides(tmp_path):
         ("train..steps=3", "override 'train..steps=3': expected key.path=value"),
         ("train.steps=[1", "override 'train.steps=[1': not valid YAML in line 1"),
         ("output_dir.x=1", "override 'output_dir.x=1': output_dir is 'runs/x' and has no keys"),
+        ("then.²=1", "then is a list of 0, expected an index below that, found '²'"),
+        (f"then.{'1' * 5000}=1", "then is a list of 0, expected an index below that, found '111"),
+        (f"{'a' * 5000}", "aaa...: expected key.path=value"),
         ("then.0.x=1", "override 'then.0.x=1': then is a list of 0, expected an index below that, found '0'"),
         ("train.stepz=3", "train.stepz: unknown key, did you mean train.steps?"),
         ("train.steps='3'", "train.steps: found the string '3', expected an integer"),
@@ -303,7 +463,14 @@ def test_overrides_that_are_none(tmp_path, override, want):
             "a: !!python/object:os.system {}\n",
             "not valid YAML in line 1, column 4: could not determine a constructor",
         ),
-        ("a: 2024-99-99\n", "not valid YAML: month must be in 1..12"),
+        ("a: 2024-99-99\n", "in line 1, column 4: '2024-99-99' cannot be read as timestamp"),
+        ("a: !!timestamp b\n", "in line 1, column 4: 'b' cannot be read as timestamp"),
+        ("a: !!bool b\n", "in line 1, column 4: 'b' cannot be read as bool"),
+        ("a: !!int ''\n", "in line 1, column 4: '' cannot be read as int"),
+        ("a: !!float b\n", "in line 1, column 4: 'b' cannot be read as float"),
+        (f"a: 0x{'f' * 5000}\n", "in line 1, column 4: '0xfff"),
+        ('a: "\\ud800"\n', "in line 1, column 4: '\\ud800' cannot be read as str"),
+        ("a: &a [{b: *a}]\n", "not valid YAML in line 1, column 4: found unconstructable recursive node"),
         ("", "found nothing, expected a mapping"),
         ("- a\n", "found list, expected a mapping"),
         ("3: 4\n", "3: found a key that is no string"),

@@ -9,6 +9,7 @@ from jaxmoe.data.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     train_byte_bpe,
+    vocabulary_size,
 )
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "split_documents",
     "train_byte_bpe",
     "training_batches",
+    "vocabulary_size",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmoe.errors import UserError
+from jaxmoe.paths import why_unusable
 
 STANDARD_LIBRARY = "python:stdlib"
 """The path that stands for the running Python's standard library: text that every machine has."""
@@ -35,6 +36,9 @@ def find_files(
     Raises:
         UserError: nothing is there, nothing is of a kind that can be read, or patterns come with a file.
     """
+    unusable = why_unusable(path)
+    if unusable is not None:
+        raise UserError(f"{unusable}; set the data path to a file or folder of text")
     if path == STANDARD_LIBRARY:
         root = Path(sysconfig.get_paths()["stdlib"])
         if include is None and not exclude:
@@ -69,7 +73,7 @@ def _in_folder(root: Path, include: Sequence[str] | None, exclude: Sequence[str]
             wanted = _matches(relative, include) if include else file.suffix.lower() in SUFFIXES
             if not wanted:
                 passed_over[file.suffix.lower() or "no suffix"] += 1
-            elif file.is_symlink() and not file.resolve().is_relative_to(real_root):
+            elif file.is_symlink() and not Path(os.path.realpath(file)).is_relative_to(real_root):
                 leading_out += 1
             elif file.is_file():
                 found.append((relative, file))

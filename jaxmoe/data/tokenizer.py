@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxmoe.errors import UserError
+from jaxmoe.paths import why_unusable
 
 _COMMON_EOS_TOKENS = (
     *("<|endoftext|>", "</s>", "<|end_of_text|>", "<|eos|>", "<eos>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001
@@ -22,6 +23,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         UserError: there is none, or it is not readable.
     """
+    unusable = why_unusable(path)
+    if unusable is not None:
+        raise UserError(f"{unusable}; expected a tokenizer.json or a folder with one")
     path = Path(path).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
@@ -42,6 +46,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Rows that an embedding needs: the largest token id + 1. Ids may have gaps, so their number says little."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def train_byte_bpe(
@@ -74,7 +83,11 @@ def train_byte_bpe(
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads."""
+    """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = {
@@ -84,7 +97,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     eos = end_of_document(tokenizer)
     if eos is not None:
         config["eos_token"] = tokenizer.id_to_token(eos)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # Not tokenizer.save: of a full disk it makes a bare Exception.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
     (folder / "tokenizer_config.json").write_text(
         json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8"
     )
@@ -113,8 +127,10 @@ def _configured_eos(tokenizer: Tokenizer, file: Path) -> int | None:
         return None
     try:
         config = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not readable as JSON ({_first_line(error)})") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     if not isinstance(config, dict):
         raise UserError(f"{file}: expected a JSON object")
     if file.name == "tokenizer_config.json":
@@ -122,7 +138,7 @@ def _configured_eos(tokenizer: Tokenizer, file: Path) -> int | None:
         token = token.get("content") if isinstance(token, dict) else token
         if token is None:
             return None
-        eos = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        eos = tokenizer.get_vocab().get(token) if isinstance(token, str) else None
         if eos is None:
             raise UserError(f"{file}: eos_token {token!r} is not in the tokenizer's vocabulary; correct it")
         return eos
@@ -132,7 +148,8 @@ def _configured_eos(tokenizer: Tokenizer, file: Path) -> int | None:
         eos = text_config.get("eos_token_id")
     if isinstance(eos, list):
         eos = eos[0] if eos else None
-    if eos is not None and (not isinstance(eos, int) or tokenizer.id_to_token(eos) is None):
+    # Not id_to_token: it raises OverflowError for a number that is negative or has more than 32 bits.
+    if eos is not None and (type(eos) is not int or eos not in tokenizer.get_vocab().values()):
         raise UserError(f"{file}: eos_token_id {eos!r} is not an id of the tokenizer; correct it")
     return eos
 

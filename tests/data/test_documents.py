@@ -94,6 +94,21 @@ def test_symlinks_out_of_the_folder_are_not_followed(tmp_path):
     assert list(open_documents(inside)) == ["own", "own"]
 
 
+def test_symlinks_that_go_in_circles(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    assert list(open_documents(tmp_path)) == ["a"]
+    refuses(tmp_path / "loop.txt", "loop.txt", "Too many levels of symbolic links", "set the data path")
+
+
+@pytest.mark.parametrize("path", ["a\0b", "a" * 5000, "~no-such-user/x"])
+def test_paths_at_which_nothing_can_be(path):
+    with pytest.raises(
+        UserError, match="which is no usable path .*; set the data path to a file or folder of text"
+    ):
+        open_documents(path)
+
+
 def test_unusable_paths(tmp_path):
     refuses(tmp_path / "none.txt", "none.txt", "no such file or folder")
     refuses(tmp_path, "no usable file", ".jsonl, .parquet, .txt", "found nothing")

@@ -1,5 +1,7 @@
 import hashlib
 import json
+import resource
+import signal
 import subprocess
 import sys
 
@@ -7,7 +9,14 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from jaxmoe.data import DocumentEncoder, end_of_document, load_tokenizer, save_tokenizer, train_byte_bpe
+from jaxmoe.data import (
+    DocumentEncoder,
+    end_of_document,
+    load_tokenizer,
+    save_tokenizer,
+    train_byte_bpe,
+    vocabulary_size,
+)
 from jaxmoe.errors import UserError
 
 
@@ -42,6 +51,40 @@ def test_training_is_deterministic_across_processes(texts, tokenizer):
         [sys.executable, "-c", script], input=json.dumps(texts), capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == hashlib.blake2b(tokenizer.to_str().encode()).hexdigest()
+
+
+def test_vocabulary_size_counts_the_gaps_between_ids():
+    assert vocabulary_size(word_level("a", "b", "c")) == 3
+    gap = Tokenizer(models.WordLevel({"a": 0, "b": 7}))
+    assert (gap.get_vocab_size(), vocabulary_size(gap)) == (2, 8)
+    added = word_level("a", "b")
+    added.add_special_tokens(["<s>"])
+    assert vocabulary_size(added) == 3
+    assert vocabulary_size(Tokenizer(models.BPE())) == 0
+
+
+@pytest.mark.parametrize("path", ["a\0b", "a" * 5000, "~no-such-user/x"])
+def test_paths_at_which_no_tokenizer_can_be(path):
+    with pytest.raises(UserError, match=r"which is no usable path \(.*; expected a tokenizer\.json"):
+        load_tokenizer(path)
+
+
+def test_a_tokenizer_that_cannot_be_written_is_an_error_of_the_system(tmp_path, tokenizer):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))  # stands for a full disk
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_tokenizer(tokenizer, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_saved_bytes_are_those_of_the_library(tmp_path, tokenizer):
+    save_tokenizer(tokenizer, tmp_path)
+    tokenizer.save(str(tmp_path / "theirs.json"))
+    assert (tmp_path / "tokenizer.json").read_bytes() == (tmp_path / "theirs.json").read_bytes()
 
 
 def test_vocabulary_too_small():
@@ -119,6 +162,11 @@ def test_end_of_document_prefers_the_tokenizers_own_file(tmp_path):
         ("tokenizer_config.json", '{"eos_token": "<x>"}', "'<x>' is not in the tokenizer's vocabulary"),
         ("config.json", '{"eos_token_id": 9}', "eos_token_id 9 is not an id"),
         ("config.json", '{"eos_token_id": "9"}', "eos_token_id '9' is not an id"),
+        ("generation_config.json", '{"eos_token_id": -1}', "eos_token_id -1 is not an id"),
+        ("generation_config.json", f'{{"eos_token_id": [{10**20}]}}', f"eos_token_id {10**20} is not an id"),
+        ("generation_config.json", '{"eos_token_id": true}', "eos_token_id True is not an id"),
+        ("tokenizer_config.json", '{"eos_token": "\\ud800"}', r"eos_token '\\ud800' is not in"),
+        ("tokenizer_config.json", "[" * 100_000, "not readable as JSON"),
         ("config.json", "{", "not readable as JSON"),
         ("config.json", "[]", "expected a JSON object"),
     ],

@@ -14,7 +14,7 @@ from safetensors.numpy import save, save_file
 
 from jaxmoe.errors import UserError
 from jaxmoe.interop import reader
-from jaxmoe.interop.layout import DTYPES, INDEX_FILE, dtype_name, is_inside
+from jaxmoe.interop.layout import DTYPES, INDEX_FILE, dtype_name, is_inside, raise_problems
 from jaxmoe.interop.reader import CheckpointFolder
 
 FULL = slice(None)
@@ -431,7 +431,6 @@ def test_damaged_indices(tmp_path, text, expected):
         "..",
         ".",
         "",
-        "y\\x.safetensors",
         "x.bin",
         5,
         ["x"],
@@ -448,8 +447,8 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path, name):
 
 
 def test_is_inside():
-    assert all(map(is_inside, ["a", "a/b", "a..b", "./a", "..a"]))
-    assert not any(map(is_inside, ["", ".", "/", "/a", "..", "a/..", "a/../b", "../a", "//a", "a\\b", "a\0"]))
+    assert all(map(is_inside, ["a", "a/b", "a..b", "./a", "..a", "a\\b", "..\\a"]))
+    assert not any(map(is_inside, ["", ".", "/", "/a", "..", "a/..", "a/../b", "../a", "//a", "a\0"]))
 
 
 def test_index_and_shards_that_disagree_are_reported_together(sharded):
@@ -457,23 +456,46 @@ def test_index_and_shards_that_disagree_are_reported_together(sharded):
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     save_file({"a": arrays["a"], "b": arrays["b"], "extra": arrays["d"]}, path / first)
     write_index(path, {"a": second, "b": second, "c": second, "d": first, "e": second})
-    assert refusal(path).splitlines() == [
-        f"{path}: 5 problems",
-        f"  tensor 'b' is stored more than once, in {first}, {second}; expected one file",
-        f"  {first}: holds tensor 'a', which {INDEX_FILE} places in '{second}'",
-        f"  {first}: holds tensor 'extra', which {INDEX_FILE} does not name",
-        f"  {first}: lacks tensor 'd', which {INDEX_FILE} places there",
-        f"  {second}: lacks tensor 'e', which {INDEX_FILE} places there",
+    assert refusal(path).removeprefix(f"{path}: 5 problems: ").split("; ") == [
+        f"tensor 'b' is stored more than once, in {first}, {second}",
+        "expected one file",
+        f"{first}: holds tensor 'a', which {INDEX_FILE} places in '{second}'",
+        f"{first}: holds tensor 'extra', which {INDEX_FILE} does not name",
+        f"{first}: lacks tensor 'd', which {INDEX_FILE} places there",
+        f"{second}: lacks tensor 'e', which {INDEX_FILE} places there",
     ]
 
 
-def test_long_lists_of_problems_are_cut(tmp_path):
+def test_problems_that_differ_in_numbers_of_a_name_are_told_once():
+    def told(problems):
+        with pytest.raises(UserError) as caught:
+            raise_problems("here", problems)
+        return str(caught.value)
+
+    many = [f"layers.{layer}.experts.{e}.up is missing" for layer in range(3) for e in range(5)]
+    assert told(many[:1]) == "here: layers.0.experts.0.up is missing"
+    assert told([*many, "other", *many]) == (
+        "here: 31 problems: layers.{0..2}.experts.{0..4}.up is missing (15 tensors); other"
+    )
+    without = [problem for problem in many if problem not in (many[2], many[11])]  # (0, 2) and (2, 1)
+    assert told(without) == (
+        "here: 13 problems: layers.0.experts.{0..1,3..4}.up is missing (4 tensors); "
+        "layers.1.experts.{0..4}.up is missing (5 tensors); layers.2.experts.{0,2..4}.up is missing (4 tensors)"
+    )
+    assert told(["a.1.b is [3, 4]", "a.2.b is [4, 4]", "model-00001.safetensors", "a.01.b"]) == (
+        "here: 4 problems: a.1.b is [3, 4]; a.2.b is [4, 4]; model-00001.safetensors; a.01.b"
+    )
+
+
+def test_names_that_are_all_different_are_all_told_up_to_a_thousand(tmp_path):
     save_file({"a": np.zeros(2)}, tmp_path / "x.safetensors")
-    write_index(tmp_path, {"a": "x.safetensors"} | {f"t{i}": "x.safetensors" for i in range(33)})
-    lines = refusal(tmp_path).splitlines()
-    assert len(lines) == 22
-    assert lines[0].endswith(": 33 problems")
-    assert lines[-1] == "  ... and 13 more"
+    for count, told in ((33, 33), (1033, 1000)):
+        write_index(tmp_path, {"a": "x.safetensors"} | {f"t{i}": "x.safetensors" for i in range(count)})
+        message = refusal(tmp_path)
+        assert "\n" not in message
+        assert message.startswith(f"{tmp_path}: {count} problems: ")
+        assert message.count("lacks tensor") == told
+        assert message.endswith("; and 33 more") == (count > told)
 
 
 def entry(dtype="F32", shape=(2, 3), offsets=(0, 24), **changes):
