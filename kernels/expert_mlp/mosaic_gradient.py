@@ -100,7 +100,9 @@ def weight_gradient(
         num_threads=plan.consumers + 1,
         thread_name="wg",
         scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0
+        ),
         **options,
     )
     result = run(slots.token, slots.first_tile, slots.expert_tiles, out.rows, columns.rows)

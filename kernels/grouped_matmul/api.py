@@ -4,18 +4,22 @@ A backend is a module with the two functions that `xla` has, `matmul` and `weigh
 NotImplementedError for operands that it cannot take, and the next one is asked.
 """
 
+from __future__ import annotations
+
 import functools
 import itertools
 import logging
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
-from jaxtyping import Array, Float, Int
 
 from jaxmoe.kernels.grouped_matmul import reference, xla
+
+if TYPE_CHECKING:  # not needed to run, and not everywhere where kernels are measured
+    from jaxtyping import Array, Float, Int
 
 _logger = logging.getLogger(__name__)
 

@@ -1,7 +1,13 @@
 """What a grouped matmul means, in plain jnp. Every other backend is tested against this one."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+
+if TYPE_CHECKING:  # not needed to run, and not everywhere where kernels are measured
+    from jaxtyping import Array, Float, Int
 
 
 def grouped_matmul(
