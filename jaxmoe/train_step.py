@@ -121,9 +121,9 @@ def make_train_step(
 
     The batch is a dict of tokens, segment_ids and positions, each (micro-batches, B, T) int32. The
     language-model loss is a mean over all targets of all micro-batches, so how they are split changes nothing
-    but rounding. Within a micro-batch the gradients of layers have the compute dtype, and so they are summed
-    over devices: XLA reduces them before they are cast. That of the output head is summed in float32. The
-    sums of all micro-batches are added in float32.
+    but rounding. Within a micro-batch the gradients of layers and of the last norm are in the compute dtype,
+    also where they are summed over devices: XLA reduces them before it casts them. Those of the embedding and
+    of the output head are summed over devices in float32, and all of them over micro-batches.
 
     Metrics: ``loss`` (nats per target, without balance terms), ``aux_loss``, ``z_loss``, ``grad_norm``
     (before clipping), ``learning_rate``, ``targets``, ``tokens`` (valid ones), and ``router`` with a leading
