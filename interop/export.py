@@ -24,7 +24,7 @@ from jaxmoe.interop.rules import Binding, Bindings
 from jaxmoe.interop.writer import FolderWriter, index_json, plan_shards
 from jaxmoe.params import Tree, named
 
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 8 << 20
 """A tensor is fetched, compared and written in pieces of at most this size."""
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -207,9 +207,9 @@ def slice_bits(array: jax.Array, box: Sequence[slice]) -> jax.Array:
     Raises:
         TypeError: the array is on several devices without a `NamedSharding`.
     """
-    sharding = array.sharding if isinstance(array.sharding, NamedSharding) else None
-    if sharding is None and len(array.sharding.device_set) > 1:
-        raise TypeError(f"expected arrays with a NamedSharding, got {array.sharding}")
+    sharding = array.sharding if len(array.sharding.device_set) > 1 else None
+    if not isinstance(sharding, NamedSharding | None):
+        raise TypeError(f"expected arrays with a NamedSharding, got {sharding}")
     starts = np.asarray([part.start for part in box], np.int32)
     return _slice_bits(array, starts, tuple(part.stop - part.start for part in box), sharding)
 
