@@ -105,10 +105,10 @@ def _forward(
     is_primal = lambda leaf: isinstance(leaf, CustomVJPPrimal)
     marked = Grads(x, weights, experts)
     wanted = jax.tree.map(lambda leaf: leaf.perturbed, marked, is_leaf=is_primal)
-    x, weights, experts = jax.tree.map(lambda leaf: leaf.value, marked, is_leaf=is_primal)
-    dispatch = jax.tree.map(lambda leaf: leaf.value, dispatch, is_leaf=is_primal)
-    name, (out, saved) = _first_forward(call, candidates, x, experts, weights, dispatch, save=True)
-    return out, (Chosen(name, wanted), x, experts, weights, dispatch, saved)
+    operands, dispatch = jax.tree.map(lambda leaf: leaf.value, (marked, dispatch), is_leaf=is_primal)
+    kept = (operands.x, operands.experts, operands.weights, dispatch)
+    name, (out, saved) = _first_forward(call, candidates, *kept, save=True)
+    return out, (Chosen(name, wanted), *kept, saved)
 
 
 def _backward(call: Call, candidates: tuple[str, ...], residuals: Any, dout: jax.Array) -> Any:

@@ -222,11 +222,10 @@ def _chosen(case: Case, generator: np.random.Generator) -> jax.Array:
 
 
 def _wanted(case: Case, experts: Experts) -> Grads:
-    given = jax.tree.map(lambda _: True, experts)
-    wanted = Experts(
-        *(bool(leaf) and not case.frozen for leaf in given[:4]), Lora(*(bool(leaf) for leaf in given.lora))
-    )
-    return Grads(x=True, weights=True, experts=wanted)
+    given = jax.tree.map(lambda leaf: leaf is not None, experts, is_leaf=lambda leaf: leaf is None)
+    if case.frozen:
+        given = Experts(gate_up=False, down=False, gate_up_bias=False, down_bias=False, lora=given.lora)
+    return Grads(x=True, weights=True, experts=given)
 
 
 def _results(

@@ -63,7 +63,7 @@ def weight_gradient(
     dtype, gathered = out.rows.dtype, out.gathered or columns.gathered
     chunk = store_chunk(tiles.columns)
     stored = (plgpu.TilingTransform((8, chunk)), plgpu.SwizzleTransform(2 * chunk))
-    scratch = [
+    scratch: list[Any] = [
         plgpu.SMEM((tiles.stages, SLAB, tiles.out), dtype, transforms=TILED),
         plgpu.SMEM((tiles.stages, SLAB, tiles.columns), dtype, transforms=TILED),
         plgpu.SMEM((plan.consumers, 2, WARPGROUP_ROWS, chunk), dtype, transforms=stored),
@@ -240,7 +240,9 @@ def _consume(walk: _Walk, ring: Ring, result: Any, store: StorePieces, wg: Any) 
 
             return acc[...]
 
-        acc = pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, tiles.columns), jnp.float32))
+        acc = pl.run_scoped(
+            accumulate, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tiles.columns), jnp.float32)
+        )
         row = expert * plan.out + m * tiles.out + row_in_tile
         column = n * tiles.columns
         chunk = store_chunk(tiles.columns)

@@ -121,7 +121,7 @@ def grouped_matmul(
     arrivals = geometry.halves * geometry.parts * (not geometry.contract_first) + geometry.contract_first
     weight_tile = (SLAB, tiles.columns) if geometry.contract_first else (geometry.parts * tiles.columns, SLAB)
     stored = (plgpu.TilingTransform((8, chunk)), plgpu.SwizzleTransform(2 * chunk))
-    scratch = [
+    scratch: list[Any] = [
         plgpu.SMEM((tiles.stages, tiles.rows, SLAB), dtype, transforms=TILED),
         plgpu.SMEM((tiles.stages, *weight_tile), dtype, transforms=TILED),
         plgpu.SMEM((2, 2, WARPGROUP_ROWS, chunk), dtype, transforms=stored),
@@ -364,7 +364,7 @@ def _consume(
             plgpu.barrier_arrive(ring.empty.at[ring.slot(last)])
             return acc[...]
 
-        acc = pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, columns), jnp.float32))
+        acc = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, columns), jnp.float32))
         epilogue.finish(epilogue_refs, geometry, place, acc, StorePieces(stored.at[wg]).store)
         return step + steps
 

@@ -4,9 +4,10 @@ Letters: R tokens, K experts per token, Z = R*K slots, D width, E experts held, 
 up, or up alone), F hidden width of an expert, r rank of LoRA.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
+Leaf = Any
+"""An array; or what stands for one: its gradient, its shape, or whether its gradient is wanted."""
 
 
 class Lora(NamedTuple):
@@ -21,10 +22,10 @@ class Lora(NamedTuple):
         down_b: (E, D, r).
     """
 
-    gate_up_a: jax.Array | None = None
-    gate_up_b: jax.Array | None = None
-    down_a: jax.Array | None = None
-    down_b: jax.Array | None = None
+    gate_up_a: Leaf = None
+    gate_up_b: Leaf = None
+    down_a: Leaf = None
+    down_b: Leaf = None
 
 
 class Experts(NamedTuple):
@@ -38,8 +39,8 @@ class Experts(NamedTuple):
         lora: low-rank updates.
     """
 
-    gate_up: jax.Array
-    down: jax.Array
-    gate_up_bias: jax.Array | None = None
-    down_bias: jax.Array | None = None
+    gate_up: Leaf
+    down: Leaf
+    gate_up_bias: Leaf = None
+    down_bias: Leaf = None
     lora: Lora = Lora()

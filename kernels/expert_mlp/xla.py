@@ -63,7 +63,7 @@ def backward(
     dx_RD = None
     gate_up = experts.gate_up.reshape(experts.gate_up.shape[0], -1, experts.gate_up.shape[-1])
     up_a, up_b = _up_lora(experts)
-    dlow_up_Zr = None
+    dlow_up_Zr: Any = None
     if up_a is not None and up_b is not None:
         dlow_up_Zr = matmul(dh_Zf, _scaled(up_b, call), sizes, transpose=True)
     if wanted.x:
@@ -127,13 +127,13 @@ def _scaled(b: jax.Array, call: Call) -> jax.Array:
     return b * jnp.asarray(call.lora_scale, b.dtype)
 
 
-def _up_lora(experts: Experts) -> tuple[jax.Array | None, jax.Array | None]:
+def _up_lora(experts: Experts) -> tuple[Any, Any]:
     """A (E, r, D) and B (E, G*F, r)."""
     a, b = experts.lora.gate_up_a, experts.lora.gate_up_b
     return a, None if b is None else b.reshape(b.shape[0], -1, b.shape[-1])
 
 
-def _down_lora(experts: Experts) -> tuple[jax.Array | None, jax.Array | None]:
+def _down_lora(experts: Experts) -> tuple[Any, Any]:
     return experts.lora.down_a, experts.lora.down_b
 
 
