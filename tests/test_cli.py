@@ -6,6 +6,8 @@ import time
 import types
 
 import pytest
+import tiny
+import yaml
 
 from jaxmoe import cli, signals
 from jaxmoe.errors import UserError
@@ -211,6 +213,43 @@ def test_commands_refuse_arguments_in_one_line(name, capsys, tmp_path):
         assert told.startswith("error: ")
         assert want in told
         assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({"model": {"path": "my model"}}, "model folder my model does not exist"),
+        ({"model": {"config": "my/config.json"}}, "my/config.json"),
+        ({"data": {"tokenizer": "words"}}, "data.tokenizer: found no words, which the run used"),
+    ],
+)
+def test_exporting_a_run_from_elsewhere_than_where_it_was_started(
+    changes, want, tmp_path, monkeypatch, capsys
+):
+    tiny.write_checkpoint(tmp_path / "model", "qwen3_moe")
+    config = {
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"path": "text", "sequence_length": 9},
+        "optimizer": {"learning_rate": 0.1},
+        "train": {"steps": 1, "batch_size": 1},
+        "output_dir": "run",
+    }
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(
+        yaml.safe_dump(config | changes | {"data": config["data"] | changes.get("data", {})})
+    )
+    monkeypatch.chdir(tmp_path / "model")
+    assert cli.main(["export", "../run", "../out"]) == 2
+    told = capsys.readouterr().err
+    ((section, keys),) = changes.items()
+    ((key, path),) = keys.items()
+    assert want in told
+    assert told.count("\n") == 1
+    assert told.endswith(
+        f" (../run/config.yaml has {section}.{key} {path!r}, relative to the folder where the run was started: start "
+        "this command there as well)\n"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_any_other_error_is_not_caught(command):
