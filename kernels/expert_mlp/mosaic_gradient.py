@@ -16,17 +16,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxmoe.kernels.expert_mlp.mosaic_matmul import (
-    LAG,
     PRODUCER_REGISTERS,
     WARPGROUP_ROWS,
     Ring,
     StorePieces,
+    check_stages,
     consumer_registers,
     store_chunk,
 )
 from jaxmoe.kernels.expert_mlp.mosaic_rows import SLAB, TILED, await_rows, issue_rows
 from jaxmoe.kernels.expert_mlp.slots import Slots
-from jaxmoe.kernels.expert_mlp.tiles import GradientTiles
+from jaxmoe.kernels.expert_mlp.tiles import LAG, GradientTiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +125,7 @@ class _Plan:
 
     def check(self) -> None:
         tiles = self.tiles
+        check_stages(tiles.stages)
         if self.out % tiles.out or self.size % tiles.columns or tiles.out % SLAB or tiles.columns % SLAB:
             raise NotImplementedError(
                 f"a gradient of ({self.out}, {self.size}) in tiles of ({tiles.out}, {tiles.columns}): they must divide "

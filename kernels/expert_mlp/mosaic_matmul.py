@@ -18,15 +18,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxmoe.kernels.expert_mlp.mosaic_rows import SLAB, TILED, await_rows, issue_nothing, issue_rows
 from jaxmoe.kernels.expert_mlp.slots import Slots
-from jaxmoe.kernels.expert_mlp.tiles import MatmulTiles
+from jaxmoe.kernels.expert_mlp.tiles import FEWEST_STAGES, LAG, MatmulTiles
 
 WARPGROUP_ROWS = 64
 PRODUCER_REGISTERS = 56
 REGISTERS = 65_536 // 128
 """Of a multiprocessor, for each thread of a warpgroup."""
-
-LAG = 2
-"""Stages whose gathered rows are still on their way while the producer goes on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,10 +183,17 @@ def store_chunk(columns: int) -> int:
     return 64 if columns % 64 == 0 else 32
 
 
+def check_stages(stages: int) -> None:
+    """Too few stages would be a deadlock."""
+    if stages < FEWEST_STAGES:
+        raise NotImplementedError(f"{stages} stages; expected {FEWEST_STAGES} or more")
+
+
 def _check(segments: Sequence[Segment], geometry: Geometry) -> None:
     if any(segment.rows.shape[1] % SLAB for segment in segments):
         widths = ", ".join(str(segment.rows.shape[1]) for segment in segments)
         raise NotImplementedError(f"contraction over {widths}: each must be a multiple of {SLAB}")
+    check_stages(geometry.tiles.stages)
     step = SLAB if geometry.contract_first else 32
     if geometry.columns % step or geometry.size % geometry.tiles.columns:
         raise NotImplementedError(

@@ -1,12 +1,12 @@
 """Rows of an array in GPU memory, chosen by index, into shared memory: the gather inside the kernels.
 
 On Hopper the copy engine moves boxes, not lists of rows, so the threads of the producer copy them, 16 bytes each,
-with cp.async. The interpreter cannot run that piece of machine code; there a loop does the same.
+with cp.async. The interpreter cannot run that piece of machine code; there a whole slab of columns is indexed.
 """
 
 from typing import Any
 
-from jax import lax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -32,11 +32,8 @@ def issue_rows(source: Any, tokens: Any, first: Any, column: Any, target: Any, *
     """
     rows, columns = target.shape
     if interpret:
-
-        def copy_row(i: Any, _: None) -> None:
-            target[i, :] = source[tokens[first + i], pl.ds(column, columns)]
-
-        lax.fori_loop(0, rows, copy_row, None)
+        slab = source[:, pl.ds(column, columns)]
+        target[...] = jnp.take(slab, tokens[pl.ds(first, rows)], axis=0, mode="fill")
         return
     slabs = columns // SLAB
     # A thread copies chunk tid % 8 (16 bytes) of rows tid / 8, tid / 8 + 16, …. Eight rows of 128 bytes make a block

@@ -13,6 +13,12 @@ SHARED_MEMORY_BYTES = 232_448
 RESERVED_BYTES = 2048
 """Of those, for barriers, small vectors and alignment."""
 
+LAG = 2
+"""Stages whose gathered rows are still on their way while the producer goes on."""
+
+FEWEST_STAGES = LAG + 2
+"""A consumer frees a stage when it has the one after it, which comes LAG steps late: with fewer, both would wait."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MatmulTiles:
@@ -54,7 +60,7 @@ def slot_rows(slots: int, groups: int) -> int:
 def stages_that_fit(per_stage: int, fixed: int, most: int = 6) -> int:
     """As many stages as shared memory holds beside `fixed` bytes."""
     stages = min(most, (SHARED_MEMORY_BYTES - fixed - RESERVED_BYTES) // per_stage)
-    if stages < 3:
+    if stages < FEWEST_STAGES:
         raise NotImplementedError(
             f"stages of {per_stage} bytes: only {stages} fit into shared memory beside {fixed}"
         )
@@ -106,7 +112,7 @@ class MatmulLaunch:
             per_stage = 128 * (self.rows + self.parts * width)
             fixed = 4 * 64 * 64 * 2 + 256 * self.kept_parts * width
             most = stages_that_fit(per_stage, fixed)
-            for stages in range(most, 2, -1):
+            for stages in range(most, FEWEST_STAGES - 1, -1):
                 for band in (8, 16, 4):
                     yield MatmulTiles(self.rows, width, stages, band)
 
@@ -140,9 +146,9 @@ class GradientLaunch:
             )
         for rows in (128, 192, 64):
             for across in (256, 192, 128, 64):
-                # Three consumers have registers for 128 rows of accumulators less than two.
-                if self.out % rows or self.columns % across or (rows == 192 and across > 192):
+                # Beside three consumers' stores there is room for stages of 128 columns.
+                if self.out % rows or self.columns % across or (rows == 192 and across > 128):
                     continue
                 most = stages_that_fit(128 * (rows + across), (rows // 64) * 2 * 64 * 64 * 2)
-                for stages in range(most, 2, -1):
+                for stages in range(most, FEWEST_STAGES - 1, -1):
                     yield GradientTiles(rows, across, stages)
