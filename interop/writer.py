@@ -188,6 +188,13 @@ class FolderWriter:
                 with self._user_errors("the folder"):
                     self._publish()
 
+    def check_room(self, nbytes: int) -> None:
+        """Refuse a disk that has no room for as many bytes. It may still fill up while they are written."""
+        with self._user_errors("the folder", nbytes):
+            existing = next(parent for parent in self.target.parents if parent.is_dir())
+            if shutil.disk_usage(existing).free < nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def shard(self, shard: Shard, fetch: Callable[[TensorInfo], Fetched]) -> None:
         """Write one safetensors file; see ``write_shard``."""
         with self._user_errors(shard.file, shard.file_bytes):

@@ -12,12 +12,15 @@ import logging
 import os
 import re
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from jaxmoe import hosts
 from jaxmoe.errors import UserError
 
 _WRITING = ".orbax-checkpoint-tmp"
@@ -40,14 +43,14 @@ class Checkpoints:
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be at least 1, found {keep}")
         _silence_orbax()
+        _silence_tensorstore()
         self._folder = Path(folder).absolute()
         self._keep = keep
-        # All processes must agree on what is saved: each looks once, before anything is written.
         self._saved = set(self.steps())
         self._saving: int | None = None
         self._checkpointer = _checkpointer()
         if keep is not None:
-            self._remove_leftovers()
+            hosts.first(self._remove_leftovers)
 
     def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
         """Begin to write a checkpoint, after the previous one has been finished.
@@ -68,21 +71,15 @@ class Checkpoints:
         self.wait()
         if step in self._saved:
             return
+        needed = sum(hosts.gather(_bytes_here(state)))
         self._saving = step
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._check_room(state)
-            self._checkpointer.save(
-                self._folder / str(step),
-                args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), extra=ocp.args.JsonSave(extra)),
-            )
-        except Exception as error:
-            self._fail(error)
+        self._together(lambda: self._make_room(needed))
+        arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), extra=ocp.args.JsonSave(extra))
+        self._together(lambda: self._checkpointer.save(self._folder / str(step), args=arguments))
 
-    def _check_room(self, state: Any) -> None:
+    def _make_room(self, needed: int) -> None:
         """Refuse before anything is written: a write that fails halfway makes TensorStore print tracebacks."""
-        shards = (shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
-        needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
+        self._folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self._folder).free
         if needed > free:
             raise OSError(
@@ -90,7 +87,10 @@ class Checkpoints:
             )
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, ascending; one being written has none yet."""
+        """Steps that have a checkpoint, ascending; one being written has none yet. Process 0 looks for all."""
+        return hosts.first(self._steps_here)
+
+    def _steps_here(self) -> list[int]:
         if not self._folder.is_dir():
             return []
         names = (entry.name for entry in self._folder.iterdir() if entry.is_dir())
@@ -115,17 +115,29 @@ class Checkpoints:
             UserError: there is no such checkpoint, or it is damaged. It is never passed over in silence.
         """
         self.wait()
-        if step not in self.steps():
-            known = ", ".join(map(str, self.steps())) or "none"
+        steps = self.steps()
+        if step not in steps:
+            known = ", ".join(map(str, steps)) or "none"
             raise UserError(f"{self._folder}: no checkpoint of step {step}, there are: {known}")
+        hosts.agree(lambda: self._check_whole(step))
+        return hosts.agree(lambda: self._read(step, abstract_state))
+
+    def _check_whole(self, step: int) -> None:
         folder = self._folder / str(step)
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder}: process {jax.process_index()} has no such folder where process 0 has a checkpoint: "
+                "put output_dir on a disk that all of them share"
+            )
         wrong = _first_difference(folder)
         if wrong:
             raise self._damaged(step, wrong)
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         sharded = ocp.checkpoint_utils.construct_restore_args(abstract_state)
         try:
             restored = self._checkpointer.restore(
-                folder,
+                self._folder / str(step),
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeRestore(abstract_state, restore_args=sharded),
                     extra=ocp.args.JsonRestore(),
@@ -145,16 +157,13 @@ class Checkpoints:
         Raises:
             UserError: it failed for want of space or rights.
         """
-        try:
-            self._checkpointer.wait_until_finished()
-        except Exception as error:
-            self._fail(error)
+        self._together(self._checkpointer.wait_until_finished)
         if self._saving is not None:
             _write_inventory(self._folder / str(self._saving))
             self._saved.add(self._saving)
             self._saving = None
         if self._keep is not None:
-            self._delete([self._folder / str(step) for step in self.steps()[: -self._keep]])
+            hosts.first(self._delete_old)
 
     def close(self) -> None:
         """Finish the save under way and stop the threads; raises what `wait` raises."""
@@ -163,28 +172,46 @@ class Checkpoints:
         finally:
             self._checkpointer.close()
 
+    def _together(self, action: Callable[[], None]) -> None:
+        """Do a part of a save in every process; where it fails in one, the save has failed in all."""
+
+        def attempt() -> None:
+            try:
+                action()
+            except Exception as error:
+                self._fail(error)
+
+        try:
+            hosts.agree(attempt)
+        except BaseException:
+            self._saving = None
+            raise
+
     def _fail(self, error: Exception) -> None:
-        """Raise what a failed save means to the user; raises `error` itself where it is a fault of ours."""
-        step, self._saving = self._saving, None
+        """Raise what a failed save means to the user; raises `error` itself where it is a fault of ours.
+
+        This process may be the only one that comes here.
+        """
         # Threads of the failed save may still be writing, and would report their own errors to the next one.
         with contextlib.suppress(Exception):
             self._checkpointer.close()
         self._checkpointer = _checkpointer()
-        self._remove_leftovers()
+        if jax.process_index() == 0:
+            self._remove_leftovers()
         reason = _os_reason(error)
         if reason is None:
             raise error
-        latest = self.latest()
+        latest = max(self._steps_here(), default=None)
         still = (
             "there is no earlier one" if latest is None else f"the checkpoint of step {latest} is still valid"
         )
         raise UserError(
-            f"{self._folder}: cannot write the checkpoint of step {step}: {reason}; {still}: "
+            f"{self._folder}: cannot write the checkpoint of step {self._saving}: {reason}; {still}: "
             "make room and start the same command again"
         ) from error
 
     def _damaged(self, step: int, reason: str) -> UserError:
-        earlier = [other for other in self.steps() if other < step]
+        earlier = [other for other in self._steps_here() if other < step]
         then = f"to resume from step {earlier[-1]}" if earlier else "to start from the beginning"
         reason = " ".join(reason.split())
         reason = reason if len(reason) <= 300 else reason[:300] + "..."
@@ -195,10 +222,12 @@ class Checkpoints:
         if self._folder.is_dir():
             self._delete([e for e in self._folder.iterdir() if e.name.endswith((_WRITING, _DELETING))])
 
+    def _delete_old(self) -> None:
+        assert self._keep is not None
+        self._delete([self._folder / str(step) for step in self._steps_here()[: -self._keep]])
+
     def _delete(self, folders: list[Path]) -> None:
         """Delete checkpoints so that none is ever seen in part: by another name first."""
-        if jax.process_index() != 0:
-            return
         for folder in folders:
             doomed = folder.with_name(folder.name.removesuffix(_DELETING) + _DELETING)
             try:
@@ -213,6 +242,12 @@ def _checkpointer() -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), extra=ocp.JsonCheckpointHandler())
     )
+
+
+def _bytes_here(state: Any) -> int:
+    """What this process writes of a state: of the copies of a shard, the first."""
+    shards = (shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
+    return sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -267,3 +302,24 @@ def _silence_orbax() -> None:
     logger = logging.getLogger("absl")
     if not any(isinstance(existing, _FromOrbax) for existing in logger.filters):
         logger.addFilter(_FromOrbax())
+
+
+class _OfOpenLoops:
+    """A hook for exceptions that nothing can catch: passes on all but those of event loops that are closed."""
+
+    def __init__(self, hook: Callable[[Any], Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
+        if unraisable.exc_type is not RuntimeError or str(unraisable.exc_value) != "Event loop is closed":
+            self._hook(unraisable)
+
+
+def _silence_tensorstore() -> None:
+    """Drop what TensorStore's threads print when the first of many writes has failed.
+
+    The others end after the event loop that waited for them was closed, and each then prints a traceback, in
+    pieces, into whatever the command prints. The failure itself is raised.
+    """
+    if not isinstance(sys.unraisablehook, _OfOpenLoops):
+        sys.unraisablehook = _OfOpenLoops(sys.unraisablehook)

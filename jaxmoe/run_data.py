@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from tokenizers import Tokenizer
 
+from jaxmoe import hosts
 from jaxmoe.config import RunConfig, TrainTokenizer
 from jaxmoe.data import (
     BatchSpec,
@@ -61,9 +62,12 @@ class RunData:
 
     def keep_tokenizer(self) -> None:
         """Write a tokenizer that was made for this run into the run's folder."""
+        if isinstance(self.config.data.tokenizer, TrainTokenizer):
+            hosts.first(self._write_tokenizer)
+
+    def _write_tokenizer(self) -> None:
         kept = _kept(self.config)
-        made = isinstance(self.config.data.tokenizer, TrainTokenizer)
-        if not made or jax.process_index() != 0 or kept.exists():
+        if kept.exists():
             return
         partial = kept.with_name(kept.name + ".partial")
         try:
@@ -124,7 +128,7 @@ def open_data(config: RunConfig, model_folder: Path | None, vocab_size: int) -> 
     Args:
         config: the run.
         model_folder: checkpoint folder whose tokenizer is the default, or None.
-        vocab_size: V of the model; the tokenizer must not have more tokens.
+        vocab_size: V of the model; every token id of the tokenizer must be below it.
 
     Raises:
         UserError: files are missing or malformed, no tokenizer is given, or it does not fit the model.
@@ -143,10 +147,10 @@ def open_data(config: RunConfig, model_folder: Path | None, vocab_size: int) -> 
     elif data.eval_fraction:
         documents, heldout = split_documents(documents, data.eval_fraction, config.train.seed)
     tokenizer, folder = _tokenizer(config, model_folder, documents)
-    tokens = tokenizer.get_vocab_size()
-    if tokens > vocab_size:
+    largest = max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps: their number says little
+    if largest >= vocab_size:
         raise UserError(
-            f"data.tokenizer: it has {tokens} tokens but the model's vocab_size is {vocab_size}: "
+            f"data.tokenizer: its largest token id is {largest} but the model's vocab_size is {vocab_size}: "
             "give a tokenizer that fits the model"
         )
     eos = end_of_document(tokenizer, folder)

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmoe import hosts
 from jaxmoe.config import RunConfig, load_config
 from jaxmoe.errors import UserError
 
@@ -46,7 +47,7 @@ _FREE_KEYS = frozenset(
 
 
 class RunFolder:
-    """An open run folder. Only process 0 touches files; in every other process all methods do nothing.
+    """An open run folder. Only process 0 touches files, but every process calls every method.
 
     Attributes:
         path: the folder.
@@ -68,25 +69,8 @@ class RunFolder:
                 written.
         """
         path = Path(config.output_dir)
-        if jax.process_index() != 0:
-            return cls(path, resumed=(path / "config.yaml").exists(), lock=None)
-        try:
-            _refuse_foreign(path)
-            path.mkdir(parents=True, exist_ok=True)
-            lock = _locked(path)
-        except OSError as error:
-            raise UserError(f"output_dir {path}: cannot write there: {error.strerror}") from None
-        try:
-            resumed = (path / "config.yaml").exists()
-            if resumed:
-                _refuse_other_run(path, config)
-            text = config.to_yaml()
-            if not resumed or (path / "config.yaml").read_text(encoding="utf-8") != text:
-                _write_atomically(path / "config.yaml", text)
-        except BaseException:
-            os.close(lock)
-            raise
-        return cls(path, resumed=resumed, lock=lock)
+        resumed, lock = hosts.first(lambda: _claim(path, config))
+        return cls(path, resumed=resumed, lock=lock if jax.process_index() == 0 else None)
 
     @property
     def checkpoints(self) -> Path:
@@ -116,9 +100,10 @@ class RunFolder:
         """
         if not isinstance(record.get("step"), int):
             raise ValueError(f"a record needs an integer step, found {record.get('step')!r}")
-        if self._lock is None:
-            return
         line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+        hosts.first(lambda: self._write(line))
+
+    def _write(self, line: str) -> None:
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(line)
@@ -133,7 +118,10 @@ class RunFolder:
         Raises:
             UserError: another line than the last is no record, or the file cannot be rewritten.
         """
-        if self._lock is None or not self.metrics.exists():
+        hosts.first(lambda: self._truncate(step))
+
+    def _truncate(self, step: int) -> None:
+        if not self.metrics.exists():
             return
         before = self.metrics.read_bytes()
         kept = b"".join(line for found, line in self._records(before) if found <= step)
@@ -166,6 +154,27 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _claim(path: Path, config: RunConfig) -> tuple[bool, int]:
+    """Whether the folder held this run already, and the descriptor of its lock."""
+    try:
+        _refuse_foreign(path)
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _locked(path)
+    except OSError as error:
+        raise UserError(f"output_dir {path}: cannot write there: {error.strerror}") from None
+    try:
+        resumed = (path / "config.yaml").exists()
+        if resumed:
+            _refuse_other_run(path, config)
+        text = config.to_yaml()
+        if not resumed or (path / "config.yaml").read_text(encoding="utf-8") != text:
+            _write_atomically(path / "config.yaml", text)
+    except BaseException:
+        os.close(lock)
+        raise
+    return resumed, lock
 
 
 def _refuse_foreign(path: Path) -> None:

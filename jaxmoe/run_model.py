@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxmoe import hosts
 from jaxmoe.config import ModelConfig
 from jaxmoe.interop.checkpoint import Source, compute_dtype, load_params, open_source
 from jaxmoe.interop.export import export_like_source, export_new
 from jaxmoe.interop.pretrained import Blueprint, read_blueprint
-from jaxmoe.params import Tree, initialize
+from jaxmoe.interop.writer import FolderWriter
+from jaxmoe.params import Tree, count, initialize
 from jaxmoe.sharding import shardings
 from jaxmoe.spec import ModelSpec, model_params
 
@@ -57,20 +59,42 @@ class RunModel:
     ) -> list[str]:
         """Write a Hugging Face folder; returns the source's files that were left out.
 
+        Every process calls it, the first one writes. When it returns the folder is there for all of them.
+
         Args:
             weights: as from `weights`.
             folder: a new folder, or with `overwrite` a checkpoint folder that is replaced.
             tokenizer_files: of a tokenizer that does not come with the model, by name; None where it has no
                 such file.
+
+        Raises:
+            UserError: the folder is not empty or holds something else, the disk is full, or a value does not fit
+                the tensor's dtype.
         """
-        if isinstance(self.origin, Source):
-            return export_like_source(
-                weights, self.origin, folder, replaced_files=tokenizer_files, overwrite=overwrite
+        hosts.first(lambda: self._check_target(folder, overwrite))
+
+        def write() -> list[str]:
+            if isinstance(self.origin, Source):
+                return export_like_source(
+                    weights, self.origin, folder, replaced_files=tokenizer_files, overwrite=overwrite
+                )
+            present = {name: path for name, path in tokenizer_files.items() if path is not None}
+            bindings, raw = self.origin.bindings, self.origin.raw
+            export_new(
+                weights, bindings, raw, folder, dtype=self.dtype, extra_files=present, overwrite=overwrite
             )
-        bindings, raw = self.origin.bindings, self.origin.raw
-        present = {name: path for name, path in tokenizer_files.items() if path is not None}
-        export_new(weights, bindings, raw, folder, dtype=self.dtype, extra_files=present, overwrite=overwrite)
-        return []
+            return []
+
+        return hosts.agree(write)
+
+    def _check_target(self, folder: Path, overwrite: bool) -> None:
+        """Refuse before the processes begin to exchange weights, in which one that fails leaves the others."""
+        FolderWriter(folder, overwrite=overwrite).check_room(self._stored_bytes())
+
+    def _stored_bytes(self) -> int:
+        if isinstance(self.origin, Source):
+            return sum(shard.file_bytes for shard in self.origin.files.shards)
+        return count(model_params(self.spec)) * jnp.dtype(self.dtype).itemsize
 
 
 def open_model(config: ModelConfig) -> RunModel:

@@ -6,11 +6,9 @@ Without a config it runs the quickstart that the package carries.
 import argparse
 from pathlib import Path
 
-import jax
-
+from jaxmoe import hosts
 from jaxmoe.cli import run_command
 from jaxmoe.config import load_config
-from jaxmoe.errors import UserError
 
 
 def main(argv: list[str]) -> None:
@@ -30,13 +28,7 @@ def main(argv: list[str]) -> None:
         options.config = None
     config = load_config(None if options.config is None else Path(options.config), overrides)
     if config.train.distributed:
-        try:
-            jax.distributed.initialize()
-        except (ValueError, RuntimeError) as error:
-            raise UserError(
-                f"train.distributed: found no cluster to join ({str(error).splitlines()[0]}): start the command "
-                "with srun or mpirun, or set train.distributed=false"
-            ) from error
+        hosts.join()
     # Imported only now: a mistake in the config is reported without waiting for it.
     from jaxmoe.trainer import run
 

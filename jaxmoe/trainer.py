@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxmoe import hosts
 from jaxmoe.checkpoints import Checkpoints
 from jaxmoe.config import RunConfig
 from jaxmoe.errors import UserError
@@ -61,6 +62,14 @@ def run(config: RunConfig) -> Result:
     Raises:
         UserError: anything that the user can mend; nothing half-written is left behind.
     """
+    mesh, model, data = hosts.agree(lambda: _open(config))
+    with RunFolder.open(config) as folder, jax.set_mesh(mesh):
+        data.keep_tokenizer()
+        return Trainer(config, folder, model, data, mesh).run()
+
+
+def _open(config: RunConfig) -> tuple[Mesh, RunModel, RunData]:
+    """Everything that can be checked while nothing has been written yet."""
     mesh = make_mesh(**config.mesh.model_dump())
     if jax.local_device_count() % config.mesh.tensor:
         raise UserError(
@@ -74,10 +83,7 @@ def run(config: RunConfig) -> Result:
             "exported; choose a folder outside of it"
         )
     shardings(model_params(model.spec), mesh)
-    data = open_data(config, model.folder, model.spec.vocab_size)
-    with RunFolder.open(config) as folder, jax.set_mesh(mesh):
-        data.keep_tokenizer()
-        return Trainer(config, folder, model, data, mesh).run()
+    return mesh, model, open_data(config, model.folder, model.spec.vocab_size)
 
 
 class Trainer:
@@ -103,15 +109,17 @@ class Trainer:
 
     def run(self) -> Result:
         """Train to the last step, then export and sample."""
-        batches = self.data.training_batches()
+        batches = hosts.agree(self.data.training_batches)
         state = self._start(batches)
         done = int(state.step)
         try:
             with RunDisplay(self.config.train.steps, done, quiet=jax.process_index() != 0) as display:
                 state = self._train(state, batches, done, display)
-        except BaseException:
-            with contextlib.suppress(UserError):  # the first error is the one to report
-                self.checkpoints.close()
+        except BaseException as error:
+            # A process that was interrupted, or has a fault, may be alone with that and must not wait for others.
+            if isinstance(error, UserError) or jax.process_count() == 1:
+                with contextlib.suppress(Exception):  # the first error is the one to report
+                    self.checkpoints.close()
             raise
         self.checkpoints.close()
         return self._finish(state)
@@ -121,7 +129,7 @@ class Trainer:
         latest = self.checkpoints.latest()
         self.folder.truncate_metrics(latest or 0)
         if latest is None:
-            weights = self.model.weights(self.mesh, self.config.train.seed)
+            weights = hosts.agree(lambda: self.model.weights(self.mesh, self.config.train.seed))
             return init_state(weights, self.optimizer, self.model.spec, self.config.train.seed, self.mesh)
         state, extra = self.checkpoints.restore(
             latest, abstract_state(self.optimizer, self.model.spec, self.mesh)
@@ -132,7 +140,7 @@ class Trainer:
                 f"{self.folder.path}: the run was made by {len(positions)} processes and now has "
                 f"{jax.process_count()}: start it with as many as before, or export it and begin another run"
             )
-        batches.set_state(positions[jax.process_index()])
+        hosts.agree(lambda: batches.set_state(positions[jax.process_index()]))
         return TrainState(*state)
 
     def _train(self, state: TrainState, batches: Any, done: int, display: RunDisplay) -> TrainState:
@@ -144,12 +152,12 @@ class Trainer:
         step = make_train_step(self.step_spec, self.optimizer, learning_rate, where)
         meter = Meter(self.model.spec, self.model.dtype, self.config)
         display.say(self._headline(done, meter))
-        batch = self._to_devices(next(batches), train.accumulation)
+        batch = self._next(batches)
         for number in range(done + 1, train.steps + 1):
             state, metrics = step(state, batch)
             position = batches.get_state()
             if number < train.steps:  # the next batch is made while the devices compute
-                batch = self._to_devices(next(batches), train.accumulation)
+                batch = self._next(batches)
             figures = meter.after(metrics)
             self._report(number, number == done + 1, metrics, figures, display)
             last = number == train.steps
@@ -158,7 +166,7 @@ class Trainer:
             ):
                 self._evaluate(number, state, display)
             if last or number % train.checkpoint_every == 0:
-                self.checkpoints.save(number, state, {"data": _of_all_hosts(position)})
+                self.checkpoints.save(number, state, {"data": hosts.gather(position)})
             meter.restart()
         return state
 
@@ -190,7 +198,7 @@ class Trainer:
 
     def _evaluate(self, number: int, state: TrainState, display: RunDisplay) -> None:
         """Log bits per byte of the held-out text."""
-        evaluation = self.data.evaluation
+        evaluation = hosts.agree(lambda: self.data.evaluation)
         assert evaluation is not None
         nats = 0.0
         for batch in evaluation.batches:
@@ -199,6 +207,10 @@ class Trainer:
         bits = nats / math.log(2) / evaluation.num_bytes
         display.say(f"step {number}: held-out bits per byte {bits:.4f}")
         self.folder.append({"step": number, "eval/bits_per_byte": bits})
+
+    def _next(self, batches: Any) -> dict[str, jax.Array]:
+        """The next batch on the devices; a process may find a document that it cannot read."""
+        return hosts.agree(lambda: self._to_devices(next(batches), self.config.train.accumulation))
 
     def _to_devices(self, batch: dict[str, np.ndarray], count: int) -> dict[str, jax.Array]:
         """This host's rows (B, T) → micro-batches (count, B / count, T), sharded over all hosts."""
@@ -215,7 +227,7 @@ class Trainer:
         result = Result(_last(self.folder, "loss"), None, {}, None)
         rows["training loss"] = f"{result.loss:.4f} nats per token"
         if self.data.heldout is not None:
-            bits, baselines = _last(self.folder, "eval/bits_per_byte"), self.data.baselines()
+            bits, baselines = _last(self.folder, "eval/bits_per_byte"), hosts.first(self.data.baselines)
             result = dataclasses.replace(result, bits_per_byte=bits, baselines=baselines)
             rows["held-out bits per byte"] = f"{bits:.4f}"
             rows |= {f"  a {name} model of bytes": f"{value:.4f}" for name, value in baselines.items()}
@@ -224,7 +236,9 @@ class Trainer:
             result = dataclasses.replace(result, export=export)
             rows["export"] = str(export)
             left_out = (
-                [] if export.exists() else self.model.export(state.params, export, tokenizer_files(config))
+                []
+                if hosts.first(export.exists)
+                else self.model.export(state.params, export, tokenizer_files(config))
             )
             if left_out:
                 rows["not exported"] = f"{', '.join(left_out)}: weights from before training, in other files"
@@ -251,23 +265,13 @@ class Trainer:
         )
 
 
-def _of_all_hosts(position: dict[str, Any]) -> list[dict[str, Any]]:
-    """The data position of every host, in order of their index."""
-    if jax.process_count() == 1:
-        return [position]
-    from jax.experimental import multihost_utils
-
-    text = np.frombuffer(json.dumps(position).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray([text.size], np.int32)).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: text.size] = text
-    gathered = multihost_utils.process_allgather(padded)
-    return [json.loads(row[:size].tobytes()) for row, size in zip(gathered, sizes, strict=True)]
-
-
 def _last(folder: RunFolder, name: str) -> float:
-    """The last logged value of a metric; nan where this host keeps no log."""
-    if not folder.metrics.exists():
-        return math.nan
-    records = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
-    return next((float(record[name]) for record in reversed(records) if name in record), math.nan)
+    """The last logged value of a metric; nan where there is none."""
+
+    def find() -> float:
+        if not folder.metrics.exists():
+            return math.nan
+        records = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+        return next((float(record[name]) for record in reversed(records) if name in record), math.nan)
+
+    return hosts.first(find)

@@ -268,11 +268,3 @@ def test_a_full_disk_is_told_in_one_line(config, tmp_path):
     )
     with RunFolder.open(config) as folder:
         assert lines(folder) == [{"step": 1}, {"step": 2}]
-
-
-def test_processes_other_than_the_first_write_nothing(config, monkeypatch):
-    monkeypatch.setattr("jaxmoe.run_folder.jax.process_index", lambda: 1)
-    with RunFolder.open(config) as folder:
-        folder.append({"step": 1})
-        folder.truncate_metrics(0)
-    assert not Path(config.output_dir).exists()

@@ -1,0 +1,298 @@
+"""Two real processes on one machine: the same run as in one process, and errors that end alike in both."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+from safetensors.numpy import load_file
+
+from jaxmoe import hosts
+from jaxmoe.errors import UserError
+
+TIMES = {"seconds", "tokens_per_second", "mfu"}
+
+
+def environment(devices: int, **more: str) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    # Most of the time would go into compiling code that runs for milliseconds.
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | quick | more
+
+
+def start_two(*commands: list[str]) -> list[subprocess.Popen]:
+    """Each command in a process with one device; they find each other by the environment alone."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=environment(
+                1,
+                JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+                JAX_NUM_PROCESSES="2",
+                JAX_PROCESS_ID=str(process),
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process, command in enumerate(commands)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each; both are ended where one takes too long."""
+    try:
+        ended = [process.communicate(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, out, err) for p, (out, err) in zip(processes, ended, strict=True)]
+
+
+@pytest.fixture
+def run_of(tmp_path):
+    """Writes the configuration of a tiny run, and of one that fine-tunes its export; gives the file."""
+    draw = random.Random(0)
+    lines = [
+        " ".join(f"w{int(draw.triangular(0, 100, 9))}" for _ in range(draw.randint(5, 20))) for _ in range(80)
+    ]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+
+    def write(name: str, **train: object) -> Path:
+        raw = tiny.config_json(
+            "mixtral", vocab_size=320, num_hidden_layers=1, num_local_experts=4, initializer_range=0.02
+        )
+        config = {
+            "model": {"config": raw, "dtype": "float32", "remat": False},
+            # One document a row: the processes' rows are together those of one process.
+            "data": {
+                "path": str(tmp_path / "text.jsonl"),
+                "sequence_length": 24,
+                "packing": False,
+                "eval_fraction": 0.2,
+                "tokenizer": {"train_bpe": 300},
+            },
+            "optimizer": {"learning_rate": 0.003},
+            "balance": {"aux_loss": 0.01},
+            "mesh": {"fsdp": 2},
+            "train": {
+                "steps": 5,
+                "batch_size": 8,
+                "micro_batch_size": 4,
+                "checkpoint_every": 2,
+                "log_every": 1,
+                "peak_tflops": 1.0,
+            }
+            | train,
+            "output_dir": str(tmp_path / name),
+            "then": [
+                {
+                    "model": {"path": "${output_dir}/export", "config": None},
+                    "data": {"tokenizer": None},
+                    "output_dir": str(tmp_path / f"{name}-then"),
+                }
+            ],
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    return write
+
+
+def metrics(output: Path) -> list[dict]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def test_two_processes_killed_and_resumed_are_one_process(run_of, tmp_path):
+    """A tokenizer made for the run, checkpoints, evaluation, the export, and a second run that opens it."""
+    reference = run_of("one")
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxmoe.train", str(reference)],
+        env=environment(2),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+    command = ["-m", "jaxmoe.train", str(run_of("two", distributed=True))]
+    processes = start_two(command, command)
+    log = tmp_path / "two" / "metrics.jsonl"
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline and not any(process.poll() is not None for process in processes):
+        if log.exists() and '"step": 3,' in log.read_text():
+            break
+        time.sleep(0.01)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    assert [code for code, _, _ in finish(processes)] == [-signal.SIGKILL] * 2
+    assert len(metrics(tmp_path / "two")) < 5
+
+    (code, out, err), (other_code, other_out, other_err) = finish(start_two(command, command))
+    assert (code, other_code) == (0, 0), (err, other_err)
+    assert "resuming after step" in " ".join(err.split())
+    assert "5 steps done" in out
+    assert "step" not in other_out + other_err, "one process speaks for both"
+    for run in ("", "-then"):
+        expected, found = metrics(tmp_path / f"one{run}"), metrics(tmp_path / f"two{run}")
+        assert len(found) == len(expected)
+        for theirs, ours in zip(expected, found, strict=True):
+            assert ours == {name: pytest.approx(value, rel=1e-4) for name, value in theirs.items()}
+        expected_export, export = (tmp_path / f"{name}{run}" / "export" for name in ("one", "two"))
+        assert sorted(p.name for p in export.iterdir()) == sorted(p.name for p in expected_export.iterdir())
+        theirs = load_file(expected_export / "model.safetensors")
+        for name, array in load_file(export / "model.safetensors").items():
+            np.testing.assert_allclose(array, theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+# What may go wrong in one process: each line of output is what this process raised, or got.
+DISAGREEMENTS = """
+    import json, shutil, sys, types
+    from pathlib import Path
+
+    import jax, jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from jaxmoe import hosts
+    from jaxmoe.checkpoints import Checkpoints
+    from jaxmoe.config import load_config
+    from jaxmoe.errors import UserError
+    from jaxmoe.run_folder import RunFolder
+    from jaxmoe.run_model import open_model
+
+    def told(action):
+        try:
+            print(json.dumps(action()), flush=True)
+        except Exception as error:
+            print(json.dumps([type(error).__name__, str(error)]), flush=True)
+
+    def fail(kind, *processes):
+        if jax.process_index() in processes:
+            raise kind(f"it was {jax.process_index()}")
+        return "well"
+
+    hosts.join()
+    here, config = Path(sys.argv[1]), load_config(Path(sys.argv[2]))
+    me = jax.process_index()
+    told(lambda: hosts.agree(lambda: fail(UserError)))
+    told(lambda: hosts.agree(lambda: fail(UserError, 1)))
+    told(lambda: hosts.agree(lambda: fail(UserError, 0, 1)))
+    told(lambda: hosts.agree(lambda: fail(OSError, 0)))
+    told(lambda: hosts.agree(lambda: fail((OSError, UserError)[me], 0, 1)))
+    told(lambda: hosts.first(lambda: f"process {me}"))
+    told(lambda: hosts.first(lambda: fail(UserError, 0)))
+    told(lambda: hosts.gather((None, "bcdefgh")[me]))
+
+    folder = RunFolder.open(config)
+    told(lambda: RunFolder.open(config).resumed)  # locked by process 0
+    folder.append({"step": 1})
+    told(lambda: hosts.first(folder.metrics.read_text))  # of process 0 alone
+    folder.metrics.write_text("nonsense\\n{}\\n") if me == 0 else None
+    told(lambda: folder.truncate_metrics(1))
+    hosts.first(lambda: (folder.metrics.unlink(), folder.metrics.mkdir())[1])
+    told(lambda: folder.append({"step": 2}))
+    folder.close()
+
+    # Half of the state is in each process; process 1 sees an empty folder, and a disk with room for its half.
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    state = {"w": jax.device_put(jnp.arange(1000.0), NamedSharding(mesh, PartitionSpec("x")))}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    checkpoints = Checkpoints(here / "checkpoints", 2)
+    checkpoints.save(1, state, {})
+    usage = shutil.disk_usage
+    shutil.disk_usage = lambda path: types.SimpleNamespace(free=(10**9, 3_999)[me])
+    told(lambda: checkpoints.save(2, state, {}))
+    shutil.disk_usage = usage
+    checkpoints.save(3, state, {})
+    checkpoints.close()
+    elsewhere = Checkpoints(here / ("checkpoints", "nothing")[me], 2)
+    told(elsewhere.latest)
+    told(lambda: elsewhere.restore(3, abstract))
+    elsewhere.close()
+
+    model = open_model(config.model)
+    with jax.set_mesh(jax.make_mesh((1, 2, 1, 1), ("data", "fsdp", "expert", "tensor"))) as _:
+        told(lambda: model.export({}, here, {}))
+"""
+
+
+def test_what_one_process_finds_wrong_ends_both_alike(run_of, tmp_path):
+    script = tmp_path / "disagreements.py"
+    script.write_text(textwrap.dedent(DISAGREEMENTS))
+    command = [str(script), str(tmp_path), str(run_of("run"))]
+    ends = finish(start_two(command, command))
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    ours, theirs = ([json.loads(x) for x in out.splitlines() if "Gloo" not in x] for _, out, _ in ends)
+    lock, damaged, directory, room, shared, occupied = (ours[i] for i in (8, 10, 11, 12, 14, 15))
+    assert ours[:8] == [
+        "well",
+        ["UserError", "it was 1"],
+        ["UserError", "it was 0"],
+        ["OSError", "it was 0"],
+        ["UserError", "it was 1"],
+        "process 0",
+        ["UserError", "it was 0"],
+        [None, "bcdefgh"],
+    ]
+    assert theirs[3] == ["RuntimeError", "another process failed: process 0: OSError: it was 0"]
+    assert theirs[:3] + theirs[4:] == ours[:3] + ours[4:]
+    assert ours[9] == '{"step": 1}\n'
+    assert ours[13] == 3
+    for failure, words in {
+        "lock": (lock, "in use by process"),
+        "damaged": (damaged, "line 1 is no record of metrics"),
+        "directory": (directory, "metrics.jsonl: cannot write: Is a directory"),
+        "room": (room, "step 2: No space left on device (4,000 bytes needed, 3,999 free); the checkpoint of"),
+        "shared": (shared, "process 1 has no such folder where process 0 has a checkpoint"),
+        "occupied": (occupied, "is not empty, expected a new or empty folder"),
+    }.values():
+        assert failure[0] == "UserError"
+        assert words in failure[1]
+
+
+def test_the_command_ends_with_one_line_in_both(run_of):
+    """Only the second process does not find the data."""
+    command = ["-m", "jaxmoe.train", str(run_of("run", distributed=True))]
+    ends = finish(start_two(command, [*command, "data.path=/no/such/text"]))
+    for code, _, err in ends:
+        assert code == 2
+        assert [line for line in err.splitlines() if "/no/such/text" in line] == err.splitlines()[-1:]
+        assert err.splitlines()[-1].startswith("error: ")
+        assert "Traceback" not in err
+
+
+def test_one_process_only_calls():
+    assert hosts.agree(lambda: 3) == hosts.first(lambda: 3) == 3
+    assert hosts.gather({"a": None}) == [{"a": None}]
+    with pytest.raises(OSError, match="as it is"):
+        hosts.agree(lambda: (_ for _ in ()).throw(OSError("as it is")))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "found no cluster to join"),
+        ({"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID = 'one': expected a number"),
+    ],
+)
+def test_no_cluster(given, expected, monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=expected):
+        hosts.join()
