@@ -376,7 +376,7 @@ def test_a_folder_can_be_exported_onto_itself(tmp_path):
     assert names(tmp_path) == ["link", "out"]
 
 
-@pytest.mark.parametrize("name", ["../a", "/tmp/a", "b/../../a", "", ".", "..", "b\\..\\a", "a\0"])
+@pytest.mark.parametrize("name", ["../a", "/tmp/a", "b/../../a", "", ".", "..", "a\0"])
 def test_names_cannot_leave_the_folder(tmp_path, name):
     (tmp_path / "source").touch()
     with FolderWriter(tmp_path / "out") as writer:
