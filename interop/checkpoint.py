@@ -20,6 +20,7 @@ from jaxmoe.interop.layout import DTYPES, TensorInfo, raise_problems
 from jaxmoe.interop.reader import CheckpointFolder
 from jaxmoe.interop.rules import Binding, Bindings, bind
 from jaxmoe.params import Param, Tree, named
+from jaxmoe.paths import why_unusable
 from jaxmoe.sharding import shardings
 from jaxmoe.spec import ModelSpec, model_params
 
@@ -74,6 +75,8 @@ def resolve_folder(path_or_hub_id: str | Path) -> Path:
     Raises:
         UserError: neither.
     """
+    if bad := why_unusable(path_or_hub_id):
+        raise UserError(f"{bad}; give a folder with config.json, or a hub id like org/name")
     path = Path(path_or_hub_id).expanduser()
     if path.is_file():
         raise UserError(f"{path}: is a file, expected a folder with config.json; give {path.parent}")
