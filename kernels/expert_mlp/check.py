@@ -161,8 +161,8 @@ def _ratios(backend: Mosaic, case: Case, repeats: int) -> dict[str, float]:
     ours = jax.jit(lambda *arrays: _results(backend, call, case, *arrays))
     arrays = (operands.x, operands.experts, operands.weights, operands.dispatch, operands.dout)
     _poison()
-    results = _by_name(ours(*arrays))
-    runs = [_by_name(ours(*arrays)) for _ in range(repeats - 1)]
+    results = _by_name(jax.block_until_ready(ours(*arrays)))
+    runs = [_by_name(jax.block_until_ready(ours(*arrays))) for _ in range(repeats - 1)]
     naive = _by_name(jax.jit(lambda *arrays: _results(xla, call, case, *arrays))(*arrays))
     right = _by_name(_reference(call, case, operands))
     unused = operands.dispatch.group_sizes == 0
