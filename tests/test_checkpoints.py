@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +166,36 @@ def test_missing_and_shortened_files_are_named_with_the_remedy(saved, tmp_path):
         assert message.startswith(f"{damaged}/20: this checkpoint cannot be read ({name.as_posix()} ")
         assert message.endswith("delete that folder to resume from step 10")
         assert "\n" not in message
+
+
+def test_a_flipped_bit_in_any_file_is_found(saved):
+    """Most of them would be restored as other numbers, in silence."""
+    for path in sorted(path for path in (saved / "20").rglob("*") if path.is_file()):
+        whole = path.read_bytes()
+        for place in {0, len(whole) // 2, len(whole) - 1} if whole else ():
+            flipped = bytearray(whole)
+            flipped[place] ^= 0x10
+            path.write_bytes(flipped)
+            checkpoints = Checkpoints(saved, keep=2)
+            with pytest.raises(
+                UserError, match=r"cannot be read \(.*delete that folder to resume from step 10"
+            ):
+                checkpoints.restore(20, abstract(state_of(20)))
+            checkpoints.close()
+        path.write_bytes(whole)
+
+
+def test_an_inventory_without_checksums_still_serves(saved):
+    inventory = saved / "20" / "_FILES.json"
+    listed = json.loads(inventory.read_text())
+    assert all(crc == zlib.crc32((saved / "20" / name).read_bytes()) for name, (_, crc) in listed.items())
+    inventory.write_text(json.dumps({name: size for name, (size, _) in listed.items()}))
+    checkpoints = Checkpoints(saved, keep=2)
+    assert_is_of_step(checkpoints.restore(20, abstract(state_of(20)))[0], 20)
+    (saved / "20" / "_CHECKPOINT_METADATA").write_bytes(b"")
+    with pytest.raises(UserError, match=r"_CHECKPOINT_METADATA has 0 of \d+ bytes"):
+        checkpoints.restore(20, abstract(state_of(20)))
+    checkpoints.close()
 
 
 def test_damage_that_only_orbax_can_see(saved):
