@@ -128,7 +128,7 @@ def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> Tree:
         UserError: a file could not be read, a tied copy differs, a value overflows `dtype`, or the mesh does not
             divide a dimension.
     """
-    _check_copies(source)
+    check_copies(source)
     return read_params(source.files, source.spec, source.bindings, dtype, mesh)
 
 
@@ -291,7 +291,12 @@ def _problems(bindings: Bindings, files: CheckpointFolder) -> list[str]:
     return problems
 
 
-def _check_copies(source: Source) -> None:
+def check_copies(source: Source) -> None:
+    """Compare tensors that the config ties to others with those; reads nothing where there are none.
+
+    Raises:
+        UserError: they differ.
+    """
     for copy, original in source.bindings.copies.items():
         chunks = itertools.zip_longest(source.files.iter_bytes(copy), source.files.iter_bytes(original))
         same = source.files.tensors[copy].dtype == source.files.tensors[original].dtype

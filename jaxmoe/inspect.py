@@ -1,25 +1,25 @@
 """``python -m jaxmoe.inspect MODEL``: what a checkpoint or a config.json holds, without loading weights."""
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from jaxmoe.cli import run_command
+from jaxmoe.cli import ArgumentParser, run_command
 from jaxmoe.model.moe import MoESpec
 from jaxmoe.params import count, named
+from jaxmoe.paths import path_argument
 from jaxmoe.spec import LayerSpec, ModelSpec, model_params
 from jaxmoe.throughput import active_params
 
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="jaxmoe inspect",
         description="Check a checkpoint and say what is in it; a config.json works too.",
     )
-    parser.add_argument("model", help="folder, hub id, or config.json file")
+    parser.add_argument("model", type=path_argument, help="folder, hub id, or config.json file")
     parser.add_argument("--parameters", action="store_true", help="list every parameter and its tensors")
     options = parser.parse_args(argv)
     from jaxmoe.interop.checkpoint import open_source

@@ -24,8 +24,10 @@ from jaxmoe.data import (
     split_documents,
     train_byte_bpe,
     training_batches,
+    vocabulary_size,
 )
 from jaxmoe.errors import UserError
+from jaxmoe.run_folder import holds_run
 
 BASELINE_BYTES = 2**24
 """Training text that the byte baselines count."""
@@ -147,10 +149,10 @@ def open_data(config: RunConfig, model_folder: Path | None, vocab_size: int) -> 
     elif data.eval_fraction:
         documents, heldout = split_documents(documents, data.eval_fraction, config.train.seed)
     tokenizer, folder = _tokenizer(config, model_folder, documents)
-    largest = max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps: their number says little
-    if largest >= vocab_size:
+    needed = vocabulary_size(tokenizer)
+    if needed > vocab_size:
         raise UserError(
-            f"data.tokenizer: its largest token id is {largest} but the model's vocab_size is {vocab_size}: "
+            f"data.tokenizer: its largest token id is {needed - 1} but the model's vocab_size is {vocab_size}: "
             "give a tokenizer that fits the model"
         )
     eos = end_of_document(tokenizer, folder)
@@ -172,7 +174,7 @@ def _tokenizer(
     """The tokenizer and the folder that it was read from, None if it was just made."""
     given = config.data.tokenizer
     if isinstance(given, TrainTokenizer):
-        if _kept(config).exists():  # a run that goes on keeps its tokenizer
+        if holds_run(Path(config.output_dir)) and _kept(config).exists():  # a run that goes on keeps it
             return load_tokenizer(_kept(config)), _kept(config)
         return train_byte_bpe(documents, given.train_bpe), None
     if given is not None:

@@ -12,6 +12,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import socket
 import warnings
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ from jaxmoe.errors import UserError
 
 _LOCK = ".lock"
 _TEMPORARY_SUFFIX = ".partial"
+_TOKENIZERS = frozenset({"tokenizer", f"tokenizer{_TEMPORARY_SUFFIX}"})
 
 # What may change between the start of a run and its resumption, because it changes no weight. The folder's
 # own name is not compared either: the folder may have been moved.
@@ -51,7 +53,7 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        resumed: whether it held this run already.
+        resumed: whether it held this run already. A start that failed before the first step is none.
     """
 
     def __init__(self, path: Path, *, resumed: bool, lock: int | None) -> None:
@@ -116,14 +118,20 @@ class RunFolder:
         """Forget what was logged after `step`, and a last line that was cut off in the middle.
 
         Raises:
-            UserError: another line than the last is no record, or the file cannot be rewritten.
+            UserError: another line than the last is no record, or the file cannot be read or rewritten.
         """
         hosts.first(lambda: self._truncate(step))
 
     def _truncate(self, step: int) -> None:
-        if not self.metrics.exists():
+        try:
+            before = self.metrics.read_bytes()
+        except FileNotFoundError:
             return
-        before = self.metrics.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{self.metrics}: cannot read: {error.strerror}; expected the file that this run logs to: "
+                "move it away"
+            ) from None
         kept = b"".join(line for found, line in self._records(before) if found <= step)
         if kept != before:
             _write_atomically(self.metrics, kept.decode("utf-8"))
@@ -156,18 +164,31 @@ class RunFolder:
         self.close()
 
 
+def holds_run(path: Path) -> bool:
+    """Whether a folder has anything that training made; a start that failed leaves nothing of it."""
+    if any((path / name).exists() for name in ("metrics.jsonl", "export")):
+        return True
+    checkpoints = path / "checkpoints"
+    return checkpoints.is_dir() and any(checkpoints.iterdir())
+
+
 def _claim(path: Path, config: RunConfig) -> tuple[bool, int]:
     """Whether the folder held this run already, and the descriptor of its lock."""
     try:
         _refuse_foreign(path)
         path.mkdir(parents=True, exist_ok=True)
+        ours = (path / _LOCK).exists()
         lock = _locked(path)
     except OSError as error:
         raise UserError(f"output_dir {path}: cannot write there: {error.strerror}") from None
     try:
-        resumed = (path / "config.yaml").exists()
+        failed_start = ours and _is_failed_start(path)
+        resumed = (path / "config.yaml").exists() and not failed_start
         if resumed:
             _refuse_other_run(path, config)
+        elif failed_start:  # the command that follows it is the corrected one
+            for name in _TOKENIZERS:
+                shutil.rmtree(path / name, ignore_errors=True)
         text = config.to_yaml()
         if not resumed or (path / "config.yaml").read_text(encoding="utf-8") != text:
             _write_atomically(path / "config.yaml", text)
@@ -175,6 +196,12 @@ def _claim(path: Path, config: RunConfig) -> tuple[bool, int]:
         os.close(lock)
         raise
     return resumed, lock
+
+
+def _is_failed_start(path: Path) -> bool:
+    """Whether a locked folder holds what this program writes before it trains, and nothing else."""
+    own = {_LOCK, "config.yaml", f"config.yaml{_TEMPORARY_SUFFIX}", "checkpoints"} | _TOKENIZERS
+    return {entry.name for entry in path.iterdir()} <= own and not holds_run(path)
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -223,9 +250,11 @@ def _refuse_other_run(path: Path, config: RunConfig) -> None:
         if there.get(key, ...) != here.get(key, ...)
     ]
     if differences:
+        export = path / "export"
+        longer = f"; to train further, start a new run with model.path={export}" if export.exists() else ""
         raise UserError(
             f"output_dir {path}: holds another run: {'; '.join(differences)}: choose another output_dir, or "
-            "give the values from there to resume that run"
+            f"give the values from there to resume that run{longer}"
         )
 
 

@@ -3,17 +3,17 @@
 Without a config it runs the quickstart that the package carries.
 """
 
-import argparse
 from pathlib import Path
 
 from jaxmoe import hosts
-from jaxmoe.cli import run_command
+from jaxmoe.cli import ArgumentParser, run_command
 from jaxmoe.config import load_config
+from jaxmoe.paths import why_unusable
 
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="jaxmoe train",
         description="Train a mixture-of-experts model. The same command goes on with a run that was interrupted.",
     )
@@ -23,17 +23,22 @@ def main(argv: list[str]) -> None:
     )
     options = parser.parse_intermixed_args(argv)
     overrides = list(options.overrides)
-    if options.config is not None and "=" in options.config and not Path(options.config).exists():
+    if options.config is not None and "=" in options.config and not _is_there(options.config):
         overrides.insert(0, options.config)
         options.config = None
     config = load_config(None if options.config is None else Path(options.config), overrides)
+    runs = config.all_runs()
     if config.train.distributed:
         hosts.join()
     # Imported only now: a mistake in the config is reported without waiting for it.
     from jaxmoe.trainer import run
 
-    for each in (config, *config.followups()):
+    for each in runs:
         run(each)
+
+
+def _is_there(path: str) -> bool:
+    return why_unusable(path) is None and Path(path).exists()
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ from jaxmoe.checkpoints import Checkpoints
 from jaxmoe.config import RunConfig
 from jaxmoe.errors import UserError
 from jaxmoe.generate import continue_text
+from jaxmoe.interop.checkpoint import Source, check_copies
 from jaxmoe.optim import build_optimizer, schedule
 from jaxmoe.params import count, roles
+from jaxmoe.paths import why_unusable
 from jaxmoe.progress import RunDisplay, show_table
 from jaxmoe.run_data import RunData, open_data, tokenizer_files
 from jaxmoe.run_folder import RunFolder
@@ -70,6 +72,8 @@ def run(config: RunConfig) -> Result:
 
 def _open(config: RunConfig) -> tuple[Mesh, RunModel, RunData]:
     """Everything that can be checked while nothing has been written yet."""
+    if bad := why_unusable(config.output_dir):
+        raise UserError(f"output_dir: {bad}; give another one")
     mesh = make_mesh(**config.mesh.model_dump())
     if jax.local_device_count() % config.mesh.tensor:
         raise UserError(
@@ -83,7 +87,11 @@ def _open(config: RunConfig) -> tuple[Mesh, RunModel, RunData]:
             "exported; choose a folder outside of it"
         )
     shardings(model_params(model.spec), mesh)
-    return mesh, model, open_data(config, model.folder, model.spec.vocab_size)
+    if isinstance(model.origin, Source):
+        check_copies(model.origin)
+    data = open_data(config, model.folder, model.spec.vocab_size)
+    _ = data.evaluation  # it may have nothing to predict, and is read only here
+    return mesh, model, data
 
 
 class Trainer:
@@ -102,7 +110,12 @@ class Trainer:
             config.optimizer, roles(model_params(model.spec)), config.train.steps
         )
         self.step_spec = StepSpec(
-            model.spec, model.dtype, config.model.remat, config.balance.aux_loss, config.balance.z_loss
+            model.spec,
+            model.dtype,
+            config.model.remat,
+            config.balance.aux_loss,
+            config.balance.z_loss,
+            packed=config.data.packing,
         )
         self.eval_step = make_eval_step(self.step_spec)
         self._begun = time.perf_counter()
@@ -198,7 +211,7 @@ class Trainer:
 
     def _evaluate(self, number: int, state: TrainState, display: RunDisplay) -> None:
         """Log bits per byte of the held-out text."""
-        evaluation = hosts.agree(lambda: self.data.evaluation)
+        evaluation = self.data.evaluation
         assert evaluation is not None
         nats = 0.0
         for batch in evaluation.batches:

@@ -29,6 +29,12 @@ def configure(folder, **sections):
     return RunConfig.from_mapping(mapping)
 
 
+def begin(config):
+    """The run with its first step logged."""
+    with RunFolder.open(config) as folder:
+        folder.append({"step": 1})
+
+
 @pytest.fixture
 def config(tmp_path):
     return configure(tmp_path / "runs" / "x")
@@ -54,7 +60,7 @@ def test_the_same_run_is_opened_again(config):
 
 
 def test_keys_that_change_no_weight_may_change_and_are_written_down(config, tmp_path):
-    RunFolder.open(config).close()
+    begin(config)
     free = {"log_every": 1, "checkpoint_every": 3, "keep_checkpoints": 5, "peak_tflops": 9.0, "export": False}
     changed = configure(
         tmp_path / "runs" / "x",
@@ -68,14 +74,14 @@ def test_keys_that_change_no_weight_may_change_and_are_written_down(config, tmp_
 
 
 def test_a_moved_folder_is_still_the_same_run(config, tmp_path):
-    RunFolder.open(config).close()
+    begin(config)
     (tmp_path / "runs" / "x").rename(tmp_path / "moved")
     with RunFolder.open(configure(tmp_path / "moved")) as folder:
         assert folder.resumed
 
 
 def test_another_run_is_refused_with_all_differences_and_left_alone(config, tmp_path):
-    RunFolder.open(config).close()
+    begin(config)
     before = (tmp_path / "runs" / "x" / "config.yaml").read_text()
     other = configure(
         tmp_path / "runs" / "x",
@@ -99,6 +105,47 @@ def test_another_run_is_refused_with_all_differences_and_left_alone(config, tmp_
         assert difference in message
     assert (tmp_path / "runs" / "x" / "config.yaml").read_text() == before
     RunFolder.open(config).close()  # the refusal let go of the lock
+
+
+@pytest.mark.parametrize("made", ["nothing", "metrics.jsonl", "export", "checkpoints/5", "thesis.tex"])
+def test_only_a_start_that_failed_before_training_gives_way_to_another_run(config, tmp_path, made):
+    RunFolder.open(config).close()
+    path = Path(config.output_dir)
+    (path / "tokenizer").mkdir()
+    (path / "checkpoints").mkdir()
+    if made != "nothing":
+        (path / made).mkdir()
+    other = configure(path, train={"seed": 3})
+    if made == "nothing":
+        with RunFolder.open(other) as folder:
+            assert not folder.resumed
+            assert load_config(path / "config.yaml") == other
+            assert not (path / "tokenizer").exists()
+    else:
+        with pytest.raises(UserError, match=r"train\.seed is 0 there and 3 here"):
+            RunFolder.open(other)
+        assert load_config(path / "config.yaml") == config
+        assert (path / "tokenizer").exists()
+
+
+def test_a_configuration_that_the_user_put_there_is_not_replaced(config):
+    path = Path(config.output_dir)
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(config.to_yaml())
+    with pytest.raises(UserError, match="holds another run"):
+        RunFolder.open(configure(path, train={"seed": 3}))
+    assert load_config(path / "config.yaml") == config
+
+
+def test_more_steps_for_a_finished_run(config):
+    begin(config)
+    longer = configure(config.output_dir, train={"steps": 20})
+    with pytest.raises(UserError) as caught:
+        RunFolder.open(longer)
+    assert "train further" not in str(caught.value)
+    (Path(config.output_dir) / "export").mkdir()
+    with pytest.raises(UserError, match="; to train further, start a new run with model.path=.*/x/export$"):
+        RunFolder.open(longer)
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(config):
@@ -125,7 +172,7 @@ def test_a_file_in_the_way_and_a_broken_configuration(config, tmp_path):
         RunFolder.open(configure(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot write there: Not a directory"):
         RunFolder.open(configure(tmp_path / "file" / "below"))
-    RunFolder.open(config).close()
+    begin(config)
     (tmp_path / "runs" / "x" / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"config\.yaml: not valid YAML in line 1"):
         RunFolder.open(config)
@@ -146,6 +193,7 @@ def test_the_lock_ends_with_its_process_even_by_kill_9(config, tmp_path):
         from jaxmoe.config import load_config
         from jaxmoe.run_folder import RunFolder
         folder = RunFolder.open(load_config(sys.argv[1]))
+        folder.append({"step": 1})
         print("open", flush=True)
         time.sleep(60)
     """
@@ -233,6 +281,15 @@ def test_truncating_nothing_is_fine_and_a_record_without_its_line_break_is_whole
         folder.truncate_metrics(5)
         folder.append({"step": 3})
         assert [record["step"] for record in lines(folder)] == [1, 2, 3]
+
+
+def test_metrics_that_are_a_folder(config):
+    with RunFolder.open(config) as folder:
+        folder.metrics.mkdir()
+        with pytest.raises(
+            UserError, match=r"metrics\.jsonl: cannot read: Is a directory; expected the file"
+        ):
+            folder.truncate_metrics(0)
 
 
 def test_a_damaged_line_in_the_middle_is_named(config):

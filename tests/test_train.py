@@ -18,8 +18,10 @@ import yaml
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models
 
-from jaxmoe import throughput
+from jaxmoe import throughput, trainer
 from jaxmoe.cli import main as cli
+from jaxmoe.config import RunConfig
+from jaxmoe.run_folder import RunFolder
 
 TIMES = {"seconds", "tokens_per_second", "mfu"}
 
@@ -425,3 +427,76 @@ def test_run_inside_the_model_folder(workspace, capfd, tmp_path):
     changes = {"mesh": {"data": 8}, "train__micro_batch_size": 8}
     config = write_config(tmp_path, run_config(workspace, workspace / "model" / "run", **changes))
     refused(config, "lies inside the model's folder", capfd)
+
+
+def small(folder: Path, workspace: Path, **changes) -> Path:
+    """The config file of a run of two steps on the eight devices of this process."""
+    given = {"mesh": {"data": 8}, "train__micro_batch_size": 8, "train__steps": 2, "train__export": False}
+    return write_config(folder, run_config(workspace, folder / "run", **(given | changes)))
+
+
+def test_tied_copies_that_differ_are_found_before_the_folder_is_made(workspace, tmp_path, capfd):
+    tensors = tiny.write_checkpoint(tmp_path / "model", "qwen3_moe", tie_word_embeddings=True, shards=1)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    tiny.write_tensors(tmp_path / "model", tensors, 1)
+    config = small(tmp_path, workspace, model__path=str(tmp_path / "model"))
+    refused(config, "ties lm_head.weight to model.embed_tokens.weight", capfd)
+
+
+def test_held_out_text_without_a_token_to_predict_is_found_before_training(workspace, tmp_path, capfd):
+    (tmp_path / "heldout.txt").write_text("w5")
+    tokenizer = Tokenizer(models.WordLevel({"w5": 0, "<unk>": 1}, unk_token="<unk>"))  # no BOS, no EOS
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    changes = {
+        "data__eval_path": str(tmp_path / "heldout.txt"),
+        "data__eval_fraction": 0.0,
+        "data__tokenizer": str(tmp_path / "tokenizer.json"),
+    }
+    refused(small(tmp_path, workspace, **changes), "nothing to predict", capfd)
+
+
+def test_the_corrected_command_works_in_the_same_folder(workspace, tmp_path, capfd, monkeypatch):
+    """The nan is found only once the weights are read, when the run's folder is there."""
+    tensors = tiny.write_checkpoint(tmp_path / "model", "qwen3_moe", dtype="bfloat16", shards=1)
+    tensors["model.norm.weight"] = np.full(40, np.nan, np.float32)
+    tiny.write_tensors(tmp_path / "model", tensors, 1)
+    config = small(tmp_path, workspace, model__path=str(tmp_path / "model"))
+    assert cli(["train", str(config)]) == 2
+    assert (tmp_path / "run" / "config.yaml").exists()
+    monkeypatch.setattr(trainer.Trainer, "run", lambda self: None)
+    assert cli(["train", str(config), f"model.path={workspace / 'model'}", "train.seed=5"]) == 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]["seed"] == 5
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_of_one_document_are_trained_as_such(workspace, tmp_path, packing):
+    config = RunConfig.from_mapping(
+        yaml.safe_load(small(tmp_path, workspace, data__packing=packing).read_text())
+    )
+    mesh, model, data = trainer._open(config)
+    with RunFolder.open(config) as folder:
+        one = trainer.Trainer(config, folder, model, data, mesh)
+    assert one.step_spec.packed is packing
+
+
+def test_an_output_dir_that_cannot_be(workspace, tmp_path, capfd):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    config = write_config(tmp_path, run_config(workspace, tmp_path / "loop" / "run", mesh={"data": 8}))
+    refused(config, "which is no usable path (Too many levels of symbolic links)", capfd)
+
+
+def test_arguments_that_are_none(capfd, tmp_path):
+    for command in (["train", "optimizer.learning_rate=" + "1" * 300], ["inspect", "m" * 300]):
+        assert cli(command) == 2
+        err = capfd.readouterr().err
+        assert err.startswith("error: ")
+        assert len(err.splitlines()) == 1
+    assert cli(["train", "--no-such-flag"]) == 2
+    assert capfd.readouterr().err.startswith("error: unrecognized arguments: --no-such-flag")
+    assert cli(["inspect"]) == 2
+    assert capfd.readouterr().err.startswith("error: ")
+
+
+def test_the_paths_of_a_follow_up_are_checked_before_the_first_run(workspace, tmp_path, capfd):
+    then = [{"data": {"path": str(tmp_path / "typo")}, "output_dir": str(tmp_path / "second")}]
+    refused(small(tmp_path, workspace, then=then), "then[0]: data.path", capfd)
