@@ -7,7 +7,7 @@ cores and takes kernels that leave a barrier's last phase unobserved, as jax 0.1
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,17 +35,25 @@ def mosaic_backend() -> Mosaic:
 
 
 @contextlib.contextmanager
-def interpreted_kernels(backend: Mosaic | None = None) -> Iterator[Mosaic]:
-    """`expert_mlp(backend="mosaic")` runs on this CPU; what a failing kernel leaves behind is cleared."""
-    device_backend = api._BACKENDS["mosaic"]
-    api._BACKENDS["mosaic"] = backend or mosaic_backend()
+def interpreted_kernels() -> Iterator[None]:
+    """`expert_mlp(backend="mosaic")` runs on this CPU; what a failing kernel leaves behind is cleared at the end."""
+    on_device = api._BACKENDS["mosaic"]
+    api._BACKENDS["mosaic"] = mosaic_backend()
     try:
-        yield api._BACKENDS["mosaic"]
-    except BaseException:
-        gpu_callbacks.reset_gpu_interpret_mode_state()
-        raise
+        yield
     finally:
-        api._BACKENDS["mosaic"] = device_backend
+        api._BACKENDS["mosaic"] = on_device
+        gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def jit_and_wait(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A jitted function that waits for its results.
+
+    An interpreted kernel calls back to Python, which uses jax on small arrays; if the next computation was dispatched
+    by then, both would wait for each other.
+    """
+    jitted = jax.jit(function)
+    return lambda *arguments: jax.block_until_ready(jitted(*arguments))
 
 
 def _compile_once() -> None:

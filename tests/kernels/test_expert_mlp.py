@@ -1,0 +1,366 @@
+"""The expert layer: what it computes, through the public function and the portable backend, against float64."""
+
+import collections
+import itertools
+import logging
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.kernels import devices
+from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, api, expert_mlp, hopper, xla
+from jaxmoe.kernels.expert_mlp.call import Call, Grads
+from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
+
+R, D, E, F, K = 29, 12, 5, 7, 2
+ACTIVATIONS = [
+    Activation("silu"),
+    Activation("gelu_tanh"),
+    Activation("swiglu_clamped", limit=0.6),
+    Activation("relu2"),
+]
+
+
+def make_experts(draw, parts: int, held: int = E, *, biases: bool = True, ranks=(3, 4)) -> Experts:
+    up, down = ranks
+    return Experts(
+        draw(held, parts, F, D),
+        draw(held, D, F),
+        draw(held, parts, F) if biases else None,
+        draw(held, D) if biases else None,
+        Lora(
+            draw(held, up, D) if up else None,
+            draw(held, parts, F, up) if up else None,
+            draw(held, down, F) if down else None,
+            draw(held, D, down) if down else None,
+        ),
+    )
+
+
+def make_operands(activation=ACTIVATIONS[0], *, dtype=jnp.float32, num_experts=E, seed=0, **kwargs):
+    """x, experts, chosen, weights and a cotangent of the output; no token chooses expert 2."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(0.5 * rng.standard_normal(shape), dtype)
+    offered = [expert for expert in range(num_experts) if expert != 2]
+    chosen = jnp.asarray(np.stack([rng.permutation(offered)[:K] for _ in range(R)]), jnp.int32)
+    weights = jnp.asarray(rng.uniform(0.2, 1, (R, K)), dtype)
+    return draw(R, D), make_experts(draw, activation.parts, **kwargs), chosen, weights, draw(R, D)
+
+
+def run(backend, x, experts, chosen, weights, dout, activation=ACTIVATIONS[0], **kwargs):
+    """The output and the gradients (x, experts, weights)."""
+    function = lambda x, experts, weights: expert_mlp(
+        x, experts, chosen, weights, activation=activation, lora_scale=0.7, backend=backend, **kwargs
+    )
+    out, pull_back = jax.vjp(function, x, experts, weights)
+    return out, *pull_back(dout)
+
+
+def run_jit(backend, operands, activation=ACTIVATIONS[0], **kwargs):
+    return jax.jit(lambda operands: run(backend, *operands, activation=activation, **kwargs))(operands)
+
+
+def in_float64(operands, activation=ACTIVATIONS[0], **kwargs):
+    widen = lambda a: a.astype(np.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
+    operands = jax.tree.map(lambda a: widen(np.asarray(a)), operands)
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, run_jit("reference", operands, activation, **kwargs))
+
+
+def by_hand(x, experts, chosen, weights, activation, scale, first=0):
+    """(R, D) in numpy, one token and choice after the other."""
+    arrays = lambda tree: jax.tree.map(lambda a: np.asarray(a).astype(np.float64), tree)
+    x, experts, weights = arrays(x), arrays(experts), arrays(weights)
+    sigmoid = lambda a: 1 / (1 + np.exp(-a))
+    out = np.zeros_like(x)
+    for r, k in itertools.product(*map(range, weights.shape)):
+        e = int(chosen[r, k]) - first
+        if not 0 <= e < len(experts.down):
+            continue
+        lora = experts.lora
+        h = experts.gate_up[e] @ x[r]
+        if lora.gate_up_a is not None:
+            h += scale * lora.gate_up_b[e] @ (lora.gate_up_a[e] @ x[r])
+        h += 0 if experts.gate_up_bias is None else experts.gate_up_bias[e]
+        if activation.name == "silu":
+            a = h[0] * sigmoid(h[0]) * h[1]
+        elif activation.name == "gelu_tanh":
+            a = 0.5 * h[0] * (1 + np.tanh(np.sqrt(2 / np.pi) * (h[0] + 0.044715 * h[0] ** 3))) * h[1]
+        elif activation.name == "swiglu_clamped":
+            gate, up = np.minimum(h[0], activation.limit), np.clip(h[1], -activation.limit, activation.limit)
+            a = gate * sigmoid(1.702 * gate) * (up + 1)
+        else:
+            a = np.maximum(h[0], 0) ** 2
+        y = experts.down[e] @ a
+        if lora.down_a is not None:
+            y += scale * lora.down_b[e] @ (lora.down_a[e] @ a)
+        y += 0 if experts.down_bias is None else experts.down_bias[e]
+        out[r] += weights[r, k] * y
+    return out
+
+
+def assert_close(actual, expected, tolerance):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    leaves = jax.tree_util.tree_flatten_with_path(expected)[0]
+    for ours, (path, theirs) in zip(jax.tree.leaves(actual), leaves, strict=True):
+        scale = max(1.0, float(np.abs(theirs).max(initial=0.0)))
+        np.testing.assert_allclose(
+            np.asarray(ours), theirs, rtol=0, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path)
+        )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name)
+def test_reference_is_the_formula(activation):
+    with jax.enable_x64(True):
+        x, experts, chosen, weights, _ = make_operands(activation, dtype=jnp.float64, held=3, num_experts=6)
+        actual = expert_mlp(
+            x, experts, chosen, weights,
+            activation=activation, lora_scale=0.7, num_experts=6, first=2, backend="reference",
+        )  # fmt: skip
+    expected = by_hand(x, experts, chosen, weights, activation, 0.7, first=2)
+    np.testing.assert_allclose(actual, expected, atol=1e-13)
+
+
+ALL, SOME = (0, E, None), (1, 3, 8)  # first, held, num_experts
+CASES = {
+    "silu": (ACTIVATIONS[0], ALL, {"biases": False, "ranks": (0, 0)}),
+    "gelu_tanh, biases, some experts": (ACTIVATIONS[1], SOME, {"ranks": (0, 0)}),
+    "swiglu_clamped, everything": (ACTIVATIONS[2], ALL, {"ranks": (1, 6)}),
+    "silu, everything, some experts": (ACTIVATIONS[0], SOME, {}),
+    "relu2, LoRA of the first matrix": (ACTIVATIONS[3], SOME, {"biases": False, "ranks": (2, 0)}),
+    "silu, LoRA of the second matrix": (ACTIVATIONS[0], ALL, {"biases": False, "ranks": (0, 3)}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_portable_backend_matches_float64(case):
+    activation, (first, held, num_experts), given = CASES[case]
+    operands = make_operands(activation, held=held, num_experts=num_experts or held, **given)
+    placed = {"num_experts": num_experts, "first": first}
+    actual = run_jit("xla", operands, activation, **placed)
+    assert_close(actual, in_float64(operands, activation, **placed), 3e-6)
+    for gradient in jax.tree.leaves(actual[2]):
+        assert not np.asarray(gradient[2 - first]).any(), "nobody chose expert 2"
+        assert np.asarray(gradient).any()
+
+
+def test_first_may_be_traced():
+    """As it is on a mesh, where each shard finds its own."""
+    operands = make_operands(held=2, num_experts=6)
+    actual = jax.jit(lambda first: run("xla", *operands, num_experts=6, first=first))(jnp.int32(3))
+    assert_close(actual, run_jit("reference", operands, num_experts=6, first=3), 1e-5)
+
+
+def test_nobody_chose_an_expert_that_is_held():
+    operands = make_operands(held=1, num_experts=6)
+    out, *gradients = run_jit("xla", operands, num_experts=6, first=2)
+    assert not np.asarray(out).any()
+    assert not any(np.asarray(gradient).any() for gradient in jax.tree.leaves(gradients))
+
+
+def test_no_tokens():
+    x, experts, chosen, weights, dout = make_operands()
+    out, dx, dexperts, _ = run("xla", x[:0], experts, chosen[:0], weights[:0], dout[:0])
+    assert out.shape == dx.shape == (0, D)
+    assert not any(np.asarray(gradient).any() for gradient in jax.tree.leaves(dexperts))
+
+
+PARAMETERS = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_a", "gate_up_b", "down_a", "down_b")
+
+
+def as_experts(arrays) -> Experts:
+    """Of a dictionary by name."""
+    get = arrays.get
+    return Experts(*(get(name) for name in PARAMETERS[:4]), Lora(*(get(name) for name in PARAMETERS[4:])))
+
+
+SUBSETS = [
+    ("x",),
+    ("weights",),
+    ("gate_up", "gate_up_bias"),
+    ("down", "down_bias"),
+    ("gate_up_a", "down_b"),
+    ("x", "weights", "gate_up_a", "gate_up_b", "down_a", "down_b"),
+]
+
+
+@pytest.mark.parametrize("wanted", SUBSETS, ids=" ".join)
+def test_subsets_of_gradients(wanted, monkeypatch):
+    """What is wanted is right; what is frozen costs no outer product, and tokens that are not wanted no sum."""
+    x, experts, chosen, weights, dout = make_operands()
+    arrays = {"x": x, "weights": weights}
+    arrays |= dict(zip(PARAMETERS, jax.tree.leaves(experts), strict=True))
+    calls = collections.Counter()
+
+    def counted(name):
+        function = getattr(xla, name)
+
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(xla, name, call)
+
+    for name in ("weight_gradient", "gather_sum"):
+        counted(name)
+
+    def loss(trained, backend):
+        now = arrays | trained
+        out = expert_mlp(now["x"], as_experts(now), chosen, now["weights"], lora_scale=0.7, backend=backend)
+        return (out * dout).sum()
+
+    trained = {name: arrays[name] for name in wanted}
+    gradient = lambda backend: jax.jit(jax.grad(lambda trained: loss(trained, backend)))(trained)
+    assert_close(gradient("xla"), gradient("reference"), 1e-5)
+    assert calls["weight_gradient"] == len(set(wanted) & set(PARAMETERS))
+    assert calls["gather_sum"] == 1 + ("x" in wanted)
+
+
+def test_frozen_parameters_cost_nothing():
+    x, experts, chosen, weights, dout = make_operands()
+    layer = lambda x, experts, weights: (expert_mlp(x, experts, chosen, weights) * dout).sum()
+    everything = jax.grad(layer, (0, 1, 2))
+    of_lora = jax.grad(lambda lora, x, experts, weights: layer(x, experts._replace(lora=lora), weights))
+    hlo = lambda function, *args: str(jax.jit(function).lower(*args).compile().as_text())
+    loops = lambda *args: hlo(*args).count(" while(")
+    # Two matrices, two biases, and what only the tokens' gradient needs: two products. An outer product is one loop.
+    assert loops(of_lora, experts.lora, x, experts, weights) <= loops(everything, x, experts, weights) - 6
+
+
+def test_backward_returns_none_for_what_is_not_wanted():
+    x, experts, chosen, weights, dout = make_operands()
+    nothing = Grads(False, False, Experts(False, False, False, False, Lora(False, False, False, False)))
+    dispatch, call = make_dispatch(chosen, E), Call(ACTIVATIONS[0], 0.7)
+
+    def backward(wanted):
+        _, saved = xla.forward(call, x, experts, weights, dispatch, save=True)
+        return xla.backward(call, x, experts, weights, dispatch, saved, dout, wanted)
+
+    assert jax.tree.leaves(jax.eval_shape(lambda: backward(nothing))) == []
+    down_alone = nothing._replace(experts=nothing.experts._replace(down=True))
+    (gradient,) = jax.tree.leaves(jax.eval_shape(lambda: backward(down_alone)))
+    assert gradient.shape == experts.down.shape
+
+
+def test_bfloat16_error_is_bounded_by_the_naive_one():
+    operands = make_operands(ACTIVATIONS[2], dtype=jnp.bfloat16)
+    ours, naive = (run_jit(name, operands, ACTIVATIONS[2]) for name in ("xla", "reference"))
+    exact = in_float64(operands, ACTIVATIONS[2])
+    error = lambda value, truth: np.sqrt(np.mean(np.square(np.asarray(value).astype(np.float64) - truth)))
+    leaves = jax.tree_util.tree_flatten_with_path(exact)[0]
+    for (path, truth), value, by_naive in zip(
+        leaves, jax.tree.leaves(ours), jax.tree.leaves(naive), strict=True
+    ):
+        assert value.dtype == jnp.bfloat16
+        assert error(value, truth) <= 1.05 * error(by_naive, truth), jax.tree_util.keystr(path)
+
+
+def test_forward_alone_is_the_same():
+    x, experts, chosen, weights, dout = make_operands()
+    alone = jax.jit(lambda x: expert_mlp(x, experts, chosen, weights, lora_scale=0.7))(x)
+    np.testing.assert_allclose(alone, run_jit(None, (x, experts, chosen, weights, dout))[0], atol=1e-6)
+
+
+def with_lora(experts, **arrays):
+    return experts._replace(lora=experts.lora._replace(**arrays))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x, e, c, w: (x[0], e, c, w), ValueError, r"x is \(12,\)"),
+        (lambda x, e, c, w: (x[:, :5], e, c, w), ValueError, r"gate_up is \(5, 2, 7, 12\); expected \(5, 2, 7, 5\)"),
+        (lambda x, e, c, w: (x, e._replace(gate_up=e.gate_up[:, :1]), c, w), ValueError, "1 parts; expected 2"),
+        (lambda x, e, c, w: (x, e._replace(down=e.down[..., :3]), c, w), ValueError, r"down is \(5, 12, 3\)"),
+        (lambda x, e, c, w: (x, e._replace(down_bias=e.down_bias[:2]), c, w), ValueError, r"down_bias is \(2, 12\)"),
+        (lambda x, e, c, w: (x, with_lora(e, down_b=None), c, w), ValueError, "one of down_a and down_b"),
+        (lambda x, e, c, w: (x, with_lora(e, gate_up_a=None), c, w), ValueError, "one of gate_up_a and gate_up_b"),
+        (lambda x, e, c, w: (x, with_lora(e, down_b=e.lora.down_b[..., :2]), c, w), ValueError, r"down_b is"),
+        (lambda x, e, c, w: (x, e, c[:3], w), ValueError, r"chosen is \(3, 2\) and weights are \(29, 2\)"),
+        (lambda x, e, c, w: (x[:3], e, c, w), ValueError, r"for x \(3, 12\)"),
+        (lambda x, e, c, w: (x.astype("bfloat16"), e, c, w), TypeError, "gate_up is float32 and x is bfloat16"),
+        (lambda x, e, c, w: (x, with_lora(e, down_a=e.lora.down_a.astype("float16")), c, w), TypeError, "is float16"),
+        (lambda x, e, c, w: (x, e, c.astype("float32"), w), TypeError, "chosen is float32; expected int32"),
+    ],
+)  # fmt: skip
+def test_operands_are_checked(change, error, message):
+    *operands, _ = make_operands()
+    with pytest.raises(error, match=message):
+        expert_mlp(*change(*operands))
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend is 'cuda'; expected one of mosaic, reference, xla"):
+        expert_mlp(*make_operands()[:4], backend="cuda")
+
+
+@pytest.fixture
+def logged(caplog):
+    """Messages of one test, each of which may be logged anew."""
+    api._log_once.cache_clear()
+    caplog.set_level(logging.INFO, logger=api.__name__)
+    yield lambda: [(record.levelname, record.getMessage()) for record in caplog.records]
+    api._log_once.cache_clear()
+
+
+def on_device(monkeypatch, **changes):
+    fields = {"kind": "NVIDIA H200", "platform": "gpu", "multiprocessors": 132, "hopper": True} | changes
+    monkeypatch.setattr(hopper, "target_device", lambda: devices.Device(**fields))
+
+
+def test_elsewhere_the_portable_backend_is_used_and_a_line_says_so_once(monkeypatch, logged):
+    on_device(monkeypatch, kind="NVIDIA A100", hopper=False)
+    *operands, _ = make_operands()
+    for _ in range(2):
+        np.testing.assert_array_equal(expert_mlp(*operands), expert_mlp(*operands, backend="xla"))
+    message = (
+        "expert_mlp: backend mosaic is not used: the kernels are for NVIDIA Hopper GPUs (H100, H200), "
+        "this is NVIDIA A100"
+    )
+    assert logged() == [("INFO", message)]
+    with pytest.raises(NotImplementedError, match="this is NVIDIA A100"):
+        expert_mlp(*operands, backend="mosaic")
+
+
+def test_kernels_that_were_not_checked_are_not_used(monkeypatch, logged):
+    on_device(monkeypatch, kind="NVIDIA H200 of another world")
+    expert_mlp(*make_operands()[:4])
+    ((level, message),) = logged()
+    assert level == "WARNING"
+    assert "have not been checked on NVIDIA H200 of another world" in message
+    assert "--check" in message
+
+
+def test_operands_that_the_kernels_cannot_take(monkeypatch, logged):
+    on_device(monkeypatch)
+    monkeypatch.setattr(
+        hopper, "measured_on", lambda _: SimpleNamespace(checked={jax.__version__: 1.0}, tiles={})
+    )
+    for dtype, reason in ((jnp.float32, "x is float32"), (jnp.bfloat16, "width 12 is no multiple of 64")):
+        *operands, _ = make_operands(dtype=dtype)
+        with pytest.raises(NotImplementedError, match=reason):
+            expert_mlp(*operands, backend="mosaic")
+        jax.eval_shape(expert_mlp, *operands)
+    assert [(level, message.split(": ")[-1]) for level, message in logged()] == [
+        ("WARNING", "the tensor cores take bfloat16 and float16, x is float32"),
+        ("WARNING", "width 12 is no multiple of 64"),
+    ]
+
+
+def test_the_backend_of_the_forward_pass_does_the_backward_pass(monkeypatch, logged):
+    picky = SimpleNamespace(
+        forward=lambda call, x, *rest, save: xla.forward(call, 2 * x, *rest, save=save),
+        backward=lambda call, x, *rest: jax.tree.map(
+            lambda gradient: 3 * gradient, xla.backward(call, x, *rest)
+        ),
+    )
+    monkeypatch.setattr(api, "_BACKENDS", {"picky": picky, "xla": xla})
+    x, *rest = make_operands(biases=False, ranks=(0, 0))
+    out, dx, *_ = run(None, x, *rest)
+    expected, tripled, *_ = run("xla", 2 * x, *rest)
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_allclose(dx, 3 * tripled, atol=1e-5)
+    assert logged() == []
