@@ -22,6 +22,9 @@ from transformers.utils import logging as transformers_logging
 
 from jaxmoe.errors import UserError
 
+MAX_LAYERS = 10_000
+_MAX_SIZE = 2**31 - 1
+_MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 _REQUIRED: Any = object()
 
 # Fields that change nothing in a training forward pass: bookkeeping, token ids, generation, reporting.
@@ -92,13 +95,11 @@ class ConfigReader:
                 raise UserError(
                     f"{file}: {alias} = {raw[alias]!r} and {name} = {raw[name]!r} mean the same; keep one"
                 )
-        # The class fills in nested objects in place, and looks the dtype up in torch.
-        fields = {
-            name: copy.deepcopy(value) for name, value in raw.items() if name not in ("dtype", "torch_dtype")
-        }
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # what matters of a config is checked here, and is an error
         try:
+            # The class fills in nested objects in place, and looks the dtype up in torch.
+            fields = copy.deepcopy({n: v for n, v in raw.items() if n not in ("dtype", "torch_dtype")})
             self._config = config_class.from_dict(fields)
             self._config.standardize_rope_params()
         except Exception as error:  # the class raises its own, many kinds
@@ -124,15 +125,29 @@ class ConfigReader:
             raise UserError(f"{self.file}: {name!r} is missing")
         return value
 
-    def size(self, name: str) -> int:
+    def size(self, name: str, most: int = _MAX_SIZE) -> int:
         """The value of a field that must be a positive integer.
 
         Raises:
             UserError: it is absent, or another value.
         """
         value = self.take(name)
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{self.file}: {name} = {value!r}: expected a positive integer")
+        if value > most:
+            raise UserError(f"{self.file}: {name} = {value!r}: expected at most {most:,}")
+        return value
+
+    def number(self, name: str, default: Any = _REQUIRED, *, zero: bool = False) -> float:
+        """The value of a field that must be a positive finite number, or with `zero` may be 0.
+
+        Raises:
+            UserError: it is absent without a default, or another value.
+        """
+        value = self.take(name, default)
+        if not (is_positive(value) or (zero and not isinstance(value, bool) and value == 0)):
+            expected = "0 or a positive number" if zero else "a positive number"
+            raise UserError(f"{self.file}: {name} = {value!r}: expected {expected}")
         return value
 
     def expect(self, name: str, *allowed: Any) -> None:
@@ -167,6 +182,13 @@ class ConfigReader:
             raise UserError(f"{self.file}: {'; '.join(problems)}")
 
 
+def is_positive(value: Any) -> bool:
+    """Whether a value is a number above 0 that a float32 holds; true is none."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 0 < value <= _MAX_FLOAT32
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Read a config.json.
 
@@ -177,7 +199,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: expected the config.json of a Hugging Face model") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # ValueError also for numbers of many digits
         raise UserError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise UserError(f"{path}: expected a JSON object with a string 'model_type'")

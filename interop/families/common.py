@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxmoe.errors import UserError
-from jaxmoe.interop.config_json import ConfigReader
+from jaxmoe.interop.config_json import ConfigReader, is_positive
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.rope import Dynamic, Linear, Llama3, LongRope, RopeSpec, Scaling, Yarn
 from jaxmoe.spec import LayerSpec, ModelSpec, group_layers
@@ -94,7 +94,7 @@ def model_spec(config: ConfigReader, layers: Sequence[LayerSpec], norm_eps: floa
         groups=group_layers(layers),
         norm_eps=norm_eps,
         tie_embeddings=config.take("tie_word_embeddings"),
-        init_std=config.take("initializer_range"),
+        init_std=config.number("initializer_range", zero=True),
     )
 
 
@@ -116,13 +116,20 @@ def rope_spec(config: ConfigReader, width: int) -> RopeSpec:
     """
     given = dict(config.take("rope_parameters"))
     for name in _ROPE_NUMBERS & given.keys():
-        if given[name] is not None and not _is_positive(given[name]):
+        if given[name] is not None and not is_positive(given[name]):
             raise UserError(
                 f"{config.file}: {name} = {given[name]!r} of the rotation: expected a positive number"
             )
     kind = given.pop("rope_type", "default")
     given.pop("type", None)
-    rotary = int(width * (given.pop("partial_rotary_factor", None) or 1.0))
+    share = given.pop("partial_rotary_factor", None) or 1.0
+    rotary = int(width * share)
+    least = 4 if kind == "dynamic" else 2  # its exponent has rotary - 2 in the denominator
+    if share > 1 or rotary % 2 or rotary < least:
+        raise UserError(
+            f"{config.file}: heads of width {width} with partial_rotary_factor {share} would rotate {rotary} features: "
+            f"expected an even number of them from {least} to {width}"
+        )
     positions = config.size("max_position_embeddings")
 
     def need(name: str) -> Any:
@@ -132,11 +139,15 @@ def rope_spec(config: ConfigReader, width: int) -> RopeSpec:
 
     def factors(name: str) -> tuple[float, ...]:
         values = need(name)
-        if not isinstance(values, list) or len(values) != rotary // 2 or not all(map(_is_positive, values)):
+        if not isinstance(values, list) or len(values) != rotary // 2 or not all(map(is_positive, values)):
             raise UserError(f"{config.file}: {name} of the rotation: expected {rotary // 2} positive numbers")
         return tuple(values)
 
     theta = need("rope_theta")
+    if kind == "yarn" and theta <= 1:
+        raise UserError(
+            f"{config.file}: rope_theta = {theta!r} of rope type 'yarn': expected a number above 1"
+        )
     scaling: Scaling
     if kind == "default":
         scaling = None
@@ -148,12 +159,22 @@ def rope_spec(config: ConfigReader, width: int) -> RopeSpec:
     elif kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         scaling = Llama3(*(need(name) for name in names))
+        if scaling.high_freq_factor <= scaling.low_freq_factor:
+            raise UserError(
+                f"{config.file}: high_freq_factor = {scaling.high_freq_factor!r} of the rotation: expected more than "
+                f"low_freq_factor, {scaling.low_freq_factor!r}"
+            )
     elif kind == "yarn":
         scaling = _yarn(given, positions)
     elif kind == "longrope":
         original = given.pop("original_max_position_embeddings", None) or positions
         factor = given.pop("factor", None) or positions / original
         attention = given.pop("attention_factor", None)
+        if original <= 1:
+            raise UserError(
+                f"{config.file}: original_max_position_embeddings = {original!r} of rope type 'longrope': "
+                "expected a number above 1"
+            )
         if attention is None:
             attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
         scaling = LongRope(factors("short_factor"), factors("long_factor"), original, attention)
@@ -166,10 +187,6 @@ def rope_spec(config: ConfigReader, width: int) -> RopeSpec:
             f"{config.file}: rope_parameters of type {kind!r} have unknown entries {', '.join(unread)}"
         )
     return RopeSpec(theta, rotary, scaling)
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _yarn(given: dict[str, Any], positions: int) -> Yarn:

@@ -50,7 +50,7 @@ def _check_layer(layer: LayerSpec, file: str) -> None:
         raise UserError(
             f"{file}: num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}"
         )
-    if window is not None and window < 1:
+    if window is not None and (isinstance(window, bool) or window < 1):
         raise UserError(f"{file}: sliding_window = {window}: expected a positive integer or null")
     if isinstance(layer.ffn, MoESpec) and layer.ffn.router.top_k > layer.ffn.router.num_experts:
         chosen, experts = layer.ffn.router.top_k, layer.ffn.router.num_experts

@@ -1,6 +1,6 @@
 """Mixtral (arXiv 2401.04088): every layer sparse, top-2 of 8, weights renormalised."""
 
-from jaxmoe.interop.config_json import ConfigReader
+from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.rules import Rule
@@ -12,7 +12,7 @@ from jaxmoe.spec import LayerSpec, ModelSpec
 
 def _spec(config: ConfigReader) -> ModelSpec:
     config.expect("hidden_act", "silu")
-    eps = config.take("rms_norm_eps")
+    eps = config.number("rms_norm_eps")
     head_dim = common.head_dim(config)
     layer = LayerSpec(
         mixer=AttentionSpec(
@@ -29,13 +29,13 @@ def _spec(config: ConfigReader) -> ModelSpec:
                 top_k=config.size("num_experts_per_tok"),
                 renormalize=True,
                 weight_dtype="float32",
-                jitter=config.take("router_jitter_noise", 0.0),
+                jitter=config.number("router_jitter_noise", 0.0, zero=True),
             ),
             hidden=config.size("intermediate_size"),
         ),
         norm_eps=eps,
     )
-    return common.model_spec(config, [layer] * config.size("num_hidden_layers"), eps)
+    return common.model_spec(config, [layer] * config.size("num_hidden_layers", MAX_LAYERS), eps)
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:

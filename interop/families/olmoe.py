@@ -1,6 +1,6 @@
 """OLMoE (arXiv 2409.02060): every layer sparse, query and key norms over the whole projection."""
 
-from jaxmoe.interop.config_json import ConfigReader
+from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.rules import Rule
@@ -12,7 +12,7 @@ from jaxmoe.spec import LayerSpec, ModelSpec
 
 def _spec(config: ConfigReader) -> ModelSpec:
     config.expect("hidden_act", "silu")
-    eps = config.take("rms_norm_eps")
+    eps = config.number("rms_norm_eps")
     head_dim = common.head_dim(config)
     layer = LayerSpec(
         mixer=AttentionSpec(
@@ -23,7 +23,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
             norm_eps=eps,
             qk_norm="full",
             bias=config.take("attention_bias"),
-            clip_qkv=config.take("clip_qkv", None),
+            clip_qkv=None if config.take("clip_qkv", None) is None else config.number("clip_qkv"),
         ),
         ffn=MoESpec(
             router=RouterSpec(
@@ -36,7 +36,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
         ),
         norm_eps=eps,
     )
-    return common.model_spec(config, [layer] * config.size("num_hidden_layers"), eps)
+    return common.model_spec(config, [layer] * config.size("num_hidden_layers", MAX_LAYERS), eps)
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:

@@ -1,6 +1,6 @@
 """Qwen3-MoE (arXiv 2505.09388): per-head query and key norms; dense layers among sparse ones by config."""
 
-from jaxmoe.interop.config_json import ConfigReader
+from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.rules import Rule
@@ -19,7 +19,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
     config.expect("hidden_act", "silu")
     for name, value in _UNREAD.items():
         config.expect(name, value, None)
-    eps = config.take("rms_norm_eps")
+    eps = config.number("rms_norm_eps")
     head_dim = common.head_dim(config)
     windowed = config.take("use_sliding_window")
     window = config.take("sliding_window", None)
@@ -46,7 +46,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
     dense_layers, step = config.take("mlp_only_layers", ()), config.size("decoder_sparse_step")
     layers = [
         LayerSpec(attention, dense if index in dense_layers or (index + 1) % step else sparse, eps)
-        for index in range(config.size("num_hidden_layers"))
+        for index in range(config.size("num_hidden_layers", MAX_LAYERS))
     ]
     return common.model_spec(config, layers, eps)
 

@@ -386,6 +386,41 @@ class TestRefused:
             ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor = 0 .* expected a positive number"),
             ({"rope_scaling": {"type": "llama3", "factor": 2.0, "low_freq_factor": 1.0}}, "high_freq_factor"),
             ({"rope_scaling": "yarn"}, "yarn"),
+            ({"rope_theta": 10**400}, "rope_theta = 1000.* expected a positive number"),
+            ({"num_hidden_layers": 10**12}, "num_hidden_layers = 1000000000000: expected at most 10,000"),
+            ({"num_hidden_layers": True}, "num_hidden_layers"),
+            ({"vocab_size": 10**30}, "vocab_size = .*: expected at most 2,147,483,647"),
+            ({"head_dim": True}, "head_dim"),
+            (
+                {"head_dim": 1},
+                "width 1 .* would rotate 1 features: expected an even number of them from 2 to 1",
+            ),
+            ({"head_dim": 15}, "an even .*15"),  # found by transformers' class, where it checks that
+            ({"rms_norm_eps": math.nan}, "rms_norm_eps = nan: expected a positive number"),
+            ({"rms_norm_eps": 0.0}, r"rms_norm_eps = 0\.0: expected a positive number"),
+            ({"initializer_range": math.nan}, "initializer_range = nan: expected 0 or a positive number"),
+            ({"initializer_range": math.inf}, "initializer_range = inf: expected 0 or a positive number"),
+            ({"initializer_range": -0.02}, r"initializer_range = -0\.02: expected 0 or a positive number"),
+            (
+                {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 3}, "rope_scaling": None},
+                "partial_rotary_factor 3 would rotate [0-9]+ features",
+            ),
+            (
+                {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 2.0}},
+                r"rope_theta = 1\.0 of rope type 'yarn': expected a number above 1",
+            ),
+            (
+                {
+                    "rope_scaling": {
+                        "type": "llama3",
+                        "factor": 2.0,
+                        "low_freq_factor": 4.0,
+                        "high_freq_factor": 4.0,
+                        "original_max_position_embeddings": 8,
+                    }
+                },
+                r"high_freq_factor = 4\.0 .* expected more than low_freq_factor, 4\.0",
+            ),
             ({"rope_theta": "1e6"}, "rope_theta = '1e6' .* expected a positive number"),
         ],
     )
@@ -412,6 +447,13 @@ class TestRefused:
             (QWEN, {"use_qk_norm": False}, "use_qk_norm = False is not supported; expected True or None"),
             (QWEN, {"clip_qkv": 8.0}, "unknown field 'clip_qkv'"),
             (MIXTRAL, {"sliding_window": 0}, "sliding_window = 0: expected a positive integer or null"),
+            (MIXTRAL, {"sliding_window": True}, "sliding_window"),
+            (
+                MIXTRAL,
+                {"router_jitter_noise": math.nan},
+                "router_jitter_noise = nan: expected 0 or a positive",
+            ),
+            (OLMOE, {"clip_qkv": math.nan}, "clip_qkv = nan: expected a positive number"),
             (MIXTRAL, {"head_dim": 0}, "head_dim = 0: expected a positive integer"),
             (MIXTRAL, {"qkv_bias": False}, "unknown field 'qkv_bias'"),
             (OLMOE, {"use_qk_norm": True}, "unknown field 'use_qk_norm'"),
@@ -443,11 +485,29 @@ class TestFiles:
     def test_missing(self, tmp_path):
         assert "does not exist: expected the config.json" in self.refusal(tmp_path / "config.json")
 
-    @pytest.mark.parametrize("content", [b"", b"{", b"{'model_type': 'mixtral'}", b"\xff\xfe{}", b"not json"])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"{",
+            b"{'model_type': 'mixtral'}",
+            b"\xff\xfe{}",
+            b"not json",
+            b"[" * 100_000,
+            b'{"a": ' + b"9" * 5000 + b"}",
+        ],
+        ids=["empty", "open", "quotes", "bytes", "words", "nested", "digits"],
+    )
     def test_not_json(self, tmp_path, content):
         path = tmp_path / "config.json"
         path.write_bytes(content)
         assert "is not readable JSON" in self.refusal(path)
+
+    def test_many_brackets_in_a_field(self, tmp_path):
+        path = tmp_path / "config.json"
+        for depth in (300, 900):
+            path.write_text(json.dumps(QWEN)[:-1] + f', "colour": {"[" * depth}{"]" * depth}}}')
+            self.refusal(path)
 
     def test_folder(self, tmp_path):
         assert "is not readable" in self.refusal(tmp_path)
