@@ -81,6 +81,11 @@ def export_like_source(
         raise UserError(
             f"{folder}: lies inside {source.folder}, all of which is exported; choose a folder outside of it"
         )
+    if source.folder.resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError(
+            f"{folder}: holds {source.folder}, which the model was loaded from and which replacing it would delete; "
+            "choose another folder"
+        )
     if jax.process_index() != 0:
         tensors.take_part(source.files.shards)
         return []

@@ -422,6 +422,15 @@ class TestRefusals:
         jaxmoe.save_pretrained(model, folders.export, overwrite=True)
         assert_same_files(folders.source, folders.export)
 
+    def test_a_folder_that_holds_the_source_is_not_replaced(self, tmp_path):
+        tiny.write_checkpoint(tmp_path / "outer", "mixtral", shards=1)
+        tiny.write_checkpoint(tmp_path / "outer" / "source", "olmoe", shards=1)
+        model = jaxmoe.from_pretrained(tmp_path / "outer" / "source")
+        before = files_of(tmp_path / "outer")
+        with pytest.raises(UserError, match="outer: holds .*outer/source, which the model was loaded from"):
+            jaxmoe.save_pretrained(model, tmp_path / "outer", overwrite=True)
+        assert files_of(tmp_path / "outer") == before
+
     def test_dtype_that_is_none(self, folders):
         tiny.write_checkpoint(folders.source, "olmoe", shards=1)
         for dtype in ("int8", "float64", "fp16"):
