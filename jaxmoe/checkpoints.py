@@ -124,6 +124,7 @@ class Checkpoints:
             known = ", ".join(map(str, steps)) or "none"
             raise UserError(f"{self._folder}: no checkpoint of step {step}, there are: {known}")
         hosts.agree(lambda: self._check_whole(step))
+        hosts.agree(lambda: self._check_shapes(step, abstract_state))
         return hosts.agree(lambda: self._read(step, abstract_state))
 
     def _check_whole(self, step: int) -> None:
@@ -136,6 +137,23 @@ class Checkpoints:
         wrong = _first_difference(folder)
         if wrong:
             raise self._damaged(step, wrong)
+
+    def _check_shapes(self, step: int, abstract_state: Any) -> None:
+        """Tell a sound checkpoint of another model from a damaged one."""
+        folder = self._folder / str(step)
+        try:
+            saved = _leaves(ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree)
+        except Exception as error:  # of many types
+            raise self._damaged(step, str(error) or type(error).__name__) from error
+        wanted = _leaves(abstract_state)
+        for name in sorted(saved.keys() | wanted.keys()):
+            there, here = saved.get(name, "nothing"), wanted.get(name, "nothing")
+            if there != here and wanted.get(name) is not ...:
+                raise UserError(
+                    f"{folder}: this checkpoint is of another model than the run's: found {there} at {name}, "
+                    f"expected {here}: put back what model.path or model.config was when the run began, or "
+                    "choose another output_dir"
+                )
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         sharded = ocp.checkpoint_utils.construct_restore_args(abstract_state)
@@ -246,6 +264,14 @@ def _checkpointer() -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), extra=ocp.JsonCheckpointHandler())
     )
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """The shape of every leaf by its path; ``...`` stays. orbax gives tuples back as lists."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf if leaf is ... else list(leaf.shape)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
 def _bytes_here(state: Any) -> int:

@@ -4,13 +4,15 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe import hosts
 from jaxmoe.checkpoints import Checkpoints
@@ -19,7 +21,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.generate import continue_text
 from jaxmoe.interop.checkpoint import Source, check_copies
 from jaxmoe.optim import build_optimizer, schedule
-from jaxmoe.params import count, roles
+from jaxmoe.params import Tree, count, named, roles
 from jaxmoe.paths import why_unusable
 from jaxmoe.progress import RunDisplay, show_table
 from jaxmoe.run_data import RunData, open_data, tokenizer_files
@@ -64,10 +66,26 @@ def run(config: RunConfig) -> Result:
     Raises:
         UserError: anything that the user can mend; nothing half-written is left behind.
     """
+    _check_devices()
     mesh, model, data = hosts.agree(lambda: _open(config))
     with RunFolder.open(config) as folder, jax.set_mesh(mesh):
         data.keep_tokenizer()
         return Trainer(config, folder, model, data, mesh).run()
+
+
+def _check_devices() -> None:
+    """jax looks for devices when first asked, and then does not say in one line that there are none."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        wanted = os.environ.get("JAX_PLATFORMS")
+        if wanted is None:
+            raise
+        told = " ".join(str(error).split())[:300] or "no device of that kind was found"
+        raise UserError(
+            f"the environment has JAX_PLATFORMS = {wanted!r} and the installed jax {jax.__version__} cannot use "
+            f"it ({told}): unset JAX_PLATFORMS, or for NVIDIA GPUs install jaxmoe[cuda13]"
+        ) from error
 
 
 def _open(config: RunConfig) -> tuple[Mesh, RunModel, RunData]:
@@ -143,6 +161,7 @@ class Trainer:
         self.folder.truncate_metrics(latest or 0)
         if latest is None:
             weights = hosts.agree(lambda: self.model.weights(self.mesh, self.config.train.seed))
+            self._check_finite(weights)
             return init_state(weights, self.optimizer, self.model.spec, self.config.train.seed, self.mesh)
         state, extra = self.checkpoints.restore(
             latest, abstract_state(self.optimizer, self.model.spec, self.mesh)
@@ -155,6 +174,21 @@ class Trainer:
             )
         hosts.agree(lambda: batches.set_state(positions[jax.process_index()]))
         return TrainState(*state)
+
+    def _check_finite(self, weights: Tree) -> None:
+        """Every process finds the same."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        all_finite = jax.jit(
+            lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree), out_shardings=whole
+        )
+        found = zip(named(model_params(self.model.spec)), jax.tree.leaves(all_finite(weights)), strict=True)
+        bad = [name for (name, _), finite in found if not finite]
+        if bad:
+            raise UserError(
+                f"{self.model.folder or 'model.config'}: found nan or infinity in {', '.join(bad[:5])}"
+                f"{f' and {len(bad) - 5} more parameters' if len(bad) > 5 else ''}, expected finite weights: "
+                "give a checkpoint without them"
+            )
 
     def _train(self, state: TrainState, batches: Any, done: int, display: RunDisplay) -> TrainState:
         train = self.config.train
@@ -193,11 +227,12 @@ class Trainer:
     ) -> None:
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.checkpoints.wait()
+            raise self._diverged(f"step {number} has loss {loss} and gradient norm {norm}", number)
+        if not float(metrics["targets"]):
             raise UserError(
-                f"training diverged: step {number} has loss {loss} and gradient norm {norm}; lower "
-                f"optimizer.learning_rate or raise optimizer.warmup_steps, in a new output_dir (step "
-                f"{self.checkpoints.latest()} is checkpointed)"
+                f"data: none of the {self.config.train.batch_size} sequences of step {number} has a token to "
+                "predict, expected documents of two tokens or more: give longer documents, or a tokenizer that "
+                "has an end-of-text token"
             )
         line = f"loss {loss:.4f}  {figures['tokens_per_second']:,.0f} tokens/s  MFU {figures['mfu']:.1%}"
         display.step(number, line)
@@ -208,6 +243,20 @@ class Trainer:
             scalars = {name: float(value) for name, value in metrics.items() if name != "router"}
             router = router_metrics(metrics["router"]) if "router" in metrics else {}
             self.folder.append({"step": number} | scalars | figures | router)
+
+    def _diverged(self, found: str, number: int) -> UserError:
+        self.checkpoints.wait()
+        latest = self.checkpoints.latest()
+        if number == 1:  # the learning rate has not acted yet
+            return UserError(
+                f"{found} before anything was trained: the weights or their activations exceed what "
+                f"{self.model.dtype} holds: set model.dtype=float32, or give another checkpoint"
+            )
+        kept = "no step" if latest is None else f"step {latest}"
+        return UserError(
+            f"training diverged: {found}; lower optimizer.learning_rate or raise optimizer.warmup_steps, in a "
+            f"new output_dir ({kept} is checkpointed)"
+        )
 
     def _evaluate(self, number: int, state: TrainState, display: RunDisplay) -> None:
         """Log bits per byte of the held-out text."""

@@ -198,6 +198,26 @@ def test_an_inventory_without_checksums_still_serves(saved):
     checkpoints.close()
 
 
+@pytest.mark.parametrize("change", ["shape", "more", "fewer"])
+def test_a_sound_checkpoint_of_another_model_is_not_called_damaged(saved, change):
+    wanted = abstract(state_of(20))
+    layers = wanted["params"]["layers"]
+    leaf = layers[1]["v"]
+    if change == "shape":
+        layers[1]["v"] = jax.ShapeDtypeStruct((13,), leaf.dtype, sharding=leaf.sharding)
+        told = r"found \[11\] at params\.layers\.1\.v, expected \[13\]"
+    elif change == "more":
+        wanted["params"]["layers"] = (*layers, {"u": leaf})
+        told = r"found nothing at params\.layers\.2\.u, expected \[11\]"
+    else:
+        wanted["params"]["layers"] = layers[:1]
+        told = r"found \[11\] at params\.layers\.1\.v, expected nothing"
+    checkpoints = Checkpoints(saved, keep=2)
+    with pytest.raises(UserError, match=f"another model than the run's: {told}: put back what model.path"):
+        checkpoints.restore(20, wanted)
+    checkpoints.close()
+
+
 def test_damage_that_only_orbax_can_see(saved):
     (saved / "10" / "_FILES.json").unlink()
     manifest = bytearray((saved / "10" / "extra" / "metadata").read_bytes())

@@ -1,6 +1,7 @@
 """The train command from end to end: what a run leaves, exact resumption, and what a user gets wrong."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -21,6 +22,7 @@ from tokenizers import Tokenizer, models
 from jaxmoe import throughput, trainer
 from jaxmoe.cli import main as cli
 from jaxmoe.config import RunConfig
+from jaxmoe.errors import UserError
 from jaxmoe.run_folder import RunFolder
 
 TIMES = {"seconds", "tokens_per_second", "mfu"}
@@ -452,7 +454,7 @@ def test_held_out_text_without_a_token_to_predict_is_found_before_training(works
         "data__eval_fraction": 0.0,
         "data__tokenizer": str(tmp_path / "tokenizer.json"),
     }
-    refused(small(tmp_path, workspace, **changes), "nothing to predict", capfd)
+    refused(small(tmp_path, workspace, **changes), "held-out documents leave no token to predict", capfd)
 
 
 def test_the_corrected_command_works_in_the_same_folder(workspace, tmp_path, capfd, monkeypatch):
@@ -462,8 +464,11 @@ def test_the_corrected_command_works_in_the_same_folder(workspace, tmp_path, cap
     tiny.write_tensors(tmp_path / "model", tensors, 1)
     config = small(tmp_path, workspace, model__path=str(tmp_path / "model"))
     assert cli(["train", str(config)]) == 2
+    assert (
+        f"error: {tmp_path}/model: found nan or infinity in norm, expected finite" in capfd.readouterr().err
+    )
     assert (tmp_path / "run" / "config.yaml").exists()
-    monkeypatch.setattr(trainer.Trainer, "run", lambda self: None)
+    monkeypatch.setattr(trainer.Trainer, "run", lambda _: None)
     assert cli(["train", str(config), f"model.path={workspace / 'model'}", "train.seed=5"]) == 0
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]["seed"] == 5
 
@@ -500,3 +505,45 @@ def test_arguments_that_are_none(capfd, tmp_path):
 def test_the_paths_of_a_follow_up_are_checked_before_the_first_run(workspace, tmp_path, capfd):
     then = [{"data": {"path": str(tmp_path / "typo")}, "output_dir": str(tmp_path / "second")}]
     refused(small(tmp_path, workspace, then=then), "then[0]: data.path", capfd)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_a_platform_that_the_installed_jax_lacks(workspace, tmp_path, platform):
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxmoe.train", str(small(tmp_path, workspace))],
+        env=dict(os.environ, JAX_PLATFORMS=platform),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        f"error: the environment has JAX_PLATFORMS = '{platform}' and the installed"
+    )
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def reported(workspace, folder, number, **figures):
+    """The message about one step whose metrics are as given."""
+    config = RunConfig.from_mapping(yaml.safe_load(small(folder, workspace).read_text()))
+    mesh, model, data = trainer._open(config)
+    with RunFolder.open(config) as run_folder:
+        one = trainer.Trainer(config, run_folder, model, data, mesh)
+        with pytest.raises(UserError) as caught:
+            one._report(number, False, {"loss": 0.0, "grad_norm": 0.0, "targets": 9.0} | figures, {}, None)
+        one.checkpoints.close()
+    return str(caught.value)
+
+
+def test_a_step_without_a_token_to_predict(workspace, tmp_path):
+    told = reported(workspace, tmp_path, 2, targets=0.0)
+    assert told.startswith("data: none of the 8 sequences of step 2 has a token to predict")
+
+
+def test_the_first_step_is_not_blamed_on_the_learning_rate(workspace, tmp_path):
+    told = reported(workspace, tmp_path / "first", 1, loss=math.nan)
+    assert told.startswith("step 1 has loss nan and gradient norm 0.0 before anything was trained")
+    assert "learning_rate" not in told
+    told = reported(workspace, tmp_path / "second", 2, grad_norm=math.inf)
+    assert "lower optimizer.learning_rate" in told
+    assert told.endswith("(no step is checkpointed)")
