@@ -1,6 +1,6 @@
 # Needs make and a Python from 3.11 to 3.13, nothing else. Environments: .venv for everything; .venv-newest,
 # on the newest Python found, for the tests that need no torch. Both are brought up to date when pyproject.toml
-# changes.
+# changes. One of the tests puts a compiler for GPUs that are not there into .cache.
 
 NEWEST := 3.13 3.12
 DEPENDENCIES := $(shell cksum < pyproject.toml | tr -dc '0-9')
@@ -32,6 +32,15 @@ test-newest: ## the tests that need no torch, on the newest Python found
 .PHONY: pytest-newest
 pytest-newest: $(READY_NEWEST)
 	.venv-newest/bin/python -m pytest -n 2
+
+.PHONY: kernels
+kernels: $(READY_TO_TEST) ## compile the GPU kernels of real models without a GPU, on two Pythons: registers, spills
+	@.ci/compile-kernels .venv/bin/python
+	@if .ci/find-python $(NEWEST) >/dev/null; then $(MAKE) --no-print-directory kernels-newest; fi
+
+.PHONY: kernels-newest
+kernels-newest: $(READY_NEWEST)
+	@.ci/compile-kernels .venv-newest/bin/python
 
 .PHONY: lint
 lint: $(READY_TO_TEST) ## ruff: rules and formatting

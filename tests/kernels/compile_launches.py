@@ -1,0 +1,272 @@
+"""Compile every kernel launch of real layers for an H200 on a machine without one, and hold it against limits.
+
+    make kernels
+
+Needs XLA's CUDA plugin on the PYTHONPATH and ptxas on the PATH; .ci/compile-kernels sees to both. A launch fails whose
+registers spill, that has a stack frame, or whose shared memory is more than a multiprocessor has for a block (which
+already its lowering refuses). Launches that differ in sizes alone, not in the code, are compiled once.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",  # the GPU is not there
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "MOSAIC_GPU_DUMP_PTXAS": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "0",  # what comes from there is not compiled
+}
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.experimental.mosaic.gpu import core as mosaic_gpu
+from jax.sharding import SingleDeviceSharding
+
+from jaxmoe.kernels.expert_mlp.call import Call, Grads
+from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
+from jaxmoe.kernels.expert_mlp.mosaic import Mosaic
+from jaxmoe.kernels.expert_mlp.mosaic_epilogues import Activate, ActivationGradient, StoreRows
+from jaxmoe.kernels.expert_mlp.mosaic_gradient import Side, weight_gradient
+from jaxmoe.kernels.expert_mlp.mosaic_matmul import Epilogue, Geometry, Segment, grouped_matmul
+from jaxmoe.kernels.expert_mlp.operands import Experts, Lora
+from jaxmoe.kernels.expert_mlp.slots import Slots
+from jaxmoe.kernels.expert_mlp.specs import LAYERS, ExpertLayer
+from jaxmoe.kernels.expert_mlp.tiles import (
+    SHARED_MEMORY_BYTES,
+    GradientLaunch,
+    GradientTiles,
+    MatmulLaunch,
+    MatmulTiles,
+)
+
+MULTIPROCESSORS = 132
+DTYPE = jnp.bfloat16
+TARGET = Path(__file__).parent / "h200.textproto"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What decides about the machine code."""
+
+    kind: str
+    operands: str
+    tiles: MatmulTiles | GradientTiles
+
+    @property
+    def sizes(self) -> str:
+        tiles = self.tiles
+        if isinstance(tiles, MatmulTiles):
+            return f"{tiles.rows} x {tiles.columns} x {tiles.stages}"
+        return f"{tiles.out} x {tiles.columns} x {tiles.stages}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder(Mosaic):
+    """Runs no kernel; notes for each the function that would, and the shapes of its arguments."""
+
+    noted: dict[Kernel, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+
+    def matmul(
+        self, launch: MatmulLaunch, segments: Sequence[Segment], slots: Slots, epilogue: Epilogue
+    ) -> list[jax.Array]:
+        geometry = Geometry(launch.tiles({}), launch.parts, launch.columns, launch.contract_first)
+        gathered = [segment.gathered for segment in segments]
+
+        def run(pairs: Any, slots: Slots, pre: Any) -> Any:
+            given = [Segment(*pair, is_so) for pair, is_so in zip(pairs, gathered, strict=True)]
+            now = epilogue
+            if isinstance(epilogue, ActivationGradient):
+                now = ActivationGradient(epilogue.activation, epilogue.dtype, pre, slots.weight)
+            return grouped_matmul(given, slots, now, geometry, multiprocessors=MULTIPROCESSORS)
+
+        operands = " + ".join("gathered" if is_so else "rows" for is_so in gathered)
+        if launch.contract_first:
+            operands += ", transposed"
+        kernel = Kernel(_name(epilogue), operands, geometry.tiles)
+        pre = epilogue.pre if isinstance(epilogue, ActivationGradient) else None
+        self._note(kernel, run, ([(segment.rows, segment.weights) for segment in segments], slots, pre))
+        outputs = epilogue.outputs(slots.token.shape[0], geometry)
+        return [jnp.zeros(output.shape, output.dtype) for output in outputs]
+
+    def gradient(
+        self, launch: GradientLaunch, out: Side, columns: Side, slots: Slots, tile_rows: int
+    ) -> jax.Array:
+        tiles = launch.tiles({})
+
+        def run(out_rows: Any, column_rows: Any, slots: Slots) -> Any:
+            sides = Side(out_rows, out.gathered), Side(column_rows, columns.gathered)
+            return weight_gradient(*sides, slots, tiles, tile_rows=tile_rows, multiprocessors=MULTIPROCESSORS)
+
+        operands = " x ".join("gathered" if side.gathered else "rows" for side in (out, columns))
+        kernel = Kernel("weight gradient", operands, tiles)
+        self._note(kernel, run, (out.rows, columns.rows, slots))
+        return jnp.zeros((slots.first_tile.shape[0], launch.out, launch.columns), out.rows.dtype)
+
+    def _note(self, kernel: Kernel, run: Any, arguments: Any) -> None:
+        shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), arguments)
+        self.noted.setdefault(kernel, (run, shapes))
+
+
+def _name(epilogue: Epilogue) -> str:
+    if isinstance(epilogue, StoreRows):
+        return "matmul"
+    if isinstance(epilogue, Activate):
+        return f"matmul, {epilogue.activation.name}" + (", both kept" if epilogue.save else "")
+    assert isinstance(epilogue, ActivationGradient)
+    return f"matmul, gradient of {epilogue.activation.name}"
+
+
+def launches(layer: ExpertLayer, tokens: int, rank: int) -> dict[Kernel, tuple[Any, Any]]:
+    """Those of forward, with and without what is kept, and backward; beside LoRA (rank not 0) the base is frozen.
+
+    Raises:
+        NotImplementedError: the kernels cannot take the layer.
+    """
+    shape, parts = layer.shape, layer.activation.parts
+    held, width, hidden = shape.experts, shape.d_model, shape.d_hidden
+    struct = lambda *sizes, dtype=DTYPE: jax.ShapeDtypeStruct(sizes, dtype)
+    lora = Lora()
+    if rank:
+        lora = Lora(
+            struct(held, rank, width),
+            struct(held, parts, hidden, rank),
+            struct(held, rank, hidden),
+            struct(held, width, rank),
+        )
+    experts = Experts(
+        struct(held, parts, hidden, width),
+        struct(held, width, hidden),
+        struct(held, parts, hidden) if layer.bias else None,
+        struct(held, width) if layer.bias else None,
+        lora,
+    )
+    trained = jax.tree.map(lambda _: not rank, experts._replace(lora=Lora()))
+    wanted = Grads(x=True, weights=True, experts=trained._replace(lora=jax.tree.map(lambda _: True, lora)))
+    recorder = Recorder(MULTIPROCESSORS)
+
+    def both_ways(x: jax.Array, experts: Experts, weights: jax.Array, chosen: jax.Array) -> Any:
+        call, dispatch = Call(layer.activation, 1.0), make_dispatch(chosen, held)
+        alone, _ = recorder.forward(call, x, experts, weights, dispatch, save=False)
+        out, saved = recorder.forward(call, x, experts, weights, dispatch, save=True)
+        assert saved is not None
+        return alone, recorder.backward(call, x, experts, weights, dispatch, saved, out, wanted)
+
+    weights = struct(tokens, shape.top_k, dtype=jnp.float32)
+    jax.eval_shape(
+        both_ways, struct(tokens, width), experts, weights, struct(tokens, shape.top_k, dtype=jnp.int32)
+    )
+    return recorder.noted
+
+
+@contextlib.contextmanager
+def output_of_the_process() -> Iterator[Any]:
+    """What libraries write to stdout and stderr meanwhile, as a function to call afterwards."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(number) for number in (1, 2)]
+    with tempfile.TemporaryFile("w+") as file:
+        try:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+            yield lambda: (file.seek(0), file.read())[1]
+        finally:
+            for number, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
+
+
+class Compiler:
+    """For one described device."""
+
+    def __init__(self) -> None:
+        (device,) = topologies.get_topology_desc(
+            "", "cuda", target_config=TARGET.read_text(), topology="1x1x1"
+        ).devices
+        self.sharding = SingleDeviceSharding(device)
+        self.shared_memory = 0
+        size_of = mosaic_gpu._smem_tree_size
+
+        def noting_size_of(tree: Any) -> int:
+            size = size_of(tree)
+            self.shared_memory = max(self.shared_memory, size)  # of all, when it is asked for that
+            return size
+
+        mosaic_gpu._smem_tree_size = noting_size_of
+
+    def compile(self, run: Any, shapes: Any) -> dict[str, int]:
+        """Registers of a thread; bytes of its stack frame, spilled by it, and of shared memory."""
+        place = lambda struct: jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=self.sharding)
+        self.shared_memory = 0
+        with output_of_the_process() as output:
+            try:
+                jax.jit(run).lower(*jax.tree.map(place, shapes)).compile()
+            finally:
+                report = output()
+        frames = re.findall(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
+        )
+        registers = re.findall(r"Used (\d+) registers", report)
+        if len(frames) != 1 or len(registers) != 1:
+            raise RuntimeError(f"expected the report of ptxas about one kernel, found this:\n{report}")
+        stack, stored, loaded = map(int, frames[0])
+        return {
+            "registers": int(registers[0]),
+            "stack": stack,
+            "spilled": stored + loaded,
+            "shared": self.shared_memory,
+        }
+
+
+def main() -> int:
+    """Print the table; 1 if a launch broke a limit."""
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None or shutil.which("ptxas") is None:
+        print("error: no CUDA plugin of XLA on the PYTHONPATH, or no ptxas on the PATH: run make kernels")
+        return 2
+    start = time.perf_counter()
+    users: dict[Kernel, set[str]] = {}
+    kernels: dict[Kernel, tuple[Any, Any]] = {}
+    for layer in LAYERS:
+        # Few tokens are laid out in tiles of 64 rows where that is possible.
+        for tokens, rank in ((8192, 0), (8192, 16), (8192, 128), (512, 0)):
+            for kernel, launch in launches(layer, tokens, rank).items():
+                users.setdefault(kernel, set()).add(layer.name)
+                kernels.setdefault(kernel, launch)
+    compiler = Compiler()
+    broken = 0
+    print(
+        f"jax {jax.__version__}; tiles are rows x columns x stages; stack, spills and shared memory in bytes"
+    )
+    print(
+        f"{'kernel':34} {'operands':32} {'tiles':13} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>7}  models"
+    )
+    for kernel, launch in kernels.items():
+        found = compiler.compile(*launch)
+        is_broken = found["stack"] or found["spilled"] or not 0 < found["shared"] <= SHARED_MEMORY_BYTES
+        broken += bool(is_broken)
+        first, *others = sorted(users[kernel])
+        print(
+            f"{kernel.kind:34} {kernel.operands:32} {kernel.sizes:13} {found['registers']:4} {found['stack']:5} "
+            f"{found['spilled']:5} {found['shared']:7}  {first}{f' + {len(others)}' if others else ''}"
+            f"{'  TOO MUCH' if is_broken else ''}",
+            flush=True,
+        )
+    models = set().union(*users.values())
+    print(
+        f"{len(kernels)} kernels of {len(models)} models in {time.perf_counter() - start:.0f} s, {broken} too large"
+    )
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
