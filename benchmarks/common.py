@@ -1,14 +1,18 @@
 """What every benchmark shares: the environment, a table on the terminal, results as JSON."""
 
+import importlib.metadata
 import json
 import os
 import platform
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jaxlib.version
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -27,16 +31,54 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jaxlib": jaxlib.version.__version__,
+        **{name: importlib.metadata.version(name) for name in ("torch", "tokamax") if name in sys.modules},
     }
 
 
-def write_results(name: str, rows: Sequence[Mapping[str, Any]], **extra: Any) -> Path:
-    """Write results/{name}_{platform}.json: the environment, `extra` and the rows; return its path."""
+def write_results(name: str, rows: Sequence[Mapping[str, Any]], folder: Path = RESULTS, **extra: Any) -> Path:
+    """Write {name}_{platform}.json in `folder`: the environment, `extra` and the rows; return its path."""
     about = environment()
-    path = RESULTS / f"{name}_{about['platform']}.json"
-    RESULTS.mkdir(exist_ok=True)
+    path = folder / f"{name}_{about['platform']}.json"
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": about, **extra, "rows": list(rows)}, indent=1) + "\n")
     return path
+
+
+def read_results(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The rows of a file that `write_results` wrote today on such a machine, with these versions; else none."""
+    about = environment()
+    path = folder / f"{name}_{about['platform']}.json"
+    content = json.loads(path.read_text()) if path.exists() else {"environment": {}, "rows": []}
+    same = ("date", "device", "python", "jax", "jaxlib")
+    return content["rows"] if all(content["environment"].get(key) == about[key] for key in same) else []
+
+
+def ceilings(dtype: str) -> dict[str, float]:
+    """Rates that nothing here exceeds: of a square matmul and of a copy, counting bytes read and written."""
+    on_cpu = jax.default_backend() == "cpu"
+    size, copied = (2048, 1 << 26) if on_cpu else (8192, 1 << 30)
+    a, b = (jax.random.normal(jax.random.key(seed), (size, size), dtype) for seed in range(2))
+    matmul = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32).astype(a.dtype))
+    values = jnp.arange(copied, dtype=jnp.uint32)
+    copy = jax.jit(lambda values: values + 1)
+    return {
+        "matmul TFLOP/s": 2 * size**3 / _best_seconds(matmul, a, b) / 1e12,
+        "copy GB/s": 2 * 4 * copied / _best_seconds(copy, values) / 1e9,
+    }
+
+
+def _best_seconds(function: Any, *arguments: jax.Array) -> float:
+    """Of one of several calls at once, after a warm-up."""
+    count = 2 if jax.default_backend() == "cpu" else 20
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(count):
+            out = function(*arguments)
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / count)
+    return min(times)
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

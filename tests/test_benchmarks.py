@@ -1,0 +1,137 @@
+"""What the benchmark of expert layers counts, and that its contestants compute the same."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.kernels.expert_mlp import Activation, expert_mlp
+from jaxmoe.kernels.expert_mlp.specs import ExpertLayer, layer_of
+from jaxmoe.kernels.grouped_matmul.specs import ExpertShape
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+LAYER = ExpertLayer(ExpertShape("tiny", 24, 16, 6, 2), Activation("swiglu_clamped", limit=1.0), bias=True)
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The modules of the benchmark, which import each other as scripts do."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import moe_counts
+    import moe_layer
+    import moe_peers
+
+    yield type("Modules", (), {"counts": moe_counts, "layer": moe_layer, "peers": moe_peers})
+    for name in ("common", "moe_counts", "moe_layer", "moe_peers", "moe_torch"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "forward", "both"),
+    [
+        ("Qwen3-30B-A3B", 8192, (0.78, 0.52), (2.35, 1.63)),
+        ("Qwen3-30B-A3B", 16384, (1.57, 0.75), (4.70, 2.42)),
+        ("Qwen3-30B-A3B", 32768, (3.13, 1.22), (9.40, 4.00)),
+        ("Mixtral-8x7B", 8192, (7.31, 1.19), (21.9, 3.8)),
+        ("Mixtral-8x7B", 32768, (29.2, 2.78), (87.7, 9.1)),
+    ],
+)
+def test_floors(benchmarks: Any, model: str, tokens: int, forward: Any, both: Any):
+    """Milliseconds at 790 TFLOP/s and 4.3 TB/s, worked out by hand elsewhere."""
+    line = benchmarks.counts.Line(layer_of(model), tokens, "balanced")
+    for backward, (compute, memory) in enumerate((forward, both)):
+        assert line.flops("full", bool(backward)) / 790e9 == pytest.approx(compute, rel=0.01)
+        assert line.bytes("full", bool(backward)) / 4.3e9 == pytest.approx(memory, rel=0.02)
+    rates = {"matmul TFLOP/s": 790.0, "copy GB/s": 4300.0}
+    assert line.floor_ms("full", True, rates) == pytest.approx(max(both), rel=0.01)
+    frozen = line.flops("lora", True) - 3 * (line.flops("lora", False) - line.flops("full", False))
+    assert frozen == pytest.approx(2 / 3 * line.flops("full", True))
+
+
+def _run(contestant: Any) -> list[np.ndarray]:
+    leaves = jax.tree.leaves(contestant.run(*contestant.arguments))
+    return [np.asarray(leaf) for leaf in leaves]
+
+
+@pytest.mark.parametrize("weights", ["full", "lora"])
+def test_peers_compute_the_same(benchmarks: Any, weights: str):
+    line = benchmarks.counts.Line(LAYER, 30, "half_empty")
+    field = benchmarks.layer.Field(line, "float32")
+    ours = _run(field.make("ours", weights, True))
+    theirs = _run(field.make("ragged_dot", weights, True))
+    # out, dx, and the gradients of the router's weights; those of the experts are laid out differently.
+    for index in (0, 1, -1):
+        np.testing.assert_allclose(ours[index], theirs[index], rtol=1e-4, atol=1e-5)
+    norms = [sorted(float(np.linalg.norm(array)) for array in arrays) for arrays in (ours, theirs)]
+    np.testing.assert_allclose(*norms, rtol=1e-4)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("weights", ["full", "lora"])
+def test_torch_computes_the_same(benchmarks: Any, weights: str):
+    import torch
+
+    line = benchmarks.counts.Line(LAYER, 30, "zipf")
+    field = benchmarks.layer.Field(line, "bfloat16")
+    import moe_torch
+
+    layer = moe_torch.make(field.inputs, LAYER.activation, benchmarks.layer.SCALE, weights, True)
+    contestant = field.make("ours", weights, True)
+    ours = jax.tree.leaves(contestant.run(*contestant.arguments))
+    grads = layer()
+    pairs = [(ours[0], layer.forward()), (ours[1], grads[0]), (ours[-1], grads[1])]
+    for mine, torchs in pairs:
+        mine = np.asarray(mine.astype(jnp.float32))
+        torchs = torchs.detach().to(torch.float32).numpy()
+        assert np.linalg.norm(mine - torchs) < 0.02 * np.linalg.norm(mine)
+    assert len(grads) == len(ours) - 1
+
+
+def test_a_contestant_that_fails_is_left_out_with_its_reason(
+    benchmarks: Any, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: Any) -> Any:
+        raise MemoryError("needs 54.0 GB")
+
+    monkeypatch.setattr(benchmarks.peers, "dense_layer", refuse)
+    line = benchmarks.counts.Line(dataclasses.replace(LAYER, bias=False), 20, "balanced")
+    rates = {"matmul TFLOP/s": 1.0, "copy GB/s": 1.0}
+    rows = benchmarks.layer.measure_line(line, "float32", rates, 0.0)
+    assert [row["pass"] for row in rows] == ["fwd", "fwd+bwd"] * 2
+    assert all(row["left out"] == {"dense": "MemoryError: needs 54.0 GB"} for row in rows)
+    assert all(row["ms"] > 0 and row["x ragged_dot"] > 0 for row in rows)
+    assert benchmarks.layer.summary(rows)[3]["over full"] == rows[3]["ms"] / rows[1]["ms"]
+
+
+def test_targets(benchmarks: Any):
+    row = {"model": "Qwen3-30B-A3B", "tokens": 8192, "routing": "balanced", "weights": "full", "pass": "fwd"}
+    row |= {"ms": 2.0, "TFLOP/s": 350.0, "peers ms": {"tokamax mosaic": 2.4, "tokamax triton": 3.0}}
+    table = benchmarks.counts.targets_table(benchmarks.counts.GPU_TARGETS, [row])
+    assert [line[""] for line in table] == ["reached", *["not measured"] * 5, "missed", "not measured"]
+
+
+def test_lines_of_a_gpu(benchmarks: Any):
+    lines = benchmarks.layer.lines_to_measure(on_cpu=False, quick=False)
+    assert len(lines) == len(set(lines)) == 6 * 3 * 3
+    assert lines[0] == benchmarks.counts.Line(layer_of("Qwen3-30B-A3B"), 8192, "balanced")
+
+
+def test_ours_is_what_the_model_calls(benchmarks: Any):
+    field = benchmarks.layer.Field(benchmarks.counts.Line(LAYER, 30, "balanced"), "float32")
+    inputs = field.inputs
+    out = _run(field.make("ours", "lora", False))[0]
+    right = expert_mlp(
+        inputs.x,
+        inputs.experts,
+        inputs.chosen,
+        inputs.weights,
+        activation=LAYER.activation,
+        lora_scale=benchmarks.layer.SCALE,
+        backend="reference",
+    )
+    np.testing.assert_allclose(out, np.asarray(right), rtol=1e-4, atol=1e-5)
