@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ from jaxmoe.errors import UserError
 _WRITING = ".orbax-checkpoint-tmp"
 _DELETING = ".deleting"
 _INVENTORY = "_FILES.json"
+_QUIET_SECONDS = 0.2
+_STRAGGLERS_SECONDS = 5.0
 _CHUNK_BYTES = 4 << 20
 _READERS = 8
 _TENSORSTORE_OS_ERROR = re.compile(r"os_error_code='(\d+)'|\[OS error (\d+)")
@@ -46,8 +49,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int | None) -> None:
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be at least 1, found {keep}")
-        _silence_orbax()
-        _silence_tensorstore()
+        _silence_writers()
         self._folder = Path(folder).absolute()
         self._keep = keep
         self._saved = set(self.steps())
@@ -116,7 +118,8 @@ class Checkpoints:
             The state and the ``extra`` that were saved.
 
         Raises:
-            UserError: there is no such checkpoint, or it is damaged. It is never passed over in silence.
+            UserError: there is no such checkpoint, it is damaged, or of another tree or other shapes. It is never
+                passed over in silence.
         """
         self.wait()
         steps = self.steps()
@@ -219,7 +222,7 @@ class Checkpoints:
             self._checkpointer.close()
         self._checkpointer = _checkpointer()
         if jax.process_index() == 0:
-            self._remove_leftovers()
+            self._remove_what_failed()
         reason = _os_reason(error)
         if reason is None:
             raise error
@@ -243,6 +246,17 @@ class Checkpoints:
     def _remove_leftovers(self) -> None:
         if self._folder.is_dir():
             self._delete([e for e in self._folder.iterdir() if e.name.endswith((_WRITING, _DELETING))])
+
+    def _remove_what_failed(self) -> None:
+        """Writes that were under way end a little later, in TensorStore's threads, and make their folder again."""
+        give_up = time.monotonic() + _STRAGGLERS_SECONDS
+        quiet = False
+        while not quiet and time.monotonic() < give_up:
+            self._remove_leftovers()
+            time.sleep(_QUIET_SECONDS)
+            quiet = not self._folder.is_dir() or not any(
+                entry.name.endswith(_WRITING) for entry in self._folder.iterdir()
+            )
 
     def _delete_old(self) -> None:
         assert self._keep is not None
@@ -354,15 +368,14 @@ class _FromOrbax(logging.Filter):
         return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
-def _silence_orbax() -> None:
-    """Drop what orbax logs through absl, with tracebacks of errors that it raises as well."""
-    logger = logging.getLogger("absl")
-    if not any(isinstance(existing, _FromOrbax) for existing in logger.filters):
-        logger.addFilter(_FromOrbax())
+class _OfFailedWrites(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        return _TENSORSTORE_OS_ERROR.search(str(error)) is None
 
 
-class _OfOpenLoops:
-    """A hook for exceptions that nothing can catch: passes on all but those of event loops that are closed."""
+class _OfClosedLoops:
+    """A hook for exceptions that nothing can catch: drops those of event loops that are closed."""
 
     def __init__(self, hook: Callable[[Any], Any]) -> None:
         self._hook = hook
@@ -372,11 +385,15 @@ class _OfOpenLoops:
             self._hook(unraisable)
 
 
-def _silence_tensorstore() -> None:
-    """Drop what TensorStore's threads print when the first of many writes has failed.
+def _silence_writers() -> None:
+    """Drop what libraries print, with tracebacks and in pieces, of a failure that they raise as well.
 
-    The others end after the event loop that waited for them was closed, and each then prints a traceback, in
-    pieces, into whatever the command prints. The failure itself is raised.
+    Orbax logs it through absl. Of many writes the first that fails ends the event loop that waits for all: asyncio
+    logs the errors of others, and TensorStore's threads print that the loop is closed when theirs end.
     """
-    if not isinstance(sys.unraisablehook, _OfOpenLoops):
-        sys.unraisablehook = _OfOpenLoops(sys.unraisablehook)
+    for name, kind in (("absl", _FromOrbax), ("asyncio", _OfFailedWrites)):
+        logger = logging.getLogger(name)
+        if not any(isinstance(existing, kind) for existing in logger.filters):
+            logger.addFilter(kind())
+    if not isinstance(sys.unraisablehook, _OfClosedLoops):
+        sys.unraisablehook = _OfClosedLoops(sys.unraisablehook)
