@@ -8,7 +8,7 @@
 # kernels/expert_mlp/measured/; both also to FOLDER if one is given. Run it again on the same day to measure lines that
 # there was no time for. With --dry-run, the same steps on a CPU with tiny shapes; they write only to FOLDER.
 #
-# Environment: PYTHON (python3), SECONDS_FOR_LAYERS (270), SECONDS_PER_LAUNCH (5).
+# Environment: PYTHON (python3), SECONDS_IN_ALL (480), SECONDS_PER_LAUNCH (5, of the search for tiles).
 set -uo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -24,7 +24,8 @@ if [ -n "$folder" ]; then
 fi
 
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+keeper=
+trap '[ -n "$keeper" ] && kill "$keeper" 2>/dev/null; rm -rf "$work"' EXIT
 
 # The package as an installation lays it out, made of links.
 mkdir "$work/package" "$work/package/jaxmoe"
@@ -40,7 +41,6 @@ export PYTHONDONTWRITEBYTECODE=1
 cd "$work" || exit 2
 # torch has its own share of the memory in the same process.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_MEM_FRACTION=0.8
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$work/compiled}
 
 step() {
 	echo
@@ -66,14 +66,18 @@ else
 	results=$repository/benchmarks/results
 	tune_check=(--check)
 	tune_tiles=(--tiles --model Qwen3-30B-A3B --model Mixtral-8x7B --tokens 8192 --seconds "${SECONDS_PER_LAUNCH:-5}")
-	layers=(--resume --seconds "${SECONDS_FOR_LAYERS:-270}")
+	layers=(--resume)
 fi
 
 keep() {
-	if [ -n "$folder" ] && [ -z "$dry" ]; then
-		cp -f "$measured"/*.json "$results"/moe_layer*_gpu.json "$folder"/ 2>/dev/null
-	fi
+	cp -f "$measured"/*.json "$results"/moe_layer*_gpu.json "$folder"/ 2>/dev/null
 }
+
+if [ -n "$folder" ] && [ -z "$dry" ]; then
+	# All along, so that a run that is cut off has left what it found.
+	(while sleep 5; do keep; done) &
+	keeper=$!
+fi
 
 step "machine"
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,temperature.gpu --format=csv 2>/dev/null ||
@@ -93,27 +97,32 @@ for name in ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "numpy", "torch", "tr
 PROGRAM
 
 step "check of every kernel"
-limited 240 "$python" -m jaxmoe.kernels.tune "${tune_check[@]}"
+# Without XLA's search for the fastest algorithm: nothing is timed here.
+XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_autotune_level=0" limited 300 "$python" -m jaxmoe.kernels.tune "${tune_check[@]}"
 status=$?
 if [ "$status" -ne 0 ]; then
-	keep
-	[ "$status" -eq 124 ] && echo "error: the case named last did not end: its kernels wait for ever, or compile too slowly" >&2
+	if [ "$status" -eq 124 ]; then
+		echo "error: the case named last did not end: a kernel waits for ever, or compiles too slowly" >&2
+	fi
 	echo "error: the kernels are not found right here (exit code $status): nothing is measured" >&2
 	exit 1
 fi
 
 step "tiles of the most important launches"
 limited 120 "$python" -m jaxmoe.kernels.tune "${tune_tiles[@]}" ||
-	echo "the search for tiles ended early (exit code $?): the rest is measured with the heuristic's"
-keep
+	echo "the search for tiles ended early (exit code $?): the rest is measured with what it had found"
 
 step "expert layers"
-limited $((${SECONDS_FOR_LAYERS:-270} + 90)) "$python" "$repository/benchmarks/moe_layer.py" "${layers[@]}"
+left=$((${SECONDS_IN_ALL:-480} - SECONDS - 40))
+[ "$left" -lt 60 ] && left=60
+limited $((left + 120)) "$python" "$repository/benchmarks/moe_layer.py" --seconds "$left" "${layers[@]}"
 status=$?
-keep
-[ "$status" -ne 0 ] && echo "error: moe_layer.py ended early (exit code $status); the lines before that are kept" >&2
+if [ "$status" -ne 0 ]; then
+	echo "error: moe_layer.py ended early (exit code $status); the lines before that are kept" >&2
+fi
+[ -n "$keeper" ] && keep
 
-step "done"
+step "done in $SECONDS seconds"
 echo "results: $results"
 echo "check and tiles: $measured"
 exit "$status"

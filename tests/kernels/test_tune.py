@@ -168,6 +168,23 @@ def test_findings_are_written_beside_earlier_ones(tmp_path: Any):
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_tiles_alone_need_a_check_before(tmp_path: Any, capsys: pytest.CaptureFixture[str]):
+    assert tune.main(["--tiles", "--output", str(tmp_path)]) == 2
+    assert "the kernels are not checked: leave out --tiles" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    path = tmp_path / "NVIDIA_H200.json"
+    checked = {jax.__version__: 1.25}
+    path.write_text(json.dumps({"device": "NVIDIA H200", "checked": checked, "tiles": {}}))
+    measured_on.cache_clear()
+    arguments = ["--tiles", "--model", "OLMoE-1B-7B", "--tokens", "8192", "--output", str(tmp_path)]
+    assert tune.main(arguments) == 0
+    content = json.loads(path.read_text())
+    assert content["checked"] == checked
+    assert len(content["tiles"]) == 6
+    measured_on.cache_clear()
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_wrong_kernels_are_no_longer_taken_for_right(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
