@@ -84,8 +84,8 @@ class ActivationGradient:
     """From the gradient of the activation, not yet times the router's weight, to all that the backward pass wants.
 
     Outputs: the pre-activation's gradient (P, G*F); the weighted activation (P, F), which the gradient of the second
-    matrix wants; and (column blocks, P) float32, whose sum over blocks is the gradient of the router's weight. All are
-    zero for padding.
+    matrix wants; and (column blocks, P) float32, whose sum over blocks is the gradient of the router's weight. The
+    first two are zero for padding; the third is anything there, and nobody asks for it.
     """
 
     activation: Activation
