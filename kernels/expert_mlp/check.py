@@ -4,6 +4,7 @@ What stands as the measure of an error is the error of the naive computation in 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -158,12 +159,12 @@ def _ratios(backend: Mosaic, case: Case, repeats: int) -> dict[str, float]:
     """Of every result by name: the error over that of the naive computation."""
     operands = _operands(case)
     call = Call(case.activation, lora_scale=0.75)
-    ours = jax.jit(lambda *arrays: _results(backend, call, case, *arrays, twice=True))
+    ours = jax.jit(functools.partial(_results, backend, call, case, twice=True))
     arrays = (operands.x, operands.experts, operands.weights, operands.dispatch, operands.dout)
     _poison()
     results = _by_name(jax.block_until_ready(ours(*arrays)))
     runs = [_by_name(jax.block_until_ready(ours(*arrays))) for _ in range(repeats - 1)]
-    naive = _by_name(jax.jit(lambda *arrays: _results(xla, call, case, *arrays))(*arrays))
+    naive = _by_name(jax.jit(functools.partial(_results, xla, call, case))(*arrays))
     right = _by_name(_reference(call, case, operands))
     unused = operands.dispatch.group_sizes == 0
     precision = float(jnp.finfo(case.dtype).eps)
