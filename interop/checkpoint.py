@@ -108,7 +108,8 @@ def open_source(path_or_hub_id: str | Path) -> Source:
     family = family_of(raw, str(folder / "config.json"))
     spec = family.spec(raw, str(folder / "config.json"))
     files = CheckpointFolder(folder)
-    bindings = bind(family.rules(spec), spec, files.tensors, family.ignored)
+    shapes = {name: info.shape for name, info in files.tensors.items()}
+    bindings = bind(family.rules(spec), spec, shapes, family.ignored)
     raise_problems(folder, _problems(bindings, files))
     return Source(folder, family, raw, spec, files, bindings)
 
@@ -144,7 +145,7 @@ def read_params(
     )
     arrays = []
     for (name, declared), placement in zip(named(tree), jax.tree.leaves(placements), strict=True):
-        shards = LocalShards(declared, placement, np.dtype(dtype))
+        shards = LocalShards(declared, placement, np.dtype(declared.dtype(dtype)))
         for part in bindings.of_parameter[name]:
             shards.fill(part, reader)
         # Waiting keeps a host from holding a second parameter while the first is on its way to its devices.

@@ -182,6 +182,29 @@ class ConfigReader:
             raise UserError(f"{self.file}: {'; '.join(problems)}")
 
 
+def text_config(raw: Mapping[str, Any], name: str, file: str) -> dict[str, Any]:
+    """The part `name` of a config.json of several models in one, such as "text_config".
+
+    Whether input and output embeddings are tied is the whole's to say where it says it.
+
+    Raises:
+        UserError: the whole has fields that transformers does not know, or the part is missing.
+    """
+    config_class = CONFIG_MAPPING[raw["model_type"]]
+    known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    unknown = sorted(raw.keys() - known - _INERT)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], sorted(known), 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UserError(f"{file}: unknown fields {', '.join(map(repr, unknown))}{hint}")
+    part = raw.get(name)
+    if not isinstance(part, dict):
+        raise UserError(f"{file}: {name} = {part!r}: expected an object with the text model's fields")
+    part = {"model_type": config_class.sub_configs[name].model_type} | part
+    tied = raw.get("tie_word_embeddings", getattr(config_class(), "tie_word_embeddings", None))
+    return part if tied is None else part | {"tie_word_embeddings": tied}
+
+
 def is_positive(value: Any) -> bool:
     """Whether a value is a number above 0 that a float32 holds; true is none."""
     if not isinstance(value, int | float) or isinstance(value, bool):

@@ -17,7 +17,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import einops
@@ -121,23 +121,27 @@ class Bindings:
 
 
 def bind(
-    rules: Sequence[Rule], spec: ModelSpec, names: Collection[str] | None = None, ignored: Sequence[str] = ()
+    rules: Sequence[Rule],
+    spec: ModelSpec,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    ignored: Sequence[str] = (),
 ) -> Bindings:
     """Apply `rules` to a model.
 
     Where several rules have the same target they are alternative layouts: per layer, the first whose tensors
-    are in `names` is used, so a checkpoint may hold its experts one by one or fused.
+    are in `shapes` and have the right shapes is used, so a checkpoint may hold its experts one by one or fused,
+    and fused ones either way round. If none has the right shapes, it is the first whose tensors are there.
 
     Args:
         rules: of the family.
         spec: the model.
-        names: tensors of the checkpoint; without it the first layout of each parameter is taken.
+        shapes: of the checkpoint's tensors by name; without it the first layout of each parameter is taken.
         ignored: regular expressions of tensors that are not the model's (copied as they are on export).
 
     Raises:
         ValueError: a parameter has no rule, or a rule's letters do not cover its parameter: a family's mistake.
     """
-    present = None if names is None else set(names)
+    present = None if shapes is None else shapes.keys()
     of_tensor: dict[str, Binding] = {}
     of_parameter: dict[str, list[Binding]] = {}
     copies: dict[str, str] = {}
@@ -146,10 +150,8 @@ def bind(
         candidates = [rule for rule in rules if rule.target == part.rule_target]
         if not candidates:
             raise ValueError(f"no rule for parameter {part.name} ({part.rule_target})")
-        layouts = [_expand(rule, part) for rule in candidates]
-        if present is not None:
-            layouts = [layout for layout in layouts if any(b.source in present for b in layout)] or layouts
-        for binding in layouts[0]:
+        rule, layout = _layout(candidates, part, shapes)
+        for binding in layout:
             if binding.source in of_tensor:
                 raise ValueError(
                     f"{binding.source} is taken by both {of_tensor[binding.source].target} and {part.name}"
@@ -158,10 +160,10 @@ def bind(
             of_parameter.setdefault(part.name, []).append(binding)
             if present is not None and binding.source not in present:
                 missing.append(binding.source)
-        for copy in candidates[0].copies:
+        for copy in rule.copies:
             if present is not None and copy in present:
-                of_tensor[copy] = dataclasses.replace(layouts[0][0], source=copy)
-                copies[copy] = layouts[0][0].source
+                of_tensor[copy] = dataclasses.replace(layout[0], source=copy)
+                copies[copy] = layout[0].source
     extra = (present or set()) - of_tensor.keys()
     surplus = sorted(name for name in extra if not any(re.search(pattern, name) for pattern in ignored))
     return Bindings(
@@ -195,6 +197,25 @@ def _parts(spec: ModelSpec) -> Iterator[_Part]:
         group_index, place_index, repeat = spec.locate(layer)
         for name, declared in inside[group_index, place_index]:
             yield _Part(name, declared, "layers.{L}." + name.split(".", 3)[3], layer, repeat)
+
+
+def _layout(
+    candidates: Sequence[Rule], part: _Part, shapes: Mapping[str, Sequence[int]] | None
+) -> tuple[Rule, list[Binding]]:
+    """The rule whose tensors the checkpoint has, and its bindings."""
+    layouts = [(rule, _expand(rule, part)) for rule in candidates]
+    if shapes is None:
+        return layouts[0]
+
+    def fits(bindings: Sequence[Binding], exactly: bool) -> bool:
+        there = [binding for binding in bindings if binding.source in shapes]
+        return bool(there) and not (exactly and any(tuple(shapes[b.source]) != b.shape for b in there))
+
+    for exactly in (True, False):
+        for rule, bindings in layouts:
+            if fits(bindings, exactly):
+                return rule, bindings
+    return layouts[0]
 
 
 def _expand(rule: Rule, part: _Part) -> list[Binding]:

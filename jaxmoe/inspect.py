@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmoe.cli import ArgumentParser, run_command
-from jaxmoe.model.moe import MoESpec
+from jaxmoe.model.mlp import MLPSpec
 from jaxmoe.params import count, named
 from jaxmoe.paths import path_argument
-from jaxmoe.spec import LayerSpec, ModelSpec, model_params
+from jaxmoe.spec import DenseMoESpec, LayerSpec, ModelSpec, model_params
 from jaxmoe.throughput import active_params
 
 
@@ -55,10 +55,16 @@ def _layer(layer: LayerSpec) -> str:
     mixer = layer.mixer
     window = "" if mixer.window is None else f", window {mixer.window}"
     attention = f"attention {mixer.num_heads}/{mixer.num_kv_heads} heads of {mixer.head_dim}{window}"
-    if isinstance(layer.ffn, MoESpec):
-        router = layer.ffn.router
-        return f"{attention}; {router.num_experts} experts of {layer.ffn.hidden}, top {router.top_k}"
-    return f"{attention}; dense {layer.ffn.hidden}"
+    parts = [attention]
+    if isinstance(layer.ffn, MLPSpec | DenseMoESpec):
+        dense = layer.ffn.dense if isinstance(layer.ffn, DenseMoESpec) else layer.ffn
+        parts.append(f"dense {dense.hidden}")
+    if layer.moe is not None:
+        router = layer.moe.router
+        parts.append(f"{router.num_experts} experts of {layer.moe.hidden}, top {router.top_k}")
+        if layer.moe.shared is not None:
+            parts.append(f"shared {layer.moe.shared.mlp.hidden}")
+    return "; ".join(parts)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Losses: next-token cross-entropy without ever holding all logits, and the router's balance terms."""
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxmoe.model.head import Head
 from jaxmoe.model.precision import float32_matmuls
 from jaxmoe.model.router import RouterStats
 from jaxmoe.sharding import BATCH_AXES, current_mesh
@@ -33,8 +35,8 @@ def next_token_targets(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.
     return jnp.where((next_segment == segment_ids) & (segment_ids > 0), following, IGNORED)
 
 
-def linear_cross_entropy(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Sum of -log softmax(hidden · headᵀ)[target], in nats, over all targets that are not `IGNORED`.
+def linear_cross_entropy(hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array) -> jax.Array:
+    """Sum of -log softmax(logits)[target], in nats, over all targets that are not `IGNORED`.
 
     The sequence is cut into chunks and only one chunk's logits exist at a time. When a gradient is asked for,
     it is computed in the same pass (softmax minus one-hot needs nothing from later), so that the logits are
@@ -46,32 +48,32 @@ def linear_cross_entropy(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: 
 
     Args:
         hidden_BTD: (B, T, D).
-        head_VD: (V, D); multiplied in hidden's dtype, its gradient is summed in float32 and has head's own. On
-            a mesh, "tensor" divides V and "fsdp" divides D.
+        head: its weight (V, D) is multiplied in hidden's dtype; gradients of weight and bias are summed in
+            float32 and have their own dtypes. On a mesh, "tensor" divides V and "fsdp" divides D.
         targets_BT: (B, T) int32.
 
     Returns:
         () float32.
     """
     with float32_matmuls(hidden_BTD.dtype):
-        return _linear_cross_entropy(hidden_BTD, head_VD, targets_BT)
+        return _linear_cross_entropy(hidden_BTD, head, targets_BT)
 
 
 @jax.custom_vjp
-def _linear_cross_entropy(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    return _on_mesh(_local_loss, hidden_BTD, head_VD, targets_BT)
+def _linear_cross_entropy(hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array) -> jax.Array:
+    return _on_mesh(_local_loss, hidden_BTD, head, targets_BT)
 
 
 def _forward(
-    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    loss, dhidden_BTD, dhead_VD = _on_mesh(_local_loss_and_gradients, hidden_BTD, head_VD, targets_BT)
-    return loss, (dhidden_BTD[: hidden_BTD.shape[0]], dhead_VD)
+    hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, Head]]:
+    loss, dhidden_BTD, dhead = _on_mesh(_local_loss_and_gradients, hidden_BTD, head, targets_BT)
+    return loss, (dhidden_BTD[: hidden_BTD.shape[0]], dhead)
 
 
-def _backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    dhidden_BTD, dhead_VD = saved
-    return (grad * dhidden_BTD).astype(dhidden_BTD.dtype), (grad * dhead_VD).astype(dhead_VD.dtype), None
+def _backward(saved: tuple[jax.Array, Head], grad: jax.Array) -> tuple[jax.Array, Head, None]:
+    dhidden_BTD, dhead = jax.tree.map(lambda value: (grad * value).astype(value.dtype), saved)
+    return dhidden_BTD, dhead, None
 
 
 _linear_cross_entropy.defvjp(_forward, _backward)
@@ -85,65 +87,75 @@ class _Axes(NamedTuple):
     width: tuple[str, ...] = ()
 
 
-def _on_mesh(local: Any, hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> Any:
+def _on_mesh(local: Any, hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array) -> Any:
     """Call `local` on each device's parts. Gradients of hidden have rows added until the mesh divides them."""
     mesh = current_mesh()
     if mesh is None:
-        return local(hidden_BTD, head_VD, targets_BT, _Axes())
+        return local(hidden_BTD, head, targets_BT, _Axes())
     missing = -hidden_BTD.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     hidden_BTD = jnp.pad(hidden_BTD, ((0, missing), (0, 0), (0, 0)))
     targets_BT = jnp.pad(targets_BT, ((0, missing), (0, 0)), constant_values=IGNORED)
-    rows, head = P(BATCH_AXES), P("tensor", "fsdp")
+    rows = P(BATCH_AXES)
+    parts = Head(P("tensor", "fsdp"), None if head.bias is None else P("tensor"), head.spec)
     return jax.shard_map(
         functools.partial(local, axes=_Axes(BATCH_AXES, ("tensor",), ("fsdp",))),
         mesh=mesh,
-        in_specs=(rows, head, rows),
-        out_specs=P() if local is _local_loss else (P(), rows, head),
+        in_specs=(rows, parts, rows),
+        out_specs=P() if local is _local_loss else (P(), rows, parts),
         check_vma=False,
-    )(hidden_BTD, head_VD, targets_BT)
+    )(hidden_BTD, head, targets_BT)
 
 
-def _local_loss(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, axes: _Axes) -> jax.Array:
-    head_VD = _gathered_head(head_VD, hidden_BTD.dtype, axes)
+def _local_loss(hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array, axes: _Axes) -> jax.Array:
+    head = dataclasses.replace(head, weight=_gathered(head.weight, hidden_BTD.dtype, axes))
 
     def body(total: jax.Array, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        return total + _chunk(*piece, head_VD, axes).loss, None
+        return total + _chunk(*piece, head, axes).loss, None
 
-    pieces = _chunks(hidden_BTD, targets_BT, head_VD)
+    pieces = _chunks(hidden_BTD, targets_BT, head.weight)
     return jax.lax.psum(jax.lax.scan(body, jnp.zeros((), jnp.float32), pieces)[0], axes.rows)
 
 
 def _local_loss_and_gradients(
-    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, axes: _Axes
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    own_head_VD, head_VD = head_VD, _gathered_head(head_VD, hidden_BTD.dtype, axes)
+    hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array, axes: _Axes
+) -> tuple[jax.Array, jax.Array, Head]:
+    own, head = head, dataclasses.replace(head, weight=_gathered(head.weight, hidden_BTD.dtype, axes))
+    head_VD = head.weight
 
     def body(
-        carry: tuple[jax.Array, jax.Array], piece: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        (total, dhead_VD), (hidden, targets) = carry, piece
-        chunk = _chunk(hidden, targets, head_VD, axes)
+        carry: tuple[jax.Array, Head], piece: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, Head], jax.Array]:
+        (total, dhead), (hidden, targets) = carry, piece
+        chunk = _chunk(hidden, targets, head, axes)
         softmax = jnp.exp(chunk.logits - chunk.lse[..., None])
         one_hot = chunk.own_targets[..., None] == jnp.arange(head_VD.shape[0])
-        dlogits = jnp.where(targets[..., None] == IGNORED, 0.0, softmax - one_hot).astype(hidden.dtype)
-        dhead_VD += jnp.einsum("btv,btd->vd", dlogits, hidden, preferred_element_type=jnp.float32)
+        dlogits = jnp.where(targets[..., None] == IGNORED, 0.0, softmax - one_hot)
+        dlogits = head.spec.cotangent(chunk.logits, dlogits)
+        dbias_V = None if dhead.bias is None else dhead.bias + jnp.sum(dlogits, axis=(0, 1))
+        dlogits = dlogits.astype(hidden.dtype)
+        dhead_VD = dhead.weight + jnp.einsum(
+            "btv,btd->vd", dlogits, hidden, preferred_element_type=jnp.float32
+        )
         dhidden = jnp.einsum("btv,vd->btd", dlogits, head_VD, preferred_element_type=jnp.float32)
-        return (total + chunk.loss, dhead_VD), jax.lax.psum(dhidden, axes.vocabulary).astype(hidden.dtype)
+        dhidden = jax.lax.psum(dhidden, axes.vocabulary).astype(hidden.dtype)
+        return (total + chunk.loss, Head(dhead_VD, dbias_V, head.spec)), dhidden
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(head_VD.shape, jnp.float32))
-    (total, dhead_VD), dhidden = jax.lax.scan(body, start, _chunks(hidden_BTD, targets_BT, head_VD))
+    start = jax.tree.map(lambda value: jnp.zeros(value.shape, jnp.float32), (jnp.zeros(()), head))
+    (total, dhead), dhidden = jax.lax.scan(body, start, _chunks(hidden_BTD, targets_BT, head_VD))
     dhidden = jnp.moveaxis(dhidden, 0, 1).reshape(hidden_BTD.shape[0], -1, hidden_BTD.shape[2])
     # First the reduction that leaves each device its own columns, then those columns over the other axes.
-    dhead_VD = jax.lax.psum_scatter(dhead_VD, axes.width, scatter_dimension=1, tiled=True)
+    dhead_VD = jax.lax.psum_scatter(dhead.weight, axes.width, scatter_dimension=1, tiled=True)
     dhead_VD = jax.lax.psum(dhead_VD, tuple(axis for axis in axes.rows if axis not in axes.width))
+    dbias_V = None if dhead.bias is None else jax.lax.psum(dhead.bias, axes.rows)
+    dhead = Head(dhead_VD, dbias_V, head.spec)
     return (
         jax.lax.psum(total, axes.rows),
         dhidden[:, : hidden_BTD.shape[1]],
-        dhead_VD.astype(own_head_VD.dtype),
+        jax.tree.map(lambda gradient, weight: gradient.astype(weight.dtype), dhead, own),
     )
 
 
-def _gathered_head(head_VD: jax.Array, dtype: Any, axes: _Axes) -> jax.Array:
+def _gathered(head_VD: jax.Array, dtype: Any, axes: _Axes) -> jax.Array:
     """This device's part of the vocabulary in the whole width."""
     return jax.lax.all_gather(head_VD.astype(dtype), axes.width, axis=1, tiled=True)
 
@@ -179,12 +191,12 @@ class _Chunk(NamedTuple):
     own_targets: jax.Array
 
 
-def _chunk(hidden: jax.Array, targets: jax.Array, head_VD: jax.Array, axes: _Axes) -> _Chunk:
-    logits = jnp.einsum("btd,vd->btv", hidden, head_VD, preferred_element_type=jnp.float32)
+def _chunk(hidden: jax.Array, targets: jax.Array, head: Head, axes: _Axes) -> _Chunk:
+    logits = head.logits(hidden)
     highest = jax.lax.pmax(jnp.max(logits, axis=-1), axes.vocabulary)
     own_sum = jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1)
-    own_targets = targets - head_VD.shape[0] * jax.lax.axis_index(axes.vocabulary)
-    is_own = (own_targets >= 0) & (own_targets < head_VD.shape[0])
+    own_targets = targets - head.weight.shape[0] * jax.lax.axis_index(axes.vocabulary)
+    is_own = (own_targets >= 0) & (own_targets < head.weight.shape[0])
     picked = jnp.take_along_axis(logits, jnp.where(is_own, own_targets, 0)[..., None], axis=-1)[..., 0]
     whole_sum, target_logit = jax.lax.psum((own_sum, jnp.where(is_own, picked, 0.0)), axes.vocabulary)
     lse = highest + jnp.log(whole_sum)
@@ -211,7 +223,7 @@ def pooled_load_balancing_loss(stats: RouterStats) -> jax.Array:
     For parity only; `load_balancing_loss` is what training uses.
     """
     tokens = jnp.maximum(stats.tokens.sum(), 1.0)
-    return stats.load.shape[-1] * jnp.sum(stats.load.sum(0) / tokens * stats.probability.sum(0) / tokens)
+    return stats.load.shape[-1] * jnp.sum(stats.top_load.sum(0) / tokens * stats.probability.sum(0) / tokens)
 
 
 def router_z_loss(stats: RouterStats) -> jax.Array:

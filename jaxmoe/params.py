@@ -12,10 +12,13 @@ Dimension letters, used for every tensor of the code base:
     V  vocabulary                                T  sequence (S where keys differ from queries)
     D  model width                               R  rows, that is tokens: R = B*T
     Q  query width, N*H                          N  query heads
-    U  key and value width, M*H                  M  key-value heads
-    H  head width                                K  experts chosen per token
+    U  key width, M*H                            M  key-value heads
+    W  value width, M times a value's            K  experts chosen per token
+    P  attended width, N times a value's
+    H  head width
     E  experts                                   Z  slots, that is (token, choice) pairs: Z = R*K
-    G  gate and up, 2
+    G  gate and up, 2; without a gate 1
+    J  1, of a gate that is one number per token
     F  hidden width of one expert
     I  hidden width of a dense feed-forward
 
@@ -31,7 +34,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-Role = Literal["matrix", "router", "embedding", "vector"]
+Role = Literal["matrix", "router", "embedding", "vector", "constant"]
 Init = Literal["normal", "ones", "zeros"]
 Tree = Any
 """Nested dicts and tuples; the leaves are `Param`, arrays or what was derived from them."""
@@ -45,24 +48,34 @@ class Param:
         dims: one letter per axis (see the legend above), such as "LEGFD".
         shape: one size per letter.
         init: how random weights begin; "normal" has the model's ``initializer_range`` as its deviation.
-        role: "matrix" (the last two axes are a linear map), "router", "embedding" (also the output head)
-            or "vector" (norm scales and biases, never decayed).
+        role: "matrix" (the last two axes are a linear map), "router", "embedding" (also the output head),
+            "vector" (norm scales and biases, never decayed) or "constant" (no gradient step changes it).
+        num_heads: N, where a dimension is made of query heads, each of which stays whole on one device.
+        float32: kept in float32 whatever the model computes in.
     """
 
     dims: str
     shape: tuple[int, ...]
     init: Init
     role: Role
+    num_heads: int | None = None
+    float32: bool = False
 
     @property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
 
+    def dtype(self, others: Any) -> Any:
+        """The dtype that it has in a model of dtype `others`."""
+        return jnp.dtype("float32" if self.float32 else others)
 
-def param(dims: str, sizes: Mapping[str, int], role: Role = "matrix", init: Init = "normal") -> Param:
+
+def param(
+    dims: str, sizes: Mapping[str, int], role: Role = "matrix", init: Init = "normal", **options: Any
+) -> Param:
     """Declare a parameter whose letter sizes are looked up in `sizes`."""
-    return Param(dims, tuple(sizes[letter] for letter in dims), init, role)
+    return Param(dims, tuple(sizes[letter] for letter in dims), init, role, **options)
 
 
 def stacked(tree: Tree, repeats: int) -> Tree:
@@ -72,7 +85,23 @@ def stacked(tree: Tree, repeats: int) -> Tree:
 
 def abstract(tree: Tree, dtype: Any) -> Tree:
     """`jax.ShapeDtypeStruct` for every declared parameter."""
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), tree)
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype(dtype)), tree)
+
+
+def for_compute(tree: Tree, values: Tree, dtype: Any) -> Tree:
+    """Arrays in `dtype`, but for those kept in float32; constants without gradient.
+
+    Args:
+        tree: declarations.
+        values: arrays in the same structure.
+        dtype: compute dtype.
+    """
+
+    def prepare(declared: Param, value: jax.Array) -> jax.Array:
+        value = value.astype(declared.dtype(dtype))
+        return jax.lax.stop_gradient(value) if declared.role == "constant" else value
+
+    return jax.tree.map(prepare, tree, values)
 
 
 def count(tree: Tree) -> int:
@@ -98,15 +127,15 @@ def initialize(tree: Tree, key: jax.Array, std: float, dtype: Any, shardings: Tr
         tree: declarations.
         key: a PRNG key; each parameter draws from its own fold, so adding one changes no other.
         std: the model's ``initializer_range``.
-        dtype: dtype of the arrays; values are drawn in float32.
+        dtype: dtype of the arrays but those kept in float32; values are drawn in float32.
         shardings: an optional tree of the same structure; each device then makes only its own shard.
     """
 
     def draw(key: jax.Array, index: int, declared: Param) -> jax.Array:
         if declared.init == "normal":
             values = std * jax.random.normal(jax.random.fold_in(key, index), declared.shape)
-            return values.astype(dtype)
-        return jnp.full(declared.shape, 1.0 if declared.init == "ones" else 0.0, dtype)
+            return values.astype(declared.dtype(dtype))
+        return jnp.full(declared.shape, 1.0 if declared.init == "ones" else 0.0, declared.dtype(dtype))
 
     leaves, structure = jax.tree.flatten(tree)
 

@@ -5,7 +5,6 @@ The mesh has four axes. ``data`` replicates parameters, ``fsdp`` shards them alo
 the first three.
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -22,21 +21,12 @@ MESH_AXIS_OF = {
     "D": "fsdp",
     "Q": "tensor",
     "U": "tensor",
+    "W": "tensor",
+    "P": "tensor",
     "E": "expert",
     "F": "tensor",
     "I": "tensor",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadsParam(Param):
-    """A parameter whose dimension Q is made of query heads, each of which stays whole on one device.
-
-    Attributes:
-        num_heads: N.
-    """
-
-    num_heads: int
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
@@ -65,7 +55,7 @@ def partition_spec(declared: Param, axis_of: dict[str, str] | None = None) -> Pa
     Raises:
         ValueError: two letters of one parameter would share a mesh axis.
     """
-    if declared.role == "vector":
+    if declared.role in ("vector", "constant"):
         return PartitionSpec()
     axes = [(MESH_AXIS_OF if axis_of is None else axis_of).get(letter) for letter in declared.dims]
     used = [axis for axis in axes if axis is not None]
@@ -89,7 +79,7 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
             if axis is None:
                 continue
             parts, what = size, f"{letter}={size}"
-            if letter == "Q" and isinstance(declared, HeadsParam):
+            if letter in "QP" and declared.num_heads is not None:
                 parts, what = declared.num_heads, f"N={declared.num_heads} (query heads)"
             if parts % mesh.shape[axis]:
                 problems.append(f"{name}: {what} is not divisible by {axis}={mesh.shape[axis]}")

@@ -2,21 +2,62 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, Literal
 
 from jaxmoe.model.attention import AttentionSpec, attention_params
 from jaxmoe.model.mlp import MLPSpec, mlp_params
 from jaxmoe.model.moe import MoESpec, moe_params
+from jaxmoe.model.norms import NormSpec, norm_params
 from jaxmoe.model.rope import RopeSpec
-from jaxmoe.params import Param, Tree, param, stacked
+from jaxmoe.params import Tree, param, stacked
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseMoESpec:
+    """A dense feed-forward and experts side by side, their outputs normed apart and added (Gemma 4).
+
+    The dense one sees what the layer's norm gives. The router sees the residual stream itself, and the experts
+    a norm of their own of it.
+
+    Attributes:
+        norm: of all three further norms: what the dense one gives, what experts see, what they give.
+    """
+
+    dense: MLPSpec
+    moe: MoESpec
+    norm: NormSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """One pre-norm layer: x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """A token mixer and a feed-forward around the residual stream x.
+
+    | placement | value |
+    |---|---|
+    | pre | x + f(norm(x)), for f the mixer and then the feed-forward |
+    | post | x + norm(f(x)), for one and then the other |
+    | sandwich | x + norm(f(norm(x))), for one and then the other |
+    | parallel | x + mixer(norm(x)) + ffn(norm(x)), with one norm |
+
+    Attributes:
+        norm: of all norms of the layer.
+        residual_scale: factor of what is added to x.
+        output_scale: the layer's output is multiplied by a constant that the checkpoint holds.
+    """
 
     mixer: AttentionSpec
-    ffn: MoESpec | MLPSpec
-    norm_eps: float
+    ffn: MoESpec | MLPSpec | DenseMoESpec
+    norm: NormSpec
+    placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
+    residual_scale: float = 1.0
+    output_scale: bool = False
+
+    @property
+    def moe(self) -> MoESpec | None:
+        """Its experts; None where the feed-forward is dense."""
+        if isinstance(self.ffn, MLPSpec):
+            return None
+        return self.ffn.moe if isinstance(self.ffn, DenseMoESpec) else self.ffn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +76,25 @@ class ModelSpec:
         width: D, the model width.
         vocab_size: V.
         groups: the layers, in order.
-        norm_eps: of the final norm.
+        norm: the final one.
         tie_embeddings: the output head is the embedding.
         init_std: deviation of randomly initialised matrices.
+        embedding_scale: factor of the embedded tokens.
+        head_bias: a bias on the output head.
+        logit_scale: factor of the logits.
+        logit_softcap: logits become cap · tanh(logits / cap), after that (Gemma 2, arXiv 2408.00118).
     """
 
     width: int
     vocab_size: int
     groups: tuple[LayerGroup, ...]
-    norm_eps: float
+    norm: NormSpec
     tie_embeddings: bool
     init_std: float
+    embedding_scale: float = 1.0
+    head_bias: bool = False
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
@@ -55,7 +104,8 @@ class ModelSpec:
     @property
     def ropes(self) -> set[RopeSpec]:
         """The distinct rotations of all layers."""
-        return {layer.mixer.rope for group in self.groups for layer in group.pattern}
+        ropes = {layer.mixer.rope for group in self.groups for layer in group.pattern}
+        return {rope for rope in ropes if rope is not None}
 
     def locate(self, layer: int) -> tuple[int, int, int]:
         """Group, place in its pattern and repeat of layer number `layer`."""
@@ -94,26 +144,40 @@ def group_layers(layers: Sequence[LayerSpec]) -> tuple[LayerGroup, ...]:
 
 def layer_params(layer: LayerSpec, width: int) -> Tree:
     """Declarations of one layer, not stacked."""
-    norm: Param = param("D", {"D": width}, role="vector", init="ones")
-    ffn = (
-        moe_params(layer.ffn, width)
-        if isinstance(layer.ffn, MoESpec)
-        else {"mlp": mlp_params(layer.ffn, width)}
-    )
-    return {"attention_norm": norm, "attention": attention_params(layer.mixer, width), "ffn_norm": norm} | ffn
+    tree: dict[str, Any] = {"attention": attention_params(layer.mixer, width)}
+    norms = {
+        "pre": ("attention_norm", "ffn_norm"),
+        "post": ("attention_post_norm", "ffn_post_norm"),
+        "sandwich": ("attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm"),
+        "parallel": ("attention_norm",),
+    }[layer.placement]
+    for name in norms:
+        tree |= norm_params(name, layer.norm, width)
+    if isinstance(layer.ffn, DenseMoESpec):
+        for name in ("dense_post_norm", "experts_norm", "experts_post_norm"):
+            tree |= norm_params(name, layer.ffn.norm, width)
+        tree["mlp"] = mlp_params(layer.ffn.dense, width)
+    elif isinstance(layer.ffn, MLPSpec):
+        tree["mlp"] = mlp_params(layer.ffn, width)
+    if layer.moe is not None:
+        tree |= moe_params(layer.moe, width)
+    if layer.output_scale:
+        tree["output_scale"] = param("J", {"J": 1}, role="constant", init="ones")
+    return tree
 
 
 def model_params(spec: ModelSpec) -> Tree:
     """Declarations of a whole model: {"embed", "groups": (group: (place in pattern: layer))), "norm", "lm_head"}."""
     sizes = {"V": spec.vocab_size, "D": spec.width}
-    tree = {
+    tree: dict[str, Any] = {
         "embed": param("VD", sizes, role="embedding"),
         "groups": tuple(
             tuple(stacked(layer_params(layer, spec.width), group.repeats) for layer in group.pattern)
             for group in spec.groups
         ),
-        "norm": param("D", sizes, role="vector", init="ones"),
-    }
+    } | norm_params("norm", spec.norm, spec.width)
     if not spec.tie_embeddings:
         tree["lm_head"] = param("VD", sizes, role="embedding")
+    if spec.head_bias:
+        tree["lm_head_bias"] = param("V", sizes, role="vector", init="zeros")
     return tree

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.config import RunConfig
-from jaxmoe.model.moe import MoESpec
+from jaxmoe.model.moe import moe_params
 from jaxmoe.params import count
 from jaxmoe.spec import LayerSpec, ModelSpec, layer_params
 
@@ -37,9 +37,10 @@ def active_params(spec: ModelSpec) -> int:
     for layer in spec.layers:
         if layer not in per_layer:
             total = count(layer_params(layer, spec.width))
-            if isinstance(layer.ffn, MoESpec):
-                router = layer.ffn.router
-                total -= (router.num_experts - router.top_k) * 3 * layer.ffn.hidden * spec.width
+            if layer.moe is not None:
+                experts = moe_params(layer.moe, spec.width)["experts"]
+                router = layer.moe.router
+                total -= count(experts) * (router.num_experts - router.top_k) // router.num_experts
             per_layer[layer] = total
     return sum(per_layer[layer] for layer in spec.layers) + spec.vocab_size * spec.width
 
@@ -47,8 +48,9 @@ def active_params(spec: ModelSpec) -> int:
 def train_flops_per_token(spec: ModelSpec, sequence_length: int) -> float:
     """FLOPs of forward and backward for one token: 6 per active parameter, plus causal attention.
 
-    Attention costs 12 N H t per layer, t the mean number of keys that a query sees: half the sequence, or the
-    window (PaLM, arXiv 2204.02311, appendix B, halved for causality). Recomputation is not counted.
+    Attention costs 6 N (H + H_v) t per layer, with H and H_v the widths of a key's and a value's head, and t the
+    mean number of keys that a query sees: half the sequence, or the window (PaLM, arXiv 2204.02311, appendix B,
+    halved for causality). Recomputation is not counted.
     """
     attention = 0.0
     for layer in spec.layers:
@@ -58,7 +60,8 @@ def train_flops_per_token(spec: ModelSpec, sequence_length: int) -> float:
             if window >= sequence_length
             else window * (1 - window / (2 * sequence_length))
         )
-        attention += 12.0 * layer.mixer.num_heads * layer.mixer.head_dim * keys
+        mixer = layer.mixer
+        attention += 6.0 * mixer.num_heads * (mixer.head_dim + mixer.width_of_value) * keys
     return 6.0 * active_params(spec) + attention
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 WITHOUT_TORCH = (
     "torch is not installed: tests marked 'torch' (comparisons with transformers' models) are deselected"
 )
+
+# Whoever starts the tests in the background may have had them ignore interrupts, and with them what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices take turns on few cores: XLA's 40 seconds for all of them to reach a collective are not enough

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe import losses
+from jaxmoe.model.head import Head
 from jaxmoe.model.router import RouterSpec, RouterStats, route, router_stats
 from jaxmoe.sharding import BATCH_AXES, MESH_AXES
 
@@ -25,6 +26,10 @@ def inputs():
     return jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32), jnp.asarray(targets)
 
 
+def cross_entropy(hidden, weight, targets):
+    return losses.linear_cross_entropy(hidden, Head(weight), targets)
+
+
 def plain(hidden, head, targets):
     logp = jax.nn.log_softmax(hidden @ head.T, axis=-1)
     picked = jnp.take_along_axis(logp, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
@@ -35,12 +40,8 @@ def plain(hidden, head, targets):
 def test_cross_entropy_and_gradients(chunk, monkeypatch):
     monkeypatch.setattr(losses, "_LOGITS_PER_CHUNK", chunk * B * V)
     hidden, head, targets = inputs()
-    np.testing.assert_allclose(
-        losses.linear_cross_entropy(hidden, head, targets), plain(hidden, head, targets), rtol=1e-6
-    )
-    ours = jax.grad(lambda h, w: 3.0 * losses.linear_cross_entropy(h, w, targets), argnums=(0, 1))(
-        hidden, head
-    )
+    np.testing.assert_allclose(cross_entropy(hidden, head, targets), plain(hidden, head, targets), rtol=1e-6)
+    ours = jax.grad(lambda h, w: 3.0 * cross_entropy(h, w, targets), argnums=(0, 1))(hidden, head)
     want = jax.grad(lambda h, w: 3.0 * plain(h, w, targets), argnums=(0, 1))(hidden, head)
     for grad, expected in zip(ours, want, strict=True):
         np.testing.assert_allclose(grad, expected, rtol=1e-5, atol=1e-6)
@@ -51,7 +52,7 @@ def test_cross_entropy_never_holds_all_logits():
     rows, length, width, vocab = 4, 512, 8, 2**16
 
     def loss(hidden, head, targets):
-        return losses.linear_cross_entropy(hidden, head, targets)
+        return cross_entropy(hidden, head, targets)
 
     shapes = (
         jax.ShapeDtypeStruct((rows, length, width), jnp.float32),
@@ -79,15 +80,15 @@ def test_cross_entropy_on_a_mesh(shape, rows, monkeypatch):
     head = jnp.asarray(30 * rng.normal(size=(vocab, width)), jnp.float32)
     targets = jnp.asarray(rng.integers(-1, vocab, (rows, length)), jnp.int32)
 
-    def both(cross_entropy):
+    def both(compute):
         def loss(h, w):
-            return 3.0 * cross_entropy(h, w, targets)
+            return 3.0 * compute(h, w, targets)
 
         return jax.jit(loss)(hidden, head), *jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(hidden, head)
 
     value, value_too, (dhidden, dhead) = both(plain)
     with jax.set_mesh(mesh_of(*shape)):
-        ours, ours_too, (our_dhidden, our_dhead) = both(losses.linear_cross_entropy)
+        ours, ours_too, (our_dhidden, our_dhead) = both(cross_entropy)
     np.testing.assert_allclose([ours, ours_too], [value, value_too], rtol=1e-6)
     np.testing.assert_allclose(our_dhidden, dhidden, rtol=1e-5, atol=1e-5 * float(jnp.abs(dhidden).max()))
     np.testing.assert_allclose(our_dhead, dhead, rtol=1e-5, atol=1e-5 * float(jnp.abs(dhead).max()))
@@ -104,7 +105,7 @@ def test_the_head_travels_once_and_not_per_chunk(shape, monkeypatch):
 
     with jax.set_mesh(mesh):
         compiled = (
-            jax.jit(jax.grad(losses.linear_cross_entropy, argnums=(0, 1)))
+            jax.jit(jax.grad(cross_entropy, argnums=(0, 1)))
             .lower(
                 arg((rows, length, width), jnp.bfloat16, BATCH_AXES),
                 arg((vocab, width), jnp.float32, "tensor", "fsdp"),
@@ -129,7 +130,7 @@ def test_the_head_travels_once_and_not_per_chunk(shape, monkeypatch):
 
 def test_head_gradient_keeps_float32():
     hidden, head, targets = inputs()
-    grads = jax.grad(losses.linear_cross_entropy, argnums=(0, 1))(hidden.astype(jnp.bfloat16), head, targets)
+    grads = jax.grad(cross_entropy, argnums=(0, 1))(hidden.astype(jnp.bfloat16), head, targets)
     assert (grads[0].dtype, grads[1].dtype) == (jnp.bfloat16, jnp.float32)
 
 
@@ -142,7 +143,8 @@ def test_targets_stay_within_documents():
 
 
 def stats_of(load, probability, tokens):
-    return RouterStats(jnp.asarray(load), jnp.asarray(probability), jnp.zeros(len(load)), jnp.asarray(tokens))
+    load = jnp.asarray(load)
+    return RouterStats(load, load, jnp.asarray(probability), jnp.zeros(len(load)), jnp.asarray(tokens))
 
 
 def test_balance_loss_is_one_when_balanced_and_e_when_collapsed():
@@ -169,7 +171,7 @@ def test_balance_gradient_reaches_the_router_and_ignores_padding():
     valid = jnp.arange(9) < 7
 
     def terms(weight, x):
-        one = router_stats(route({"weight": weight}, spec, x), valid)
+        one = router_stats(spec, route({"weight": weight}, spec, x), valid)
         stats = jax.tree.map(lambda a: a[None], one)
         return losses.load_balancing_loss(stats) + losses.router_z_loss(stats), one
 

@@ -7,6 +7,7 @@ from typing import Any
 from jaxmoe.errors import UserError
 from jaxmoe.interop.config_json import ConfigReader, is_positive
 from jaxmoe.interop.rules import Rule
+from jaxmoe.model.norms import NormSpec
 from jaxmoe.model.rope import Dynamic, Linear, Llama3, LongRope, RopeSpec, Scaling, Yarn
 from jaxmoe.spec import LayerSpec, ModelSpec, group_layers
 
@@ -45,17 +46,18 @@ def norm_rules() -> tuple[Rule, ...]:
 
 
 def attention_rules(query_norm: str = "H", key_norm: str = "H") -> tuple[Rule, ...]:
-    """Grouped-query attention, with whichever biases and norms the spec has."""
+    """Grouped-query attention, with whichever biases, norms, sinks and gate the spec has."""
 
     def rule(target: str, source: str, axes: str) -> Rule:
         return Rule("layers.{L}.attention." + target, LAYER + "self_attn." + source, axes)
 
-    projections = {"q": "Q D", "k": "U D", "v": "U D", "o": "D Q"}
+    projections = {"q": "Q D", "k": "U D", "v": "W D", "o": "D P", "gate": "P D"}
     return (
         *(rule(f"{name}_proj", f"{name}_proj.weight", axes) for name, axes in projections.items()),
         *(rule(f"{name}_bias", f"{name}_proj.bias", axes.split()[0]) for name, axes in projections.items()),
         rule("q_norm", "q_norm.weight", query_norm),
         rule("k_norm", "k_norm.weight", key_norm),
+        rule("sinks", "sinks", "N"),
     )
 
 
@@ -86,15 +88,18 @@ def mlp_rules() -> tuple[Rule, ...]:
     )
 
 
-def model_spec(config: ConfigReader, layers: Sequence[LayerSpec], norm_eps: float) -> ModelSpec:
-    """The layers with the trunk that most families share."""
+def model_spec(
+    config: ConfigReader, layers: Sequence[LayerSpec], norm: NormSpec, **options: Any
+) -> ModelSpec:
+    """The layers with the trunk that most families share; `options` are further fields of the spec."""
     return ModelSpec(
         width=config.size("hidden_size"),
         vocab_size=config.size("vocab_size"),
         groups=group_layers(layers),
-        norm_eps=norm_eps,
+        norm=norm,
         tie_embeddings=config.take("tie_word_embeddings"),
         init_std=config.number("initializer_range", zero=True),
+        **options,
     )
 
 

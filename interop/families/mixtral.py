@@ -6,13 +6,14 @@ from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.attention import AttentionSpec
 from jaxmoe.model.moe import MoESpec
+from jaxmoe.model.norms import NormSpec
 from jaxmoe.model.router import RouterSpec
 from jaxmoe.spec import LayerSpec, ModelSpec
 
 
 def _spec(config: ConfigReader) -> ModelSpec:
     config.expect("hidden_act", "silu")
-    eps = config.number("rms_norm_eps")
+    norm = NormSpec(config.number("rms_norm_eps"))
     head_dim = common.head_dim(config)
     layer = LayerSpec(
         mixer=AttentionSpec(
@@ -20,7 +21,6 @@ def _spec(config: ConfigReader) -> ModelSpec:
             num_kv_heads=config.size("num_key_value_heads"),
             head_dim=head_dim,
             rope=common.rope_spec(config, head_dim),
-            norm_eps=eps,
             window=config.take("sliding_window", None),
         ),
         ffn=MoESpec(
@@ -33,9 +33,9 @@ def _spec(config: ConfigReader) -> ModelSpec:
             ),
             hidden=config.size("intermediate_size"),
         ),
-        norm_eps=eps,
+        norm=norm,
     )
-    return common.model_spec(config, [layer] * config.size("num_hidden_layers", MAX_LAYERS), eps)
+    return common.model_spec(config, [layer] * config.size("num_hidden_layers", MAX_LAYERS), norm)
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:

@@ -4,25 +4,27 @@ from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.rules import Rule
-from jaxmoe.model.attention import AttentionSpec
+from jaxmoe.model.attention import AttentionSpec, QKNorm
 from jaxmoe.model.moe import MoESpec
+from jaxmoe.model.norms import NormSpec
 from jaxmoe.model.router import RouterSpec
 from jaxmoe.spec import LayerSpec, ModelSpec
 
 
 def _spec(config: ConfigReader) -> ModelSpec:
     config.expect("hidden_act", "silu")
-    eps = config.number("rms_norm_eps")
+    norm = NormSpec(config.number("rms_norm_eps"))
     head_dim = common.head_dim(config)
+    bias = config.take("attention_bias")
     layer = LayerSpec(
         mixer=AttentionSpec(
             num_heads=config.size("num_attention_heads"),
             num_kv_heads=config.size("num_key_value_heads"),
             head_dim=head_dim,
             rope=common.rope_spec(config, head_dim),
-            norm_eps=eps,
-            qk_norm="full",
-            bias=config.take("attention_bias"),
+            qk_norm=QKNorm(norm, "full"),
+            bias=bias,
+            output_bias=bias,
             clip_qkv=None if config.take("clip_qkv", None) is None else config.number("clip_qkv"),
         ),
         ffn=MoESpec(
@@ -34,9 +36,9 @@ def _spec(config: ConfigReader) -> ModelSpec:
             ),
             hidden=config.size("intermediate_size"),
         ),
-        norm_eps=eps,
+        norm=norm,
     )
-    return common.model_spec(config, [layer] * config.size("num_hidden_layers", MAX_LAYERS), eps)
+    return common.model_spec(config, [layer] * config.size("num_hidden_layers", MAX_LAYERS), norm)
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:

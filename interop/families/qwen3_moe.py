@@ -4,9 +4,10 @@ from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.rules import Rule
-from jaxmoe.model.attention import AttentionSpec
+from jaxmoe.model.attention import AttentionSpec, QKNorm
 from jaxmoe.model.mlp import MLPSpec
 from jaxmoe.model.moe import MoESpec
+from jaxmoe.model.norms import NormSpec
 from jaxmoe.model.router import RouterSpec
 from jaxmoe.spec import LayerSpec, ModelSpec
 
@@ -19,8 +20,9 @@ def _spec(config: ConfigReader) -> ModelSpec:
     config.expect("hidden_act", "silu")
     for name, value in _UNREAD.items():
         config.expect(name, value, None)
-    eps = config.number("rms_norm_eps")
+    norm = NormSpec(config.number("rms_norm_eps"))
     head_dim = common.head_dim(config)
+    bias = config.take("attention_bias")
     windowed = config.take("use_sliding_window")
     window = config.take("sliding_window", None)
     attention = AttentionSpec(
@@ -28,9 +30,9 @@ def _spec(config: ConfigReader) -> ModelSpec:
         num_kv_heads=config.size("num_key_value_heads"),
         head_dim=head_dim,
         rope=common.rope_spec(config, head_dim),
-        norm_eps=eps,
-        qk_norm="head",
-        bias=config.take("attention_bias"),
+        qk_norm=QKNorm(norm, "head"),
+        bias=bias,
+        output_bias=bias,
         window=window if windowed else None,
     )
     sparse = MoESpec(
@@ -45,10 +47,10 @@ def _spec(config: ConfigReader) -> ModelSpec:
     dense = MLPSpec(config.size("intermediate_size"))
     dense_layers, step = config.take("mlp_only_layers", ()), config.size("decoder_sparse_step")
     layers = [
-        LayerSpec(attention, dense if index in dense_layers or (index + 1) % step else sparse, eps)
+        LayerSpec(attention, dense if index in dense_layers or (index + 1) % step else sparse, norm)
         for index in range(config.size("num_hidden_layers", MAX_LAYERS))
     ]
-    return common.model_spec(config, layers, eps)
+    return common.model_spec(config, layers, norm)
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:

@@ -5,17 +5,37 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.model.norms import rms_norm
+from jaxmoe.model.norms import NormSpec, apply_norm
 from jaxmoe.model.rope import RopeSpec, apply_rope, rope_tables
-from jaxmoe.params import Tree, param
-from jaxmoe.sharding import BATCH_AXES, HeadsParam, axis_size, constrain, current_mesh
+from jaxmoe.model.sinks import attention_with_sinks
+from jaxmoe.params import Param, Tree, param
+from jaxmoe.sharding import BATCH_AXES, axis_size, constrain, current_mesh
 
 _logger = logging.getLogger(__name__)
+_SCORES = "attention goes through XLA, with memory for all {length}² scores: {reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class QKNorm:
+    """A norm on queries and keys.
+
+    Attributes:
+        norm: which.
+        over: "head" normalises each head of width H with one shared scale, "full" the whole projection before it
+            is split into heads.
+        after_rope: normalise what is already rotated.
+        values: values get the same norm, without a scale.
+    """
+
+    norm: NormSpec
+    over: Literal["head", "full"]
+    after_rope: bool = False
+    values: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,22 +43,42 @@ class AttentionSpec:
     """Causal grouped-query attention.
 
     Attributes:
-        qk_norm: RMSNorm on queries and keys before the rotation: "head" normalises each head of width H with
-            one shared scale, "full" the whole projection before it is split into heads.
-        bias: biases on all four projections.
+        rope: rotation of queries and keys; None leaves positions out.
+        qk_norm: norm on queries and keys.
+        bias: biases on the projections to queries, keys and values.
+        output_bias: a bias on the output projection.
         window: keys that a query sees, itself included; None sees all before it.
         clip_qkv: clamp queries, keys and values to ±clip_qkv after the norms.
+        scale: factor of the scores; by default 1/sqrt(head_dim).
+        value_dim: width of a value's head, at most head_dim, which it is by default.
+        value_scale: factor of the values.
+        values_from_keys: there is no projection to values, they are the projected keys (before norm and rotation).
+        sinks: every query head has one more logit in the softmax, a parameter, that attends to nothing
+            (Xiao et al., arXiv 2309.17453, as in gpt-oss, arXiv 2508.10925).
+        gated: the output is multiplied by sigmoid(gate_proj(x)) before the output projection
+            (Qiu et al., arXiv 2505.06708).
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope: RopeSpec
-    norm_eps: float
-    qk_norm: Literal["none", "head", "full"] = "none"
+    rope: RopeSpec | None
+    qk_norm: QKNorm | None = None
     bias: bool = False
+    output_bias: bool = False
     window: int | None = None
     clip_qkv: float | None = None
+    scale: float | None = None
+    value_dim: int | None = None
+    value_scale: float = 1.0
+    values_from_keys: bool = False
+    sinks: bool = False
+    gated: bool = False
+
+    @property
+    def width_of_value(self) -> int:
+        """Width of a value's head."""
+        return self.value_dim or self.head_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,54 +108,77 @@ def sequence(
     return Sequence(mask, {spec: rope_tables(spec, positions, dtype) for spec in specs})
 
 
-def attention_params(spec: AttentionSpec, width: int) -> Tree:
+def attention_params(spec: AttentionSpec, width: int) -> dict[str, Param]:
     """Declarations of one attention block for a model of `width`."""
     sizes = {
         "D": width,
         "H": spec.head_dim,
+        "N": spec.num_heads,
         "Q": spec.num_heads * spec.head_dim,
         "U": spec.num_kv_heads * spec.head_dim,
+        "W": spec.num_kv_heads * spec.width_of_value,
+        "P": spec.num_heads * spec.width_of_value,
     }
-
-    def of_heads(dims: str) -> HeadsParam:
-        return HeadsParam(**vars(param(dims, sizes)), num_heads=spec.num_heads)
-
-    params: dict[str, Any] = {
-        "q_proj": of_heads("QD"),
-        "k_proj": param("UD", sizes),
-        "v_proj": param("UD", sizes),
-        "o_proj": of_heads("DQ"),
-    }
-    if spec.bias:
-        for name, letter in {"q_bias": "Q", "k_bias": "U", "v_bias": "U", "o_bias": "D"}.items():
-            params[name] = param(letter, sizes, role="vector", init="zeros")
-    if spec.qk_norm != "none":
-        query, key = ("H", "H") if spec.qk_norm == "head" else ("Q", "U")
+    of_heads = functools.partial(param, sizes=sizes, num_heads=spec.num_heads)
+    params = {"q_proj": of_heads("QD"), "k_proj": param("UD", sizes)}
+    if not spec.values_from_keys:
+        params["v_proj"] = param("WD", sizes)
+    params["o_proj"] = of_heads("DP")
+    if spec.gated:
+        params["gate_proj"] = of_heads("PD")
+    biases = {"q_bias": "Q", "k_bias": "U", "v_bias": "W"} if spec.bias else {}
+    if spec.values_from_keys:
+        biases.pop("v_bias", None)
+    for name, letter in (biases | ({"o_bias": "D"} if spec.output_bias else {})).items():
+        params[name] = param(letter, sizes, role="vector", init="zeros")
+    if spec.qk_norm is not None:
+        query, key = ("H", "H") if spec.qk_norm.over == "head" else ("Q", "U")
         params["q_norm"] = param(query, sizes, role="vector", init="ones")
         params["k_norm"] = param(key, sizes, role="vector", init="ones")
+    if spec.sinks:
+        params["sinks"] = param("N", sizes, role="vector", init="zeros")
     return params
 
 
 def attention(params: Tree, spec: AttentionSpec, x_BTD: jax.Array, sequence: Sequence) -> jax.Array:
     """x (B, T, D) → (B, T, D)."""
-    q_BTNH, k_BTMH, v_BTMH = _project(_repeat_kv_heads(params, spec), spec, x_BTD)
-    tables = sequence.rope[spec.rope]
-    q_BTNH, k_BTMH = apply_rope(q_BTNH, tables), apply_rope(k_BTMH, tables)
+    q_BTNH, k_BTMH, v_BTMH = _project(_repeat_kv_heads(params, spec), spec, x_BTD, sequence)
     q_BTNH, k_BTMH, v_BTMH = (constrain(x, BATCH_AXES, None, "tensor") for x in (q_BTNH, k_BTMH, v_BTMH))
-    attend = functools.partial(
-        jax.nn.dot_product_attention,
-        scale=spec.head_dim**-0.5,
-        is_causal=True,
-        local_window_size=None if spec.window is None else (spec.window - 1, 0),
-        implementation=_implementation(q_BTNH, masked=sequence.mask is not None),
-    )
+    attend = _attend(params, spec, q_BTNH, masked=sequence.mask is not None)
     if jax.default_backend() == "cpu" and current_mesh() is None:
         out_BTNH = _row_by_row(attend, q_BTNH, k_BTMH, v_BTMH, sequence.mask)
     else:
-        out_BTNH = attend(q_BTNH, k_BTMH, v_BTMH, mask=sequence.mask)
-    out_BTQ = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
-    out_BTD = jnp.einsum("btq,dq->btd", out_BTQ, params["o_proj"])
-    return out_BTD + params["o_bias"] if spec.bias else out_BTD
+        out_BTNH = attend(q_BTNH, k_BTMH, v_BTMH, sequence.mask)
+    out_BTP = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
+    if spec.gated:
+        out_BTP = out_BTP * jax.nn.sigmoid(jnp.einsum("btd,pd->btp", x_BTD, params["gate_proj"]))
+    out_BTD = jnp.einsum("btp,dp->btd", out_BTP, params["o_proj"])
+    return out_BTD + params["o_bias"] if spec.output_bias else out_BTD
+
+
+def _attend(
+    params: Tree, spec: AttentionSpec, q_BTNH: jax.Array, masked: bool
+) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]:
+    """The function of queries, keys, values and mask that gives what is attended to, (B, T, N, value width)."""
+    scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
+    if spec.sinks:
+        if _compute_capability() is not None:
+            _log_once(_SCORES.format(length=q_BTNH.shape[1], reason="cuDNN has no attention sinks"))
+        return functools.partial(attention_with_sinks, sinks=params["sinks"], scale=scale, window=spec.window)
+    attend = functools.partial(
+        jax.nn.dot_product_attention,
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if spec.window is None else (spec.window - 1, 0),
+        implementation=_implementation(q_BTNH, masked),
+    )
+
+    def attend_padded(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Values as wide as keys, which is all that jax takes."""
+        padded = jnp.pad(v, ((0, 0),) * (v.ndim - 1) + ((0, spec.head_dim - v.shape[-1]),))
+        return attend(q, k, padded, mask=mask)[..., : v.shape[-1]]
+
+    return attend_padded
 
 
 def _row_by_row(
@@ -130,7 +193,7 @@ def _row_by_row(
     @jax.checkpoint
     def row(operands: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
         q, k, v, mask = operands
-        return attend(q, k, v, mask=mask)
+        return attend(q, k, v, mask)
 
     return jax.lax.map(row, (q, k, v, mask))
 
@@ -147,35 +210,53 @@ def _repeat_kv_heads(params: Tree, spec: AttentionSpec) -> Tree:
         return params
 
     def repeat(x: jax.Array) -> jax.Array:
-        """(U, …) → (repeats * U, …)."""
+        """(heads of keys or values, …) → (repeats times as many, …)."""
         rest = ("fsdp",) if x.ndim == 2 else ()
         # Whole before it is cut differently: XLA cannot go from parts of heads to copies of heads by itself.
-        heads = constrain(x, None, *rest).reshape(spec.num_kv_heads, spec.head_dim, *x.shape[1:])
+        heads = constrain(x, None, *rest).reshape(spec.num_kv_heads, -1, *x.shape[1:])
         return constrain(jnp.repeat(heads, repeats, axis=0).reshape(-1, *x.shape[1:]), "tensor", *rest)
 
-    of_heads = {"k_proj", "v_proj", "k_bias", "v_bias"} | ({"k_norm"} if spec.qk_norm == "full" else set())
+    of_heads = {"k_proj", "v_proj", "k_bias", "v_bias"}
+    if spec.qk_norm is not None and spec.qk_norm.over == "full":
+        # The mean over the projection is that over its repeated heads.
+        of_heads.add("k_norm")
     return params | {name: repeat(params[name]) for name in of_heads & params.keys()}
 
 
-def _project(params: Tree, spec: AttentionSpec, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries (B, T, N, H), keys and values (B, T, M, H): normed and clipped, not yet rotated."""
-    q = jnp.einsum("btd,qd->btq", x_BTD, params["q_proj"])
-    k = jnp.einsum("btd,ud->btu", x_BTD, params["k_proj"])
-    v = jnp.einsum("btd,ud->btu", x_BTD, params["v_proj"])
-    if spec.bias:
-        q, k, v = q + params["q_bias"], k + params["k_bias"], v + params["v_bias"]
+def _project(
+    params: Tree, spec: AttentionSpec, x_BTD: jax.Array, sequence: Sequence
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries (B, T, N, H), keys (B, T, M, H) and values (B, T, M, value width), ready to attend."""
 
-    def heads(x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], -1, spec.head_dim)
+    def project(name: str) -> jax.Array:
+        out = jnp.einsum("btd,ud->btu", x_BTD, params[f"{name}_proj"])
+        return out + params[f"{name}_bias"] if spec.bias else out
 
-    if spec.qk_norm == "full":
-        q, k = rms_norm(q, params["q_norm"], spec.norm_eps), rms_norm(k, params["k_norm"], spec.norm_eps)
-    q, k, v = heads(q), heads(k), heads(v)
-    if spec.qk_norm == "head":
-        q, k = rms_norm(q, params["q_norm"], spec.norm_eps), rms_norm(k, params["k_norm"], spec.norm_eps)
+    def heads(x: jax.Array, width: int) -> jax.Array:
+        return x.reshape(*x.shape[:2], -1, width)
+
+    def normed(x: jax.Array, name: str, over: str, after_rope: bool) -> jax.Array:
+        if spec.qk_norm is None or (spec.qk_norm.over, spec.qk_norm.after_rope) != (over, after_rope):
+            return x
+        return apply_norm(spec.qk_norm.norm, x, params[f"{name}_norm"])
+
+    def query_or_key(x: jax.Array, name: str) -> jax.Array:
+        x = normed(heads(normed(x, name, "full", False), spec.head_dim), name, "head", False)
+        if spec.clip_qkv is not None:
+            x = jnp.clip(x, -spec.clip_qkv, spec.clip_qkv)
+        if spec.rope is not None:
+            x = apply_rope(spec.rope, x, sequence.rope[spec.rope])
+        return normed(x, name, "head", True)
+
+    projected_key = project("k")
+    value = heads(projected_key if spec.values_from_keys else project("v"), spec.width_of_value)
+    if spec.qk_norm is not None and spec.qk_norm.values:
+        value = apply_norm(spec.qk_norm.norm, value, None)
     if spec.clip_qkv is not None:
-        q, k, v = (jnp.clip(x, -spec.clip_qkv, spec.clip_qkv) for x in (q, k, v))
-    return q, k, v
+        value = jnp.clip(value, -spec.clip_qkv, spec.clip_qkv)
+    if spec.value_scale != 1.0:
+        value = value * spec.value_scale
+    return query_or_key(project("q"), "q"), query_or_key(projected_key, "k"), value
 
 
 def _implementation(q_BTNH: jax.Array, masked: bool) -> Literal["cudnn", "xla"]:
@@ -190,7 +271,7 @@ def _implementation(q_BTNH: jax.Array, masked: bool) -> Literal["cudnn", "xla"]:
     reason = _cudnn_refuses(q_BTNH, masked, capability)
     if reason is None:
         return "cudnn"
-    _log_once(f"attention goes through XLA, with memory for all {q_BTNH.shape[1]}² scores: {reason}")
+    _log_once(_SCORES.format(length=q_BTNH.shape[1], reason=reason))
     return "xla"
 
 

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.model.attention import Sequence, attention, sequence
-from jaxmoe.model.mlp import mlp
-from jaxmoe.model.moe import MoESpec, moe
-from jaxmoe.model.norms import rms_norm
+from jaxmoe.model.head import Head, LogitSpec
+from jaxmoe.model.mlp import MLPSpec, mlp
+from jaxmoe.model.moe import moe
+from jaxmoe.model.norms import norm
 from jaxmoe.model.precision import float32_matmuls
 from jaxmoe.model.router import RouterStats
-from jaxmoe.params import Tree
+from jaxmoe.params import Tree, for_compute
 from jaxmoe.sharding import BATCH_AXES, constrain
-from jaxmoe.spec import LayerGroup, LayerSpec, ModelSpec
+from jaxmoe.spec import DenseMoESpec, LayerGroup, LayerSpec, ModelSpec, layer_params
 
 
 class Batch(NamedTuple):
@@ -87,25 +88,27 @@ def _hidden_states(
     valid_BT = None if batch.segment_ids is None else batch.segment_ids > 0
     # Rows of the table are looked up whole: split along D, the lookup's result would have to be resharded.
     x_BTD = constrain(constrain(params["embed"], "tensor")[batch.tokens].astype(dtype), BATCH_AXES)
+    if spec.embedding_scale != 1.0:
+        x_BTD = x_BTD * jnp.asarray(spec.embedding_scale, dtype)
     stats: list[RouterStats] = []
     for index, (group, group_params) in enumerate(zip(spec.groups, params["groups"], strict=True)):
         group_key = None if key is None else jax.random.fold_in(key, index)
         x_BTD, group_stats = _run_group(group, group_params, x_BTD, sequence_info, valid_BT, group_key, remat)
         stats.extend(group_stats)
-    x_BTD = rms_norm(x_BTD, params["norm"], spec.norm_eps)
+    x_BTD = norm(params, "norm", spec.norm, x_BTD)
     return x_BTD, jax.tree.map(lambda *parts: jnp.concatenate(parts), *stats) if stats else None
 
 
-def output_head(params: Tree, spec: ModelSpec) -> jax.Array:
-    """The output matrix (V, D)."""
-    return params["embed"] if spec.tie_embeddings else params["lm_head"]
+def output_head(params: Tree, spec: ModelSpec) -> Head:
+    """The output head."""
+    weight = params["embed"] if spec.tie_embeddings else params["lm_head"]
+    return Head(weight, params.get("lm_head_bias"), LogitSpec(spec.logit_scale, spec.logit_softcap))
 
 
 def logits(params: Tree, spec: ModelSpec, hidden_BTD: jax.Array) -> jax.Array:
     """Hidden states (B, T, D) → float32 logits (B, T, V)."""
-    head_VD = output_head(params, spec).astype(hidden_BTD.dtype)
     with float32_matmuls(hidden_BTD.dtype):
-        return jnp.einsum("btd,vd->btv", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+        return output_head(params, spec).logits(hidden_BTD)
 
 
 def _run_group(
@@ -119,9 +122,9 @@ def _run_group(
 ) -> tuple[jax.Array, list[RouterStats]]:
     """Scan over the repeats of a group. The statistics of its MoE layers come back in layer order."""
 
-    def run_layer(layer: LayerSpec, layer_params: Tree, x: jax.Array, layer_key: jax.Array | None) -> Any:
-        cast = jax.tree.map(lambda p: p.astype(x.dtype), layer_params)
-        return _layer(layer, cast, x, sequence_info, valid_BT, layer_key)
+    def run_layer(layer: LayerSpec, weights: Tree, x: jax.Array, layer_key: jax.Array | None) -> Any:
+        declared = layer_params(layer, x.shape[-1])
+        return _layer(layer, for_compute(declared, weights, x.dtype), x, sequence_info, valid_BT, layer_key)
 
     if remat:
         run_layer = jax.checkpoint(run_layer, static_argnums=(0,), prevent_cse=False)
@@ -129,9 +132,9 @@ def _run_group(
     def body(x: jax.Array, scanned: tuple[tuple[Tree, ...], jax.Array | None]) -> Any:
         pattern_params, repeat_key = scanned
         layer_stats = []
-        for place, (layer, layer_params) in enumerate(zip(group.pattern, pattern_params, strict=True)):
+        for place, (layer, weights) in enumerate(zip(group.pattern, pattern_params, strict=True)):
             layer_key = None if repeat_key is None else jax.random.fold_in(repeat_key, place)
-            x, stats = run_layer(layer, layer_params, x, layer_key)
+            x, stats = run_layer(layer, weights, x, layer_key)
             if stats is not None:
                 layer_stats.append(stats)
         return x, layer_stats
@@ -153,11 +156,40 @@ def _layer(
     valid_BT: jax.Array | None,
     key: jax.Array | None,
 ) -> tuple[jax.Array, RouterStats | None]:
-    normed = rms_norm(x_BTD, params["attention_norm"], layer.norm_eps)
-    x_BTD = constrain(x_BTD + attention(params["attention"], layer.mixer, normed, sequence_info), BATCH_AXES)
-    normed = rms_norm(x_BTD, params["ffn_norm"], layer.norm_eps)
-    if isinstance(layer.ffn, MoESpec):
-        out, stats = moe(params, layer.ffn, normed, valid_BT, key)
-    else:
-        out, stats = mlp(params["mlp"], normed), None
-    return constrain(x_BTD + out, BATCH_AXES), stats
+    def before(name: str, x: jax.Array) -> jax.Array:
+        return x if layer.placement == "post" else norm(params, f"{name}_norm", layer.norm, x)
+
+    def add(name: str, x: jax.Array, out: jax.Array) -> jax.Array:
+        if layer.placement in ("post", "sandwich"):
+            out = norm(params, f"{name}_post_norm", layer.norm, out)
+        if layer.residual_scale != 1.0:
+            out = out * layer.residual_scale
+        return constrain(x + out, BATCH_AXES)
+
+    normed = before("attention", x_BTD)
+    mixed_BTD = add("attention", x_BTD, attention(params["attention"], layer.mixer, normed, sequence_info))
+    if layer.placement != "parallel":
+        normed = before("ffn", mixed_BTD)
+    out, stats = _feed_forward(layer, params, mixed_BTD, normed, valid_BT, key)
+    out = add("ffn", mixed_BTD, out)
+    return out * params["output_scale"] if layer.output_scale else out, stats
+
+
+def _feed_forward(
+    layer: LayerSpec,
+    params: Tree,
+    x_BTD: jax.Array,
+    normed_BTD: jax.Array,
+    valid_BT: jax.Array | None,
+    key: jax.Array | None,
+) -> tuple[jax.Array, RouterStats | None]:
+    """What a layer adds to the residual stream x after its mixer, from norm(x)."""
+    ffn = layer.ffn
+    if isinstance(ffn, MLPSpec):
+        return mlp(params["mlp"], ffn, normed_BTD), None
+    if not isinstance(ffn, DenseMoESpec):
+        return moe(params, ffn, normed_BTD, valid_BT, key)
+    dense_BTD = norm(params, "dense_post_norm", ffn.norm, mlp(params["mlp"], ffn.dense, normed_BTD))
+    experts_see = norm(params, "experts_norm", ffn.norm, x_BTD)
+    out, stats = moe(params, ffn.moe, experts_see, valid_BT, key, router_sees=x_BTD)
+    return dense_BTD + norm(params, "experts_post_norm", ffn.norm, out), stats

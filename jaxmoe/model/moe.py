@@ -8,31 +8,64 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.kernels.expert_mlp import Experts, expert_mlp
+from jaxmoe.kernels.expert_mlp import Activation, Experts, expert_mlp
+from jaxmoe.model.mlp import MLPSpec, mlp, mlp_params
 from jaxmoe.model.router import RouterSpec, RouterStats, jitter, route, router_params, router_stats
-from jaxmoe.params import Tree, param
+from jaxmoe.params import Param, Tree, param
 from jaxmoe.sharding import BATCH_AXES, current_mesh
 
 
 @dataclasses.dataclass(frozen=True)
+class SharedSpec:
+    """A feed-forward that every token goes through beside its routed experts.
+
+    Attributes:
+        gated: its output is multiplied by sigmoid(gate · x), one number per token.
+    """
+
+    mlp: MLPSpec
+    gated: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class MoESpec:
-    """E gated experts of hidden width F behind a router; every expert is down(silu(gate(x)) · up(x))."""
+    """E experts of hidden width F behind a router.
+
+    Attributes:
+        activation: of the experts.
+        bias: on both matrices of every expert.
+        shared: added to what the experts give.
+    """
 
     router: RouterSpec
     hidden: int
+    activation: Activation = Activation()
+    bias: bool = False
+    shared: SharedSpec | None = None
 
 
 def moe_params(spec: MoESpec, width: int) -> Tree:
-    """Declarations of router and experts for a model of `width`."""
-    sizes = {"D": width, "E": spec.router.num_experts, "F": spec.hidden, "G": 2}
-    return {
-        "router": router_params(spec.router, width),
-        "experts": {"gate_up": param("EGFD", sizes), "down": param("EDF", sizes)},
-    }
+    """Declarations of router, experts and shared expert for a model of `width`."""
+    sizes = {"D": width, "E": spec.router.num_experts, "F": spec.hidden, "G": spec.activation.parts, "J": 1}
+    experts = {"gate_up": param("EGFD", sizes), "down": param("EDF", sizes)}
+    if spec.bias:
+        experts["gate_up_bias"] = param("EGF", sizes, role="vector", init="zeros")
+        experts["down_bias"] = param("ED", sizes, role="vector", init="zeros")
+    params: dict[str, dict[str, Param]] = {"router": router_params(spec.router, width), "experts": experts}
+    if spec.shared is not None:
+        params["shared"] = mlp_params(spec.shared.mlp, width)
+        if spec.shared.gated:
+            params["shared"]["gate"] = param("JD", sizes)
+    return params
 
 
 def moe(
-    params: Tree, spec: MoESpec, x_BTD: jax.Array, valid_BT: jax.Array | None, key: jax.Array | None
+    params: Tree,
+    spec: MoESpec,
+    x_BTD: jax.Array,
+    valid_BT: jax.Array | None,
+    key: jax.Array | None,
+    router_sees: jax.Array | None = None,
 ) -> tuple[jax.Array, RouterStats]:
     """x (B, T, D) → (B, T, D) and the layer's router statistics.
 
@@ -42,19 +75,29 @@ def moe(
         x_BTD: activations.
         valid_BT: (B, T) bool, false for padding; padding is computed but counted nowhere.
         key: PRNG key for router jitter, given in training only.
+        router_sees: (B, T, D), by default x.
     """
     if key is not None and spec.router.jitter:
         x_BTD = jitter(x_BTD, spec.router.jitter, key)
-    batch, length, width = x_BTD.shape
+    width = x_BTD.shape[-1]
     x_RD = x_BTD.reshape(-1, width)
-    routing = route(params["router"], spec.router, x_RD)
-    stats = router_stats(routing, None if valid_BT is None else valid_BT.reshape(-1))
-    out_RD = _experts_on_mesh(params["experts"], x_RD, routing.experts, routing.weights)
-    return out_RD.reshape(batch, length, width), stats
+    routing = route(
+        params["router"], spec.router, x_RD if router_sees is None else router_sees.reshape(-1, width)
+    )
+    stats = router_stats(spec.router, routing, None if valid_BT is None else valid_BT.reshape(-1))
+    out_RD = _experts_on_mesh(params["experts"], spec.activation, x_RD, routing.experts, routing.weights)
+    out_BTD = out_RD.reshape(x_BTD.shape)
+    if spec.shared is not None:
+        shared_BTD = mlp(params["shared"], spec.shared.mlp, x_BTD)
+        if spec.shared.gated:
+            gate_BT1 = jnp.einsum("btd,jd->btj", x_BTD, params["shared"]["gate"])
+            shared_BTD = shared_BTD * jax.nn.sigmoid(gate_BT1)
+        out_BTD = out_BTD + shared_BTD
+    return out_BTD, stats
 
 
 def _experts_on_mesh(
-    params: Tree, x_RD: jax.Array, experts_RK: jax.Array, weights_RK: jax.Array
+    params: Tree, activation: Activation, x_RD: jax.Array, experts_RK: jax.Array, weights_RK: jax.Array
 ) -> jax.Array:
     """`expert_mlp` where the mesh shards it.
 
@@ -64,18 +107,22 @@ def _experts_on_mesh(
     """
     mesh = current_mesh()
     if mesh is None:
-        return expert_mlp(x_RD, Experts(params["gate_up"], params["down"]), experts_RK, weights_RK)
-    num_experts = params["gate_up"].shape[0]
+        return expert_mlp(x_RD, Experts(**params), experts_RK, weights_RK, activation=activation)
+    num_experts = params["down"].shape[0]
 
     def local(params: Tree, x_RD: jax.Array, experts_RK: jax.Array, weights_RK: jax.Array) -> jax.Array:
         gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
+        if "down_bias" in params:  # the partial sums over slices of the hidden width add it up once
+            first = jax.lax.axis_index("tensor") == 0
+            params = params | {"down_bias": jnp.where(first, params["down_bias"], 0)}
         partial_RD = expert_mlp(
             gather(x_RD),
-            Experts(params["gate_up"], params["down"]),
+            Experts(**params),
             gather(experts_RK),
             gather(weights_RK),
+            activation=activation,
             num_experts=num_experts,
-            first=jax.lax.axis_index("expert") * params["gate_up"].shape[0],
+            first=jax.lax.axis_index("expert") * params["down"].shape[0],
         )
         wide_RD = jax.lax.psum(partial_RD.astype(jnp.float32), "tensor")
         return jax.lax.psum_scatter(wide_RD, "expert", tiled=True).astype(x_RD.dtype)
@@ -83,9 +130,18 @@ def _experts_on_mesh(
     # shard_map wants equal parts; a single prompt may have any number of rows. Those added weigh nothing.
     missing = -x_RD.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     padded = (jnp.pad(x, ((0, missing), (0, 0))) for x in (x_RD, experts_RK, weights_RK))
-    weights = {"gate_up": P("expert", None, "tensor", None), "down": P("expert", None, "tensor")}
+    parts = {
+        "gate_up": P("expert", None, "tensor", None),
+        "down": P("expert", None, "tensor"),
+        "gate_up_bias": P("expert", None, "tensor"),
+        "down_bias": P("expert"),
+    }
     rows = P(BATCH_AXES)
     out_RD = jax.shard_map(
-        local, mesh=mesh, in_specs=(weights, rows, rows, rows), out_specs=rows, check_vma=False
+        local,
+        mesh=mesh,
+        in_specs=({name: parts[name] for name in params}, rows, rows, rows),
+        out_specs=rows,
+        check_vma=False,
     )(params, *padded)
     return out_RD[: x_RD.shape[0]]

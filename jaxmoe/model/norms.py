@@ -1,20 +1,59 @@
-"""Root-mean-square norm."""
+"""Norms over the last axis."""
+
+import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from jaxmoe.params import Param, Tree, param
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x²) + eps) · scale over the last axis (Zhang and Sennrich, arXiv 1910.07467).
 
-    Statistics are taken in float32; the normalised value is rounded to x's dtype before the scale multiplies
-    it, as the Llama lineage does: the order matters in bfloat16.
+@dataclasses.dataclass(frozen=True)
+class NormSpec:
+    """A norm with a scale per feature.
 
-    Args:
-        x: (..., D).
-        scale: (D,).
-        eps: added to the mean square.
+    | kind | value |
+    |---|---|
+    | rms | x / sqrt(mean(x²) + eps), rounded to x's dtype, · scale (Zhang and Sennrich, arXiv 1910.07467) |
+    | rms_float32 | the same, · scale in float32, then rounded |
+    | layer | (x − mean) / sqrt(variance + eps) · scale (+ bias), all in float32 (Ba et al., arXiv 1607.06450) |
+
+    Statistics are always taken in float32. When the scale multiplies matters in bfloat16 alone.
+
+    Attributes:
+        bias: of "layer".
     """
+
+    eps: float
+    kind: Literal["rms", "rms_float32", "layer"] = "rms"
+    bias: bool = False
+
+
+def norm_params(name: str, spec: NormSpec, width: int) -> dict[str, Param]:
+    """Declarations of the norm called `name`: its scale, and ``{name}_bias``."""
+    declared = {name: param("D", {"D": width}, role="vector", init="ones")}
+    if spec.bias:
+        declared[f"{name}_bias"] = param("D", {"D": width}, role="vector", init="zeros")
+    return declared
+
+
+def norm(params: Tree, name: str, spec: NormSpec, x: jax.Array) -> jax.Array:
+    """The norm called `name` of x (..., D)."""
+    return apply_norm(spec, x, params[name], params.get(f"{name}_bias"))
+
+
+def apply_norm(
+    spec: NormSpec, x: jax.Array, scale: jax.Array | None, bias: jax.Array | None = None
+) -> jax.Array:
+    """x (..., D), scale and bias (D,) → (..., D) in x's dtype; without a scale it is 1."""
     wide = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return scale.astype(x.dtype) * (wide * inverse).astype(x.dtype)
+    if spec.kind == "layer":
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + spec.eps)
+    if scale is None:
+        return normal.astype(x.dtype)
+    if spec.kind == "rms":
+        return scale.astype(x.dtype) * normal.astype(x.dtype)
+    scaled = normal * scale.astype(jnp.float32)
+    return (scaled if bias is None else scaled + bias.astype(jnp.float32)).astype(x.dtype)

@@ -62,20 +62,35 @@ class LongRope:
     attention_factor: float
 
 
-Scaling = Linear | Dynamic | Yarn | Llama3 | LongRope | None
+@dataclasses.dataclass(frozen=True)
+class Proportional:
+    """Only the first `rotating` pairs turn; frequencies are spread as if all did, then divided by `factor`."""
+
+    rotating: int
+    factor: float = 1.0
+
+
+Scaling = Linear | Dynamic | Yarn | Llama3 | LongRope | Proportional | None
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeSpec:
-    """Rotation of the first `rotary_dim` of the head's features, in pairs (i, i + rotary_dim/2)."""
+    """Rotation of the first `rotary_dim` of the head's features.
+
+    Attributes:
+        interleaved: pairs are (2i, 2i + 1), else (i, i + rotary_dim/2).
+        float32: angles and rotation in float32, whatever the activations are.
+    """
 
     theta: float
     rotary_dim: int
     scaling: Scaling = None
+    interleaved: bool = False
+    float32: bool = False
 
 
 def rope_tables(spec: RopeSpec, positions: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, each (B, T, rotary_dim/2), computed in float32 and rounded to `dtype`.
+    """Cosines and sines, each (B, T, rotary_dim/2), computed in float32 and rounded to `dtype` (or not: `float32`).
 
     Args:
         spec: the rotation.
@@ -84,17 +99,24 @@ def rope_tables(spec: RopeSpec, positions: jax.Array, dtype: jnp.dtype) -> tuple
     """
     frequencies, attention_factor = _frequencies(spec, positions)
     angles = positions[..., None].astype(jnp.float32) * frequencies
-    return (jnp.cos(angles) * attention_factor).astype(dtype), (jnp.sin(angles) * attention_factor).astype(
-        dtype
-    )
+    kept = jnp.float32 if spec.float32 else dtype
+    cos, sin = (jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor)
+    return cos.astype(kept), sin.astype(kept)
 
 
-def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+def apply_rope(spec: RopeSpec, x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate x (B, T, heads, H) by tables (B, T, rotary_dim/2); features past rotary_dim pass through."""
     cos, sin = (table[:, :, None, :] for table in tables)
-    half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    half = spec.rotary_dim // 2
+    turning, rest = x[..., : 2 * half].astype(cos.dtype), x[..., 2 * half :]
+    if spec.interleaved:
+        first, second = turning[..., ::2], turning[..., 1::2]
+        pair = (first * cos - second * sin, second * cos + first * sin)
+        turned = jnp.stack(pair, axis=-1).reshape(turning.shape)
+    else:
+        first, second = turning[..., :half], turning[..., half:]
+        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
 
 
 def _inverse_frequencies(theta: float, rotary_dim: int) -> np.ndarray:
@@ -118,6 +140,9 @@ def _frequencies(spec: RopeSpec, positions: jax.Array) -> tuple[jax.Array, float
             return jnp.asarray(_yarn(spec, spec.scaling, base)), spec.scaling.attention_factor
         case Llama3():
             return jnp.asarray(_llama3(spec.scaling, base)), 1.0
+        case Proportional(rotating, factor):
+            turning = np.arange(base.size) < rotating
+            return jnp.asarray(np.where(turning, base, 0) / np.float32(factor)), 1.0
         case LongRope(short, long, original, attention_factor):
             divisor = jnp.where(jnp.max(positions) + 1 > original, jnp.asarray(long), jnp.asarray(short))
             return jnp.asarray(base) / divisor.astype(jnp.float32), attention_factor

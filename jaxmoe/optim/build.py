@@ -53,6 +53,7 @@ def build_optimizer(config: OptimizerConfig, roles: Any, total_steps: int) -> op
     | router | AdamW | ``router:`` muon or adamw | yes |
     | embedding (and output head) | AdamW | AdamW | yes |
     | vector | AdamW | AdamW | no |
+    | constant | none | none | no |
 
     A matrix with a side of one has a single singular value and goes to AdamW. State is float32, whatever the
     dtype of parameters and gradients; updates are float32 and `optax.apply_updates` rounds them.
@@ -76,6 +77,7 @@ def build_optimizer(config: OptimizerConfig, roles: Any, total_steps: int) -> op
     transforms = {
         "decayed": _adamw(config, schedule(config, total_steps, adam_peak), config.weight_decay),
         "plain": _adamw(config, schedule(config, total_steps, adam_peak), 0.0),
+        "none": optax.set_to_zero(),
     }
     if config.name == "muon":
         transforms["muon"] = muon(
@@ -99,7 +101,7 @@ def _adamw(
 
 
 def _labels(config: OptimizerConfig, roles: Any, params: optax.Params) -> Any:
-    """The group of every parameter, "muon", "decayed" or "plain", as a tree of the same structure."""
+    """The group of every parameter: "muon", "decayed", "plain" or "none", as a tree of the same structure."""
     structure: Any = jax.tree.structure(params)
     if jax.tree.structure(roles) != structure:
         ours, theirs = ({name for name, _ in named(tree)} for tree in (roles, params))
@@ -108,13 +110,13 @@ def _labels(config: OptimizerConfig, roles: Any, params: optax.Params) -> Any:
             f"without a role: {sorted(theirs - ours)}; without a parameter: {sorted(ours - theirs)}"
         )
     for (name, role), param in zip(named(roles), jax.tree.leaves(params), strict=True):
-        if role != "vector" and param.ndim < 2:
+        if role not in ("vector", "constant") and param.ndim < 2:
             raise ValueError(f"{name}: the role {role!r} needs (..., out, in), found shape {param.shape}")
     orthogonalized = {"matrix"} if config.router == "adamw" else {"matrix", "router"}
 
     def label(role: str, param: Any) -> str:
-        if role == "vector":
-            return "plain"
+        if role in ("vector", "constant"):
+            return "plain" if role == "vector" else "none"
         if config.name == "muon" and role in orthogonalized and min(param.shape[-2:]) > 1:
             return "muon"
         return "decayed"

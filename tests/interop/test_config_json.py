@@ -14,9 +14,10 @@ from jaxmoe import UserError
 from jaxmoe.interop.config_json import read_config
 from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.pretrained import from_config, read_blueprint
-from jaxmoe.model.attention import AttentionSpec
+from jaxmoe.model.attention import AttentionSpec, QKNorm
 from jaxmoe.model.mlp import MLPSpec
 from jaxmoe.model.moe import MoESpec
+from jaxmoe.model.norms import NormSpec
 from jaxmoe.model.rope import Dynamic, Linear, Llama3, LongRope, RopeSpec, Yarn
 from jaxmoe.model.router import RouterSpec
 from jaxmoe.spec import LayerGroup, LayerSpec, ModelSpec, group_layers
@@ -48,8 +49,11 @@ def refusal(config, **changes):
 
 
 def model_spec(rope, attention, router, hidden, *, width, vocab, layers, eps):
-    layer = LayerSpec(AttentionSpec(rope=rope, norm_eps=eps, **attention), MoESpec(router, hidden), eps)
-    return ModelSpec(width, vocab, (LayerGroup((layer,), layers),), eps, tie_embeddings=False, init_std=0.02)
+    norm = NormSpec(eps)
+    if "qk_norm" in attention:
+        attention = attention | {"qk_norm": QKNorm(norm, attention["qk_norm"])}
+    layer = LayerSpec(AttentionSpec(rope=rope, **attention), MoESpec(router, hidden), norm)
+    return ModelSpec(width, vocab, (LayerGroup((layer,), layers),), norm, tie_embeddings=False, init_std=0.02)
 
 
 PUBLISHED_SPECS = {
@@ -269,9 +273,9 @@ class TestVariants:
         assert spec_of(MIXTRAL, tie_word_embeddings=True).tie_embeddings is True
         assert spec_of(MIXTRAL, initializer_range=0.5).init_std == 0.5
         assert (
-            spec_of(MIXTRAL, rms_norm_eps=1e-3).norm_eps
-            == layer_of(MIXTRAL, rms_norm_eps=1e-3).norm_eps
-            == 1e-3
+            spec_of(MIXTRAL, rms_norm_eps=1e-3).norm
+            == layer_of(MIXTRAL, rms_norm_eps=1e-3).norm
+            == NormSpec(1e-3)
         )
 
     @pytest.mark.parametrize(

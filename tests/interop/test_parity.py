@@ -104,9 +104,10 @@ def compare(model, segments, positions, attention_mask):
     model.zero_grad()
     theirs.loss.backward()
     tensors = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.state_dict(keep_vars=True).items()
     }
-    their_grads = dict(named(params_from_tensors(model.config, tensors)))
+    their_grads = dict(named(params_from_tensors(model, tensors)))
 
     mine = from_torch(model)
     batch = decoder.Batch(jnp.asarray(tokens), jnp.asarray(positions, jnp.int32), jnp.asarray(segments))

@@ -199,7 +199,8 @@ class TestLayouts:
         lost = ["model.layers.1.block_sparse_moe.experts.10.w3.weight", "model.norm.weight"]
         found = ["model.layers.5.input_layernorm.weight", "model.layers.0.self_attn.q_norm.weight"]
         spec, rules = spec_and_rules(config)
-        present = (names.keys() - set(lost)) | set(found) | {"vision.patch.weight"}
+        present = {name: shape for name, shape in names.items() if name not in lost}
+        present |= dict.fromkeys([*found, "vision.patch.weight"], (40,))
         bindings = bind(rules, spec, present, ignored=(r"^vision\.",))
         assert sorted(bindings.missing) == lost
         assert bindings.surplus == tuple(sorted(found))
@@ -209,7 +210,7 @@ class TestLayouts:
         names = dict(tiny.tensor_shapes(config))
         spec, rules = spec_and_rules(config)
         assert bind(rules, spec, names).copies == {}
-        bindings = bind(rules, spec, [*names, "lm_head.weight"])
+        bindings = bind(rules, spec, names | {"lm_head.weight": (104, 40)})
         assert bindings.copies == {"lm_head.weight": "model.embed_tokens.weight"}
         assert [part.source for part in bindings.of_parameter["embed"]] == ["model.embed_tokens.weight"]
         assert bindings.of_tensor["lm_head.weight"].target == "embed"

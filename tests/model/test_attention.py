@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.model import attention as module
-from jaxmoe.model.attention import AttentionSpec, attention, attention_params, sequence
+from jaxmoe.model.attention import AttentionSpec, QKNorm, attention, attention_params, sequence
+from jaxmoe.model.norms import NormSpec
 from jaxmoe.model.rope import RopeSpec
 from jaxmoe.params import initialize, named
 from jaxmoe.sharding import BATCH_AXES, current_mesh, make_mesh, shardings
@@ -34,14 +35,14 @@ def attend_per_device(q, k, v, *, mask, **options):
     ("num_heads", "num_kv_heads", "tensor", "options"),
     [
         (8, 4, 2, {}),
-        (16, 4, 8, {"qk_norm": "head"}),
-        (12, 6, 4, {"qk_norm": "full"}),
+        (16, 4, 8, {"qk_norm": QKNorm(NormSpec(1e-6), "head", values=True), "values_from_keys": True}),
+        (12, 6, 4, {"qk_norm": QKNorm(NormSpec(1e-6), "full"), "gated": True, "value_dim": 6}),
         (8, 1, 2, {"bias": True, "window": 4}),
     ],
 )
 def test_every_device_has_the_keys_of_its_queries(num_heads, num_kv_heads, tensor, options, monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend_per_device)
-    spec = AttentionSpec(num_heads, num_kv_heads, 10, RopeSpec(1e4, 10), 1e-6, **options)
+    spec = AttentionSpec(num_heads, num_kv_heads, 10, RopeSpec(1e4, 10), **options)
     declared = attention_params(spec, 24)
     weights = initialize(declared, jax.random.key(0), 0.3, jnp.float32)
     weights = jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), weights)

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh
 from jaxmoe import losses
 from jaxmoe.interop.pretrained import from_config
 from jaxmoe.model import decoder
+from jaxmoe.model.head import Head
 from jaxmoe.model.router import RouterSpec, route, router_stats
 from jaxmoe.train_step import StepSpec, init_state, make_eval_step, make_train_step
 
@@ -57,7 +58,7 @@ def test_bfloat16_steps_keep_the_device_default_but_for_the_router():
     spec = RouterSpec(num_experts=6, top_k=2, renormalize=True, weight_dtype="float32")
 
     def route_and_count(weight, x):
-        return router_stats(route({"weight": weight}, spec, x), None)
+        return router_stats(spec, route({"weight": weight}, spec, x), None)
 
     traced = jax.make_jaxpr(route_and_count)(jnp.ones((6, 4), jnp.bfloat16), jnp.ones((9, 4), jnp.bfloat16))
     found = list(products(traced.jaxpr))
@@ -65,7 +66,7 @@ def test_bfloat16_steps_keep_the_device_default_but_for_the_router():
     assert all(is_exact(precision) for dtype, precision in found if dtype == "float32")
 
     hidden, head = jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((7, 4))
-    traced = jax.make_jaxpr(losses.linear_cross_entropy)(hidden, head, jnp.ones((2, 3), jnp.int32))
+    traced = jax.make_jaxpr(losses.linear_cross_entropy)(hidden, Head(head), jnp.ones((2, 3), jnp.int32))
     assert [precision for _, precision in products(traced.jaxpr)] == [None]
 
 
