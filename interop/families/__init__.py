@@ -1,19 +1,27 @@
-"""The supported model families, one file each: a spec from config.json, and conversion rules.
+"""The supported model families, one module each: a spec from config.json, and conversion rules.
 
-Adding a family is adding its module here.
+Every module here that has a ``FAMILY`` is one; adding a family is adding its module.
 """
 
 import difflib
+import importlib
+import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
 from jaxmoe.errors import UserError
-from jaxmoe.interop.families import mixtral, olmoe, qwen3_moe
 from jaxmoe.interop.families.family import Family
 
-FAMILIES: Mapping[str, Family] = {
-    family.model_type: family for family in (mixtral.FAMILY, olmoe.FAMILY, qwen3_moe.FAMILY)
-}
+
+def _find() -> dict[str, Family]:
+    modules = (
+        importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)
+    )
+    families = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
+    return {family.model_type: family for family in sorted(families, key=lambda family: family.model_type)}
+
+
+FAMILIES: Mapping[str, Family] = _find()
 
 
 def family_of(raw: Mapping[str, Any], file: str) -> Family:

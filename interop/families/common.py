@@ -1,14 +1,16 @@
 """Rules and config readings that several families share."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxmoe.errors import UserError
-from jaxmoe.interop.config_json import ConfigReader, is_positive
+from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader, is_positive
+from jaxmoe.interop.layout import quote
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.norms import NormSpec
 from jaxmoe.model.rope import Dynamic, Linear, Llama3, LongRope, RopeSpec, Scaling, Yarn
+from jaxmoe.model.router import Groups, RouterSpec
 from jaxmoe.spec import LayerSpec, ModelSpec, group_layers
 
 LAYER = "model.layers.{L}."
@@ -80,6 +82,19 @@ def expert_rules(block: str, words: tuple[str, str, str]) -> tuple[Rule, ...]:
     )
 
 
+def shared_rules(block: str) -> tuple[Rule, ...]:
+    """The gated feed-forward in module `block` that every token of a MoE layer goes through."""
+    return (
+        Rule("layers.{L}.shared.gate_up", LAYER + block + ".{G:gate_proj|up_proj}.weight", "I D"),
+        Rule("layers.{L}.shared.down", LAYER + block + ".down_proj.weight", "D I"),
+    )
+
+
+def correction_rule(source: str, axes: str = "E") -> Rule:
+    """The constant per expert that is added to the scores for the choice alone."""
+    return Rule("layers.{L}.router.correction", LAYER + source, axes)
+
+
 def mlp_rules() -> tuple[Rule, ...]:
     """Dense gated feed-forward."""
     return (
@@ -103,6 +118,47 @@ def model_spec(
     )
 
 
+def grouped_sigmoid_router(config: ConfigReader, experts: str = "n_routed_experts") -> RouterSpec:
+    """DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2), which many families share.
+
+    Args:
+        config: with n_group, topk_group, norm_topk_prob and routed_scaling_factor.
+        experts: the field that counts the experts.
+    """
+    return RouterSpec(
+        num_experts=config.size(experts),
+        top_k=config.size("num_experts_per_tok"),
+        renormalize=config.take("norm_topk_prob"),
+        weight_dtype="float32",
+        score="sigmoid",
+        logits_dtype="float32",
+        correction="score",
+        groups=Groups(config.size("n_group"), config.size("topk_group"), "top2"),
+        sum_offset=1e-20,
+        scale=config.number("routed_scaling_factor"),
+    )
+
+
+def kinds(config: ConfigReader, name: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """A field that says of every layer what it is, such as ``layer_types``.
+
+    Raises:
+        UserError: not one entry per layer, or one that is not `allowed`.
+    """
+    value, layers = config.take(name), config.size("num_hidden_layers", MAX_LAYERS)
+    if not isinstance(value, list | tuple) or len(value) != layers or not set(value) <= set(allowed):
+        raise UserError(
+            f"{config.file}: {name} = {quote(value)}: expected {layers} entries, each {' or '.join(map(repr, allowed))}"
+        )
+    return tuple(value)
+
+
+def windows(config: ConfigReader) -> list[int | None]:
+    """The window of every layer, from ``layer_types`` and ``sliding_window``."""
+    types = kinds(config, "layer_types", ("sliding_attention", "full_attention"))
+    return [config.size("sliding_window") if kind == "sliding_attention" else None for kind in types]
+
+
 def head_dim(config: ConfigReader) -> int:
     """``head_dim`` where the config gives one, else hidden_size / num_attention_heads."""
     if config.take("head_dim", None) is not None:
@@ -113,13 +169,21 @@ def head_dim(config: ConfigReader) -> int:
     return width // heads
 
 
-def rope_spec(config: ConfigReader, width: int) -> RopeSpec:
+def rope_spec(
+    config: ConfigReader, width: int, given: Mapping[str, Any] | None = None, **options: Any
+) -> RopeSpec:
     """The rotation from ``rope_parameters`` (or the older rope_theta and rope_scaling, already merged into it).
+
+    Args:
+        config: of the model.
+        width: of a head.
+        given: other parameters than ``rope_parameters``, such as those of one kind of layer.
+        options: further fields of the spec.
 
     Raises:
         UserError: an unknown rope type, a missing, unknown or malformed parameter of it.
     """
-    given = dict(config.take("rope_parameters"))
+    given = dict(config.take("rope_parameters") if given is None else given)
     for name in _ROPE_NUMBERS & given.keys():
         if given[name] is not None and not is_positive(given[name]):
             raise UserError(
@@ -191,7 +255,7 @@ def rope_spec(config: ConfigReader, width: int) -> RopeSpec:
         raise UserError(
             f"{config.file}: rope_parameters of type {kind!r} have unknown entries {', '.join(unread)}"
         )
-    return RopeSpec(theta, rotary, scaling)
+    return RopeSpec(theta, rotary, scaling, **options)
 
 
 def _yarn(given: dict[str, Any], positions: int) -> Yarn:

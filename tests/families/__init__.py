@@ -1,0 +1,116 @@
+"""What the tests know of each model family: one module per family, found by its name.
+
+A module has ``CASE = Case(...)``: a tiny config that forces every branch of the family, variants of it, and the
+published sizes. `tests/interop/test_families.py` proves the same things of each.
+
+Choose the tiny config by these rules. Sizes are pairwise distinct; a window, ``index_topk`` or original context is
+shorter than the 75 tokens of the tests; every kind of layer occurs; groups, if any, are masked; what is a constant in
+published models is random. Weights are drawn at 0.2, and norms, biases and buffers are randomised.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+BASE: Mapping[str, Any] = {
+    "vocab_size": 104,
+    "hidden_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+"""Fields of a tiny config that most families share."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A published model.
+
+    Attributes:
+        fields: of its config that differ from the defaults of transformers' config class; of the text part, if
+            the config has several.
+        parameters: of trunk and output head, counted once where they are tied.
+    """
+
+    fields: Mapping[str, Any]
+    parameters: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One family.
+
+    Attributes:
+        config: a tiny config.json, without model_type.
+        architecture: transformers' class.
+        variants: fields that replace those of `config`, each compared with transformers on its own.
+        balance: transformers' model has an auxiliary loss.
+        presets: by the name of the published model.
+        inputs: changes the keyword arguments of a call of transformers' model, where it wants others than
+            input_ids, attention_mask and position_ids (B, T).
+        scales: standard deviation of parameters and buffers whose name contains the key, where 0.2 would not
+            do; the last match counts.
+        weightless: parameters of ours (a part of their names) that cannot change the logits, each with the reason.
+    """
+
+    config: Mapping[str, Any]
+    architecture: str
+    variants: tuple[Mapping[str, Any], ...] = ()
+    balance: bool = False
+    presets: Mapping[str, Preset] = dataclasses.field(default_factory=dict)
+    inputs: Callable[[dict[str, Any]], dict[str, Any]] = lambda arguments: arguments
+    scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    weightless: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def case_of(model_type: str) -> Case:
+    """The case of a family. Raises ModuleNotFoundError where it has none."""
+    return importlib.import_module(f"families.{model_type}").CASE
+
+
+def config_json(model_type: str, variant: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The tiny config.json; fields of `variant` that are objects replace single fields of those."""
+    case = case_of(model_type)
+    config = {"model_type": model_type, "architectures": [case.architecture], **case.config}
+    for name, value in (variant or {}).items():
+        nested = isinstance(value, Mapping) and name.endswith("_config")
+        config[name] = {**config[name], **value} if nested else value
+    return config
+
+
+def torch_model(model_type: str, variant: Mapping[str, Any] | None = None, seed: int = 0) -> Any:
+    """transformers' model in eval mode, eager attention and experts, every parameter and buffer random.
+
+    Args:
+        model_type: of a family with a case.
+        variant: one of its variants.
+        seed: of the weights.
+    """
+    import torch
+    import transformers
+
+    case = case_of(model_type)
+    config = transformers.AutoConfig.for_model(**config_json(model_type, variant))
+    config._attn_implementation = config._experts_implementation = "eager"
+    for part in config.sub_configs:
+        sub = getattr(config, part)
+        sub._attn_implementation = sub._experts_implementation = "eager"
+    model = getattr(transformers, case.architecture)(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            scale = ([0.2] + [value for part, value in case.scales.items() if part in name])[-1]
+            noise = scale * torch.randn(tensor.shape, generator=generator)
+            about_one = "norm" in name and not name.endswith("bias")
+            tensor.copy_(1 + noise if about_one else noise)
+    return model.eval()

@@ -1,0 +1,166 @@
+"""What is proven of every family, against transformers' own models on torch. The cases are in tests/families."""
+
+import functools
+import re
+
+import families
+import jax
+import jax.numpy as jnp
+import numpy as np
+import parity
+import pytest
+
+import jaxmoe
+from jaxmoe.interop.families import FAMILIES
+from jaxmoe.interop.pretrained import read_blueprint
+from jaxmoe.interop.rules import bind
+from jaxmoe.model import decoder
+from jaxmoe.model.module import MoEModel
+from jaxmoe.params import count, named
+from jaxmoe.spec import model_params
+
+pytestmark = pytest.mark.torch
+
+VARIANTS = [
+    pytest.param(name, variant, id=f"{name}-{index}")
+    for name in FAMILIES
+    for index, variant in enumerate(({}, *families.case_of(name).variants))
+]
+PRESETS = [(name, preset) for name in FAMILIES for preset in families.case_of(name).presets]
+
+
+@functools.cache
+def tiny_model(name):
+    return families.torch_model(name)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def logits_of(params, batch, *, spec):
+    return decoder.logits(params, spec, decoder.hidden_states(params, spec, batch, dtype=jnp.float32)[0])
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_logits_losses_and_gradients(name, variant):
+    """Of left-padded rows, and of packed ones, in which no document sees another."""
+    model = families.torch_model(name, variant) if variant else tiny_model(name)
+    case = families.case_of(name)
+    parity.compare(model, case, *parity.padded(), masked=True)
+    parity.compare(model, case, *parity.packed(), masked=False)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_rows_equal_separate_ones(name):
+    from jaxmoe.interop.torch_bridge import from_torch
+
+    mine = from_torch(tiny_model(name))
+    tokens = parity.tokens_of(mine.spec.vocab_size)
+    segments, positions = parity.packed()
+    together = logits_of(
+        mine.pure_params(), decoder.Batch(*map(jnp.asarray, (tokens, positions, segments))), spec=mine.spec
+    )
+    for row, start, stop in ((0, 11, 40), (1, 52, 75)):
+        alone = np.zeros_like(tokens)
+        alone[0, : stop - start] = tokens[row, start:stop]
+        segment = np.zeros_like(segments)
+        segment[0, : stop - start] = 1
+        places = np.tile(np.arange(parity.LENGTH, dtype=positions.dtype), (2, 1))
+        separate = logits_of(
+            mine.pure_params(), decoder.Batch(*map(jnp.asarray, (alone, places, segment))), spec=mine.spec
+        )
+        parity.assert_close(together[row, start:stop], separate[0, : stop - start], 1e-5, "logits")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_weight_matters(name):
+    """A parity test proves nothing of a weight that does not reach the logits: perturb each and look."""
+    from jaxmoe.interop.torch_bridge import from_torch
+
+    mine, weightless = from_torch(tiny_model(name)), families.case_of(name).weightless
+    batch = decoder.make_batch(jnp.asarray(parity.tokens_of(mine.spec.vocab_size)))
+    params = mine.pure_params()
+    before = np.asarray(logits_of(params, batch, spec=mine.spec))
+    leaves, structure = jax.tree.flatten(params)
+    names = [leaf_name for leaf_name, _ in named(params)]
+    for index, leaf in enumerate(leaves):
+        noise = np.random.default_rng(index).standard_normal(leaf.shape)
+        spread = max(float(jnp.std(leaf)), 0.1)
+        changed = [*leaves[:index], leaf + 0.1 * spread * noise.astype(leaf.dtype), *leaves[index + 1 :]]
+        after = np.asarray(logits_of(jax.tree.unflatten(structure, changed), batch, spec=mine.spec))
+        matters = np.abs(after - before).max() > 1e-4 * np.abs(before).max()
+        expected = not any(part in names[index] for part in weightless)
+        assert matters == expected, f"{names[index]} {'matters' if matters else 'does not matter'}"
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_round_trip(name, tmp_path):
+    """Untouched, every file comes back byte for byte; changed, transformers computes what we do."""
+    import torch
+    import transformers
+
+    from jaxmoe.interop.torch_bridge import to_numpy
+
+    case, model = families.case_of(name), tiny_model(name)
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
+    mine = jaxmoe.from_pretrained(tmp_path / "theirs", dtype="float32")
+    jaxmoe.save_pretrained(mine, tmp_path / "ours")
+    assert bytes_of(tmp_path / "ours") == bytes_of(tmp_path / "theirs")
+
+    noise = np.random.default_rng(0)
+    changed = jax.tree.map(
+        lambda declared, value: (
+            value
+            if declared.role == "constant"
+            else value + 0.1 * noise.standard_normal(value.shape).astype(np.float32)
+        ),
+        model_params(mine.spec),
+        mine.pure_params(),
+    )
+    mine = MoEModel(mine.spec, changed, mine.dtype, source=mine.source)
+    jaxmoe.save_pretrained(mine, tmp_path / "changed")
+    theirs = getattr(transformers, case.architecture).from_pretrained(
+        tmp_path / "changed", attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+    )
+    tokens = parity.tokens_of(mine.spec.vocab_size)
+    arguments = {
+        "input_ids": torch.from_numpy(tokens),
+        "attention_mask": torch.ones(tokens.shape, dtype=torch.int64),
+        "position_ids": torch.arange(parity.LENGTH).tile(2, 1),
+        "use_cache": False,
+    }
+    with torch.no_grad():
+        expected = to_numpy(theirs(**case.inputs(arguments)).logits)
+    parity.assert_close(mine(tokens), expected, 1e-4, "logits")
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_full_size(name, preset):
+    """Parameter count of a published model, and the rules against transformers' own model on the meta device."""
+    import torch
+    import transformers
+    from transformers.core_model_loading import revert_weight_conversion
+
+    case = families.case_of(name)
+    wanted = case.presets[preset]
+    config = transformers.AutoConfig.for_model(name)
+    owner, text, path = None, config, FAMILIES[name].text
+    for part in path:
+        owner, text = text, getattr(text, part)
+    text = type(text).from_dict(text.to_dict() | dict(wanted.fields))
+    if owner is None:
+        config = text
+    else:
+        setattr(owner, path[-1], text)
+    blueprint = read_blueprint(config.to_dict())
+    assert count(model_params(blueprint.spec)) == wanted.parameters
+    with torch.device("meta"):
+        model = getattr(transformers, case.architecture)(config)
+    stored = {n: tuple(t.shape) for n, t in revert_weight_conversion(model, model.state_dict()).items()}
+    bindings = bind(blueprint.family.rules(blueprint.spec), blueprint.spec, stored, blueprint.family.ignored)
+    assert (bindings.missing, bindings.surplus) == ((), ())
+    assert {n: stored[n] for n in bindings.of_tensor} == {n: b.shape for n, b in bindings.of_tensor.items()}
+    beside = stored.keys() - bindings.of_tensor.keys()
+    assert all(any(re.search(pattern, n) for pattern in blueprint.family.ignored) for n in beside)

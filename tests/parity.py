@@ -1,0 +1,126 @@
+"""Comparison of a transformers model with ours: logits, losses, every gradient."""
+
+import functools
+from typing import Any
+
+import families
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe import losses
+from jaxmoe.model import decoder
+from jaxmoe.params import named
+
+LENGTH = 75
+
+
+def tokens_of(vocab_size: int) -> np.ndarray:
+    """(2, T) token ids. From 3 on: some families never update the row of their padding id."""
+    return np.random.default_rng(7).integers(3, vocab_size, (2, LENGTH))
+
+
+def padded() -> tuple[np.ndarray, np.ndarray]:
+    """Segment ids (2, T) and positions with five left-padding tokens in row 0."""
+    segments = np.ones((2, LENGTH), np.int32)
+    segments[0, :5] = 0
+    return segments, np.maximum(np.cumsum(segments, axis=1) - 1, 0)
+
+
+def packed() -> tuple[np.ndarray, np.ndarray]:
+    """Segment ids (2, T) and positions of three documents in row 0 and two in row 1."""
+    segments = np.ones((2, LENGTH), np.int32)
+    segments[0, 11:], segments[0, 40:], segments[1, 52:] = 2, 3, 2
+    positions = np.concatenate([np.arange(11), np.arange(29), np.arange(35), np.arange(52), np.arange(23)])
+    return segments, positions.reshape(2, LENGTH)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "coefficient"))
+def value_and_grad(params: Any, batch: decoder.Batch, *, spec: Any, coefficient: float) -> Any:
+    """Gradients of the loss, and (logits, language-model loss, balance loss)."""
+
+    def loss(params: Any) -> Any:
+        hidden, stats = decoder.hidden_states(params, spec, batch, dtype=jnp.float32, remat=True)
+        targets = losses.next_token_targets(batch.tokens, batch.segment_ids)
+        nll = losses.linear_cross_entropy(hidden, decoder.output_head(params, spec), targets)
+        language = nll / jnp.sum(targets != losses.IGNORED)
+        balance = losses.pooled_load_balancing_loss(stats)
+        return language + coefficient * balance, (decoder.logits(params, spec, hidden), language, balance)
+
+    return jax.grad(loss, has_aux=True)(params)
+
+
+def assert_close(ours: Any, theirs: Any, tolerance: float, what: str) -> None:
+    """The largest error over the largest magnitude."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert np.isfinite(theirs).all(), what
+    scale = np.abs(theirs).max()
+    assert scale > 0, f"{what}: nothing to compare"
+    error = np.abs(ours - theirs).max() / scale
+    assert error <= tolerance, f"{what}: error {error:.3g} of its scale, allowed {tolerance}"
+
+
+def compare(
+    model: Any, case: families.Case, segments: np.ndarray, positions: np.ndarray, masked: bool
+) -> None:
+    """One forward and backward pass of both.
+
+    Args:
+        model: of transformers.
+        case: of its family.
+        segments: (2, T).
+        positions: (2, T).
+        masked: transformers gets an attention mask. Without one, and without a cache, it tells documents apart by
+            positions that start again.
+    """
+    import torch
+
+    from jaxmoe.interop.torch_bridge import from_torch, params_from_tensors, to_numpy
+
+    mine = from_torch(model)
+    tokens = tokens_of(mine.spec.vocab_size)
+    targets = np.asarray(losses.next_token_targets(jnp.asarray(tokens), jnp.asarray(segments)))
+    labels = np.full_like(tokens, -100)  # transformers predicts labels[t + 1] at t
+    labels[:, 1:] = np.where(targets[:, :-1] == losses.IGNORED, -100, targets[:, :-1])
+    arguments = {
+        "input_ids": torch.from_numpy(tokens),
+        "attention_mask": torch.from_numpy(segments.astype(np.int64)) if masked else None,
+        "position_ids": torch.from_numpy(positions.astype(np.int64)),
+        "labels": torch.from_numpy(labels),
+        "use_cache": False,
+    }
+    if case.balance:
+        arguments["output_router_logits"] = True
+    model.zero_grad()
+    theirs = model(**case.inputs(arguments))
+    theirs.loss.backward()
+    tensors = model.state_dict(keep_vars=True)
+    their_grads = dict(
+        named(
+            params_from_tensors(
+                model, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in tensors.items()}
+            )
+        )
+    )
+    coefficient = model.config.get_text_config().router_aux_loss_coef if case.balance else 0.0
+    batch = decoder.Batch(jnp.asarray(tokens), jnp.asarray(positions, jnp.int32), jnp.asarray(segments))
+    grads, (logits, language, balance) = value_and_grad(
+        mine.pure_params(), batch, spec=mine.spec, coefficient=coefficient
+    )
+    valid = segments > 0
+    assert_close(np.asarray(logits)[valid], to_numpy(theirs.logits)[valid], 1e-4, "logits")
+    their_language = float(theirs.loss.detach())
+    if case.balance:
+        their_balance = float(theirs.aux_loss.detach())
+        assert_close(balance, their_balance, 1e-5, "load balancing loss")
+        their_language -= coefficient * their_balance
+    assert_close(language, their_language, 1e-5, "language-model loss")
+    for name, grad in named(grads):
+        if any(part in name for part in (*case.weightless, *_CONSTANTS)):
+            assert not np.asarray(grad).any(), f"{name} has a gradient"
+        else:
+            assert_close(grad, their_grads[name], 1e-3, f"gradient of {name}")
+
+
+_CONSTANTS = ("router.correction", "output_scale")
+"""Buffers, or frozen, in transformers."""
