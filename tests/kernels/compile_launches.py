@@ -40,8 +40,8 @@ from jaxmoe.kernels.expert_mlp.mosaic_epilogues import Activate, ActivationGradi
 from jaxmoe.kernels.expert_mlp.mosaic_gradient import Side, weight_gradient
 from jaxmoe.kernels.expert_mlp.mosaic_matmul import Epilogue, Geometry, Segment, grouped_matmul
 from jaxmoe.kernels.expert_mlp.operands import Experts, Lora
-from jaxmoe.kernels.expert_mlp.slots import Slots
-from jaxmoe.kernels.expert_mlp.specs import LAYERS, ExpertLayer
+from jaxmoe.kernels.expert_mlp.slots import Slots, sum_choices
+from jaxmoe.kernels.expert_mlp.specs import LAYERS, ExpertLayer, layer_of
 from jaxmoe.kernels.expert_mlp.tiles import (
     SHARED_MEMORY_BYTES,
     GradientLaunch,
@@ -228,6 +228,41 @@ class Compiler:
         }
 
 
+def combine(compiler: Compiler, tokens: int, layer: ExpertLayer) -> str:
+    """What XLA makes of the weighted sum of every token's slots, which is left to it: one pass over memory?
+
+    Raises:
+        RuntimeError: it scatters, or keeps what it has gathered.
+    """
+    shape = layer.shape
+    padded = tokens * shape.top_k + shape.experts * 127
+
+    def run(y: jax.Array, inverse: jax.Array, weights: jax.Array) -> jax.Array:
+        unused = jnp.zeros((0,), jnp.int32)
+        return sum_choices(y, Slots(*[unused] * 6, inverse), weights)
+
+    compiled = (
+        jax.jit(run)
+        .lower(
+            *(
+                jax.ShapeDtypeStruct(sizes, dtype, sharding=compiler.sharding)
+                for sizes, dtype in (
+                    ((padded, shape.d_model), DTYPE),
+                    ((tokens, shape.top_k), jnp.int32),
+                    ((tokens, shape.top_k), jnp.float32),
+                )
+            )
+        )
+        .compile()
+    )
+    text, temporary = compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
+    readers = re.findall(r"= \S+ fusion\([^)]*%y[.\d]*[,)]", text)
+    gathered = tokens * shape.top_k * shape.d_model * jnp.dtype(DTYPE).itemsize
+    if "scatter" in text or len(readers) != 1 or temporary * 100 > gathered:
+        raise RuntimeError(f"the weighted sum of slots is not one pass without temporaries:\n{text}")
+    return f"weighted sum of {layer.name}'s slots: 1 fusion reads them, no scatter, {temporary} bytes of temporaries"
+
+
 def main() -> int:
     """Print the table; 1 if a launch broke a limit."""
     if importlib.util.find_spec("jax_plugins.xla_cuda13") is None or shutil.which("ptxas") is None:
@@ -261,6 +296,7 @@ def main() -> int:
             f"{'  TOO MUCH' if is_broken else ''}",
             flush=True,
         )
+    print(combine(compiler, 8192, layer_of("Qwen3-30B-A3B")))
     models = set().union(*users.values())
     print(
         f"{len(kernels)} kernels of {len(models)} models in {time.perf_counter() - start:.0f} s, {broken} too large"
