@@ -1,6 +1,6 @@
-"""The README says what the code does: its table of keys, and its example of a run.
+"""The README says what the code does: its tables of keys and of supported models, and its example of a run.
 
-``python tests/test_readme.py`` writes the table anew.
+``python tests/test_readme.py`` writes the tables anew.
 """
 
 import json
@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
+import pytest
+import supported
 import yaml
 from pydantic import BaseModel
 
 from jaxmoe.config import RunConfig
 
 README = Path(__file__).parent.parent / "README.md"
-TABLE = re.compile(r"(<!-- keys: [^\n]*-->\n)(.*)(<!-- end of keys -->)", re.DOTALL)
 
 
 def rows(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -30,14 +31,23 @@ def rows(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield f"| `{prefix}{name}` | {default} | {field.description} |"
 
 
-def table() -> str:
+def keys() -> str:
     return "\n".join(("| key | default | |", "|---|---|---|", *rows(RunConfig))) + "\n"
 
 
-def test_table_of_keys_is_that_of_the_code():
-    found = TABLE.search(README.read_text(encoding="utf-8"))
+TABLES = {"keys": keys, "models": supported.table}
+
+
+def place_of(table: str) -> re.Pattern[str]:
+    """Its first line, its text, its last line."""
+    return re.compile(rf"(<!-- {table}: [^\n]*-->\n)(.*)(<!-- end of {table} -->)", re.DOTALL)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_table_is_that_of_the_code(table):
+    found = place_of(table).search(README.read_text(encoding="utf-8"))
     assert found is not None
-    assert found[2] == table(), "run: python tests/test_readme.py"
+    assert found[2] == TABLES[table](), "run: python tests/test_readme.py"
 
 
 def test_example_is_a_valid_run():
@@ -47,7 +57,8 @@ def test_example_is_a_valid_run():
 
 
 if __name__ == "__main__":
-    README.write_text(
-        TABLE.sub(lambda found: found[1] + table() + found[3], README.read_text(encoding="utf-8")),
-        encoding="utf-8",
-    )
+    text = README.read_text(encoding="utf-8")
+    for table, write in TABLES.items():
+        found = place_of(table).search(text)
+        text = text[: found.start(2)] + write() + text[found.end(2) :]
+    README.write_text(text, encoding="utf-8")

@@ -10,10 +10,13 @@ CASE = Case(
     ),
     balance=True,
     presets={
-        "Qwen3-30B-A3B": Preset({"num_hidden_layers": 48, "head_dim": 128}, 30_532_122_624),
+        "Qwen3-30B-A3B": Preset(
+            {"num_hidden_layers": 48, "head_dim": 128, "norm_topk_prob": True}, 30_532_122_624
+        ),
         "Qwen3-235B-A22B": Preset(
             {
                 "num_hidden_layers": 94,
+                "norm_topk_prob": True,
                 "hidden_size": 4096,
                 "num_attention_heads": 64,
                 "head_dim": 128,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+import supported
 
 import jaxmoe
 from jaxmoe.interop.families import FAMILIES
@@ -145,15 +146,7 @@ def test_full_size(name, preset):
 
     case = families.case_of(name)
     wanted = case.presets[preset]
-    config = transformers.AutoConfig.for_model(name)
-    owner, text, path = None, config, FAMILIES[name].text
-    for part in path:
-        owner, text = text, getattr(text, part)
-    text = type(text).from_dict(text.to_dict() | dict(wanted.fields))
-    if owner is None:
-        config = text
-    else:
-        setattr(owner, path[-1], text)
+    config = supported.preset_config(name, wanted)
     blueprint = read_blueprint(config.to_dict())
     assert count(model_params(blueprint.spec)) == wanted.parameters
     with torch.device("meta"):
