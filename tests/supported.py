@@ -26,7 +26,7 @@ def preset_config(model_type: str, preset: families.Preset) -> Any:
     owner, text, path = None, config, FAMILIES[model_type].text
     for part in path:
         owner, text = text, getattr(text, part)
-    text = type(text).from_dict(text.to_dict() | dict(preset.fields))
+    text = type(text)(**preset.fields)
     if owner is None:
         return text
     setattr(owner, path[-1], text)
