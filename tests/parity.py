@@ -35,6 +35,38 @@ def packed() -> tuple[np.ndarray, np.ndarray]:
     return segments, positions.reshape(2, LENGTH)
 
 
+Documents = list[tuple[int, slice]]
+"""Row and columns of each."""
+
+
+def documents_of(segments: np.ndarray) -> Documents:
+    """The documents of packed rows (2, T) without padding."""
+    starts = [np.flatnonzero(np.diff(row, prepend=0)).tolist() for row in segments]
+    return [
+        (row, slice(start, stop))
+        for row, begins in enumerate(starts)
+        for start, stop in zip(begins, [*begins[1:], LENGTH], strict=True)
+    ]
+
+
+def apart(documents: Documents | None, x: np.ndarray, fill: int = 0) -> np.ndarray:
+    """(2, T) → a row for each document, or unchanged where they are None."""
+    if documents is None:
+        return x
+    rows = np.full((len(documents), LENGTH), fill, x.dtype)
+    for out, (row, columns) in zip(rows, documents, strict=True):
+        out[: columns.stop - columns.start] = x[row, columns]
+    return rows
+
+
+def together(documents: Documents, rows: np.ndarray) -> np.ndarray:
+    """(documents, T, …) → (2, T, …)."""
+    x = np.zeros((2, *rows.shape[1:]), rows.dtype)
+    for out, (row, columns) in zip(rows, documents, strict=True):
+        x[row, columns] = out[: columns.stop - columns.start]
+    return x
+
+
 @functools.partial(jax.jit, static_argnames=("spec", "coefficient"))
 def value_and_grad(params: Any, batch: decoder.Batch, *, spec: Any, coefficient: float) -> Any:
     """Gradients of the loss, and (logits, language-model loss, balance loss)."""
@@ -71,7 +103,7 @@ def compare(
         segments: (2, T).
         positions: (2, T).
         masked: transformers gets an attention mask. Without one, and without a cache, it tells documents apart by
-            positions that start again.
+            positions that start again, or gets one per row.
     """
     import torch
 
@@ -82,11 +114,14 @@ def compare(
     targets = np.asarray(losses.next_token_targets(jnp.asarray(tokens), jnp.asarray(segments)))
     labels = np.full_like(tokens, -100)  # transformers predicts labels[t + 1] at t
     labels[:, 1:] = np.where(targets[:, :-1] == losses.IGNORED, -100, targets[:, :-1])
+    valid = segments > 0
+    documents = None if masked or case.packs else documents_of(segments)
+    mask = apart(documents, valid) if masked or documents is not None else None
     arguments = {
-        "input_ids": torch.from_numpy(tokens),
-        "attention_mask": torch.from_numpy(segments.astype(np.int64)) if masked else None,
-        "position_ids": torch.from_numpy(positions.astype(np.int64)),
-        "labels": torch.from_numpy(labels),
+        "input_ids": torch.from_numpy(apart(documents, tokens)),
+        "attention_mask": None if mask is None else torch.from_numpy(mask.astype(np.int64)),
+        "position_ids": torch.from_numpy(apart(documents, positions).astype(np.int64)),
+        "labels": torch.from_numpy(apart(documents, labels, fill=-100)),
         "use_cache": False,
     }
     if case.balance:
@@ -107,8 +142,10 @@ def compare(
     grads, (logits, language, balance) = value_and_grad(
         mine.pure_params(), batch, spec=mine.spec, coefficient=coefficient
     )
-    valid = segments > 0
-    assert_close(np.asarray(logits)[valid], to_numpy(theirs.logits)[valid], 1e-4, "logits")
+    their_logits = to_numpy(theirs.logits)
+    if documents is not None:
+        their_logits = together(documents, their_logits)
+    assert_close(np.asarray(logits)[valid], their_logits[valid], 1e-4, "logits")
     their_language = float(theirs.loss.detach())
     if case.balance:
         their_balance = float(theirs.aux_loss.detach())

@@ -61,6 +61,8 @@ class Case:
         scales: standard deviation of parameters and buffers whose name contains the key, where 0.2 would not
             do; the last match counts.
         weightless: parameters of ours (a part of their names) that cannot change the logits, each with the reason.
+        packs: transformers' model tells documents of one row apart by positions that start again. One that does
+            not gets every document as a row of its own.
     """
 
     config: Mapping[str, Any]
@@ -71,6 +73,7 @@ class Case:
     inputs: Callable[[dict[str, Any]], dict[str, Any]] = lambda arguments: arguments
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
     weightless: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    packs: bool = True
 
 
 def case_of(model_type: str) -> Case:
