@@ -33,17 +33,29 @@ _ROPE_NUMBERS = frozenset(
 
 
 def trunk_rules(tied: bool) -> tuple[Rule, ...]:
-    """Embedding, final norm and output head."""
+    """Embedding, final norm and output head, with whichever biases the spec has."""
     embed = Rule("embed", "model.embed_tokens.weight", "V D", copies=("lm_head.weight",) if tied else ())
-    norm = Rule("norm", "model.norm.weight", "D")
-    return (embed, norm) if tied else (embed, norm, Rule("lm_head", "lm_head.weight", "V D"))
+    norm = (Rule("norm", "model.norm.weight", "D"), Rule("norm_bias", "model.norm.bias", "D"))
+    head = (Rule("lm_head", "lm_head.weight", "V D"), Rule("lm_head_bias", "lm_head.bias", "V"))
+    return (embed, *norm, *(head[1:] if tied else head))
 
 
-def norm_rules() -> tuple[Rule, ...]:
-    """The two norms of a pre-norm layer."""
-    return (
-        Rule("layers.{L}.attention_norm", LAYER + "input_layernorm.weight", "D"),
-        Rule("layers.{L}.ffn_norm", LAYER + "post_attention_layernorm.weight", "D"),
+PRE_NORMS: Mapping[str, str] = {
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def norm_rules(modules: Mapping[str, str] = PRE_NORMS) -> tuple[Rule, ...]:
+    """The norms of a layer, with their biases where the spec has any.
+
+    Args:
+        modules: the module of each norm; by default those of most pre-norm layers.
+    """
+    return tuple(
+        Rule("layers.{L}." + name + ours, LAYER + module + theirs, "D")
+        for name, module in modules.items()
+        for ours, theirs in (("", ".weight"), ("_bias", ".bias"))
     )
 
 
@@ -63,18 +75,19 @@ def attention_rules(query_norm: str = "H", key_norm: str = "H") -> tuple[Rule, .
     )
 
 
-def expert_rules(block: str, words: tuple[str, str, str]) -> tuple[Rule, ...]:
+def expert_rules(block: str, words: tuple[str, str, str], router: str = "gate") -> tuple[Rule, ...]:
     """Router and experts: one by one under `block`, or fused under ``mlp`` as transformers holds them in memory.
 
     Args:
         block: module that holds them, such as "mlp".
         words: names of gate, up and down.
+        router: module of the router's matrix.
     """
     gate, up, down = words
     gate_up = f"{block}.experts.{{E}}.{{G:{gate}|{up}}}.weight"
-    router = tuple(dict.fromkeys((f"{block}.gate.weight", "mlp.gate.weight")))
+    routers = tuple(dict.fromkeys((f"{block}.{router}.weight", f"mlp.{router}.weight")))
     return (
-        *(Rule("layers.{L}.router.weight", LAYER + source, "E D") for source in router),
+        *(Rule("layers.{L}.router.weight", LAYER + source, "E D") for source in routers),
         Rule("layers.{L}.experts.gate_up", LAYER + gate_up, "F D"),
         Rule("layers.{L}.experts.gate_up", LAYER + "mlp.experts.gate_up_proj", "E (G F) D"),
         Rule("layers.{L}.experts.down", LAYER + f"{block}.experts.{{E}}.{down}.weight", "D F"),
@@ -156,6 +169,7 @@ def kinds(config: ConfigReader, name: str, allowed: tuple[str, ...]) -> tuple[st
 def windows(config: ConfigReader) -> list[int | None]:
     """The window of every layer, from ``layer_types`` and ``sliding_window``."""
     types = kinds(config, "layer_types", ("sliding_attention", "full_attention"))
+    config.take("sliding_window", None)  # published configs give one though no layer has it
     return [config.size("sliding_window") if kind == "sliding_attention" else None for kind in types]
 
 

@@ -39,7 +39,7 @@ class Preset:
     Attributes:
         fields: of its config that differ from the defaults of transformers' config class; of the text part, if
             the config has several.
-        parameters: of trunk and output head, counted once where they are tied.
+        parameters: of trunk and output head, counted once where they are tied; without transformers' buffers.
     """
 
     fields: Mapping[str, Any]
