@@ -226,7 +226,7 @@ def race(contestants: dict[str, Contestant], seconds: float) -> dict[str, float]
     """Milliseconds of each, which have run once. They alternate, each for about `seconds` or, if slow, one run."""
     first = {name: contestant.sample(1) for name, contestant in contestants.items()}
     counts = {name: max(1, min(50, int(0.05 / once))) for name, once in first.items()}
-    rounds = {name: min(9, int(seconds / (once * counts[name]))) for name, once in first.items()}
+    rounds = {name: min(25, int(seconds / (once * counts[name]))) for name, once in first.items()}
     # The one run of a slow contestant counts; of the others it was too short to.
     times = {name: [once] if rounds[name] < 1 else [] for name, once in first.items()}
     for number in range(max(rounds.values())):
@@ -333,7 +333,7 @@ def main() -> None:
     start = time.monotonic()
     on_cpu = jax.default_backend() == "cpu"
     dtype = arguments.dtype or ("float32" if on_cpu else "bfloat16")
-    seconds = 0.1 if arguments.quick else 1.0 if on_cpu else 0.4
+    seconds = 0.1 if arguments.quick else 2.0 if on_cpu else 0.4
     name = "moe_layer" + ("_quick" if arguments.quick else "") + (f"_{dtype}" if arguments.dtype else "")
     rates = ceilings(dtype)
     print(", ".join(f"{key} {value:.4g}" for key, value in rates.items()), flush=True)

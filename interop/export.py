@@ -126,12 +126,12 @@ def export_new(
         bindings: of the family's rules to the model.
         config: the config.json; its dtype field is set to `dtype`.
         folder: as in `export_like_source`.
-        dtype: of every tensor.
+        dtype: of every tensor but those kept in float32.
         extra_files: further files by name in the folder, such as a tokenizer.
         max_shard_bytes: a file is closed before it grows past this.
     """
-    stored = dtype_name(dtype)
-    shards = plan_shards([(b.source, stored, b.shape) for b in bindings.of_tensor.values()], max_shard_bytes)
+    stored = [(b.source, dtype_name(b.declared.dtype(dtype)), b.shape) for b in bindings.of_tensor.values()]
+    shards = plan_shards(stored, max_shard_bytes)
     tensors = _Tensors(params, bindings, None)
     if jax.process_index() != 0:
         tensors.take_part(shards)

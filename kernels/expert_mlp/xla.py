@@ -18,9 +18,7 @@ def forward(
     sizes = dispatch.group_sizes
     h_Zf = _up(call, to_slots(x_RD, dispatch), experts, dispatch)
     a_ZF = call.activation.value(_parts(call, h_Zf)).astype(x_RD.dtype)
-    y_ZD = _plus_lora(
-        matmul(a_ZF, experts.down, sizes, transpose=False), call, a_ZF, *_down_lora(experts), sizes
-    )
+    y_ZD = _with_lora(call, a_ZF, experts.down, *_down_lora(experts), sizes)
     if experts.down_bias is not None:
         y_ZD += _per_slot(experts.down_bias, dispatch)
     return gather_sum(y_ZD, dispatch, weights_RK), h_Zf if save else None
@@ -42,11 +40,11 @@ def backward(
     weight_Z = slot_weights(weights_RK, dispatch)
     down_a, down_b = _down_lora(experts)
     # Not yet times the router's weight: the product with the activation is the gradient of that weight.
-    da_ZF = matmul(dout_ZD, experts.down, sizes, transpose=True)
-    if down_a is not None and down_b is not None:
+    dlow_Zr: Any = None
+    if down_b is not None:
         dlow_Zr = matmul(dout_ZD, _scaled(down_b, call), sizes, transpose=True)
-        da_ZF += matmul(dlow_Zr, down_a, sizes, transpose=True)
-    da_ZF = da_ZF.astype(jnp.float32)
+    plus = None if down_a is None else (dlow_Zr, down_a)
+    da_ZF = matmul(dout_ZD, experts.down, sizes, transpose=True, plus=plus).astype(jnp.float32)
     a_ZF, dh_parts = call.activation.value_and_grad(_parts(call, h_Zf), weight_Z[:, None] * da_ZF)
     dh_Zf = jnp.concatenate(dh_parts, axis=-1).astype(dtype)
     # The router's weight goes with the narrower side of the outer products.
@@ -67,10 +65,8 @@ def backward(
     if up_a is not None and up_b is not None:
         dlow_up_Zr = matmul(dh_Zf, _scaled(up_b, call), sizes, transpose=True)
     if wanted.x:
-        dx_ZD = matmul(dh_Zf, gate_up, sizes, transpose=True)
-        if dlow_up_Zr is not None:
-            dx_ZD += matmul(dlow_up_Zr, up_a, sizes, transpose=True)
-        dx_RD = gather_sum(dx_ZD, dispatch)
+        plus = None if up_a is None else (dlow_up_Zr, up_a)
+        dx_RD = gather_sum(matmul(dh_Zf, gate_up, sizes, transpose=True, plus=plus), dispatch)
 
     def outer(columns: jax.Array, rows: jax.Array, like: jax.Array) -> jax.Array:
         return weight_gradient(columns, rows, sizes).reshape(like.shape)
@@ -108,19 +104,19 @@ def backward(
 def _up(call: Call, x_ZD: jax.Array, experts: Experts, dispatch: Dispatch) -> jax.Array:
     """The pre-activation (Z, G*F), parts one after the other."""
     gate_up = experts.gate_up.reshape(experts.gate_up.shape[0], -1, experts.gate_up.shape[-1])
-    h_Zf = matmul(x_ZD, gate_up, dispatch.group_sizes, transpose=False)
-    h_Zf = _plus_lora(h_Zf, call, x_ZD, *_up_lora(experts), dispatch.group_sizes)
+    h_Zf = _with_lora(call, x_ZD, gate_up, *_up_lora(experts), dispatch.group_sizes)
     if experts.gate_up_bias is not None:
         h_Zf += _per_slot(experts.gate_up_bias.reshape(gate_up.shape[:2]), dispatch)
     return h_Zf
 
 
-def _plus_lora(
-    y: jax.Array, call: Call, x: jax.Array, a: jax.Array | None, b: jax.Array | None, sizes: jax.Array
+def _with_lora(
+    call: Call, x: jax.Array, weights: jax.Array, a: jax.Array | None, b: jax.Array | None, sizes: jax.Array
 ) -> jax.Array:
-    if a is None or b is None:
-        return y
-    return y + matmul(matmul(x, a, sizes, transpose=False), _scaled(b, call), sizes, transpose=False)
+    plus = None
+    if a is not None and b is not None:
+        plus = (matmul(x, a, sizes, transpose=False), _scaled(b, call))
+    return matmul(x, weights, sizes, transpose=False, plus=plus)
 
 
 def _scaled(b: jax.Array, call: Call) -> jax.Array:

@@ -4,6 +4,7 @@ A loop over the experts that have rows, and inside it loops over row blocks with
 is gathered or padded: a block that runs past its group's end is blended into the output under a mask.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -17,7 +18,12 @@ from jaxmoe.kernels.grouped_matmul.tiles import RowBlocks, choose_row_blocks
 Carry = TypeVar("Carry")
 
 
-def matmul(x: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, transpose: bool) -> jax.Array:
+Pair = tuple[jax.Array, jax.Array]
+
+
+def matmul(
+    x: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, transpose: bool, plus: Pair | None = None
+) -> jax.Array:
     """out[r] = weights[g(r)] @ x[r], or weights[g(r)].T @ x[r] with `transpose`; rows of no group are zero.
 
     Args:
@@ -25,12 +31,14 @@ def matmul(x: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, transpos
         weights: (E, F, D).
         group_sizes: (E,) int32.
         transpose: contract over F instead of D, as the gradient of x needs it.
+        plus: another x and weights, whose product is added while a block of the output is at hand.
 
     Returns:
         (R, F), or (R, D) with `transpose`, in x's dtype.
     """
     blocks = choose_row_blocks(x.shape[0], weights.shape[0])
-    return _matmul(x, weights, group_sizes, transpose=transpose, blocks=blocks)
+    pairs = ((x, weights),) if plus is None else ((x, weights), plus)
+    return _matmul(pairs, group_sizes, transpose=transpose, blocks=blocks)
 
 
 def weight_gradient(x: jax.Array, dy: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -49,19 +57,24 @@ def weight_gradient(x: jax.Array, dy: jax.Array, group_sizes: jax.Array) -> jax.
 
 @partial(jax.jit, static_argnames=("transpose", "blocks"))
 def _matmul(
-    x: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, transpose: bool, blocks: RowBlocks
+    pairs: tuple[Pair, ...], group_sizes: jax.Array, *, transpose: bool, blocks: RowBlocks
 ) -> jax.Array:
+    x, first_weights = pairs[0]
     rows = x.shape[0]
     accumulator = jnp.promote_types(x.dtype, jnp.float32)
     contraction = (((1,), (0 if transpose else 1,)), ((), ()))
 
     def add_group(expert: jax.Array, start: jax.Array, end: jax.Array, out: jax.Array) -> jax.Array:
-        weight = lax.dynamic_index_in_dim(weights, expert, keepdims=False)
+        own = [lax.dynamic_index_in_dim(weights, expert, keepdims=False) for _, weights in pairs]
 
         def add_block(out: jax.Array, position: jax.Array, size: int) -> jax.Array:
             offset, inside = _place_block(position, end, size, rows)
-            block = lax.dynamic_slice_in_dim(x, offset, size)
-            y = lax.dot_general(block, weight, contraction, preferred_element_type=accumulator)
+            blocks_of_x = [lax.dynamic_slice_in_dim(x, offset, size) for x, _ in pairs]
+            products = (
+                lax.dot_general(block, weight, contraction, preferred_element_type=accumulator)
+                for block, weight in zip(blocks_of_x, own, strict=True)
+            )
+            y = functools.reduce(jnp.add, products)
             old = lax.dynamic_slice_in_dim(out, offset, size)
             return lax.dynamic_update_slice_in_dim(
                 out, jnp.where(inside, y.astype(out.dtype), old), offset, axis=0
@@ -70,7 +83,7 @@ def _matmul(
         return _fold_blocks(add_block, out, start, end, blocks)
 
     # zeros_like also takes over the mesh axes that x varies over inside shard_map: a loop's carry must.
-    out = jnp.zeros_like(x, shape=(rows, weights.shape[2 if transpose else 1]))
+    out = jnp.zeros_like(x, shape=(rows, first_weights.shape[2 if transpose else 1]))
     return _fold_groups(add_group, out, group_sizes)
 
 
