@@ -21,10 +21,12 @@ class SharedSpec:
 
     Attributes:
         gated: its output is multiplied by sigmoid(gate · x), one number per token.
+        averaged: the layer gives the mean of both outputs and not their sum.
     """
 
     mlp: MLPSpec
     gated: bool = False
+    averaged: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,8 @@ def moe(
             gate_BT1 = jnp.einsum("btd,jd->btj", x_BTD, params["shared"]["gate"])
             shared_BTD = shared_BTD * jax.nn.sigmoid(gate_BT1)
         out_BTD = out_BTD + shared_BTD
+        if spec.shared.averaged:
+            out_BTD = out_BTD / 2
     return out_BTD, stats
 
 
