@@ -108,6 +108,15 @@ def test_gradients_are_clipped_by_their_global_norm():
         np.testing.assert_allclose(adam(state)["layers"][0]["norm"], 0.1 * factor * norm_gradient, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_constant_never_moves(name):
+    optimizer = build_optimizer(config(name=name, weight_decay=0.2), {"bias": "constant"}, 10)
+    params = {"bias": jnp.arange(1.0, 4.0)}
+    update, state = optimizer.update({"bias": jnp.ones(3)}, optimizer.init(params), params)
+    np.testing.assert_array_equal(update["bias"], jnp.zeros(3))
+    assert all(leaf.shape == () for leaf in jax.tree.leaves(state)), "no moments are kept of it"
+
+
 def test_roles_must_be_known_and_complete():
     with pytest.raises(ValueError, match=r"unknown roles.*\['lm_head'\]: 'head'"):
         build_optimizer(config(), ROLES | {"lm_head": "head"}, 10)
