@@ -118,12 +118,37 @@ class ConfigReader:
             UserError: the field is absent and has no default.
         """
         self._taken.add(name)
-        value = getattr(self._config, name, None)
+        try:
+            value = getattr(self._config, name, None)
+        except RuntimeError:  # so transformers says that there is no one value
+            raise UserError(
+                f"{self.file}: per_layer_config gives layers different values of {name}: that is not supported"
+            ) from None
         if value is None and default is not _REQUIRED:
             return default
         if value is None:
             raise UserError(f"{self.file}: {name!r} is missing")
         return value
+
+    def of_layers(self, *differing: str) -> list["ConfigReader"]:
+        """A reader per layer, where ``per_layer_config`` may have other values of the fields `differing`.
+
+        Raises:
+            UserError: it has other fields.
+        """
+        layers = self.size("num_hidden_layers", MAX_LAYERS)
+        self._taken.add("per_layer_config")
+        given = self.raw.get("per_layer_config") or {}
+        other = sorted({name for fields in given.values() for name in fields} - set(differing))
+        if other:
+            raise UserError(
+                f"{self.file}: per_layer_config has {', '.join(map(repr, other))}: supported are "
+                f"{' and '.join(map(repr, differing))}"
+            )
+        readers = [copy.copy(self) for _ in range(layers)]  # they share what was taken
+        for index, reader in enumerate(readers):
+            reader._config = self._config.per_layer_config[index]
+        return readers
 
     def size(self, name: str, most: int = _MAX_SIZE) -> int:
         """The value of a field that must be a positive integer.
@@ -182,17 +207,20 @@ class ConfigReader:
             raise UserError(f"{self.file}: {'; '.join(problems)}")
 
 
-def text_config(raw: Mapping[str, Any], name: str, file: str) -> dict[str, Any]:
+def text_config(
+    raw: Mapping[str, Any], name: str, file: str, unused: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """The part `name` of a config.json of several models in one, such as "text_config".
 
     Whether input and output embeddings are tied is the whole's to say where it says it.
 
     Raises:
-        UserError: the whole has fields that transformers does not know, or the part is missing.
+        UserError: the whole has fields that transformers does not know and that are not `unused`, or the part is
+            missing.
     """
     config_class = CONFIG_MAPPING[raw["model_type"]]
     known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
-    unknown = sorted(raw.keys() - known - _INERT)
+    unknown = sorted(raw.keys() - known - _INERT - unused)
     if unknown:
         near = difflib.get_close_matches(unknown[0], sorted(known), 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""

@@ -9,7 +9,7 @@ from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader, is_positive
 from jaxmoe.interop.layout import quote
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.norms import NormSpec
-from jaxmoe.model.rope import Dynamic, Linear, Llama3, LongRope, RopeSpec, Scaling, Yarn
+from jaxmoe.model.rope import Dynamic, Linear, Llama3, LongRope, Proportional, RopeSpec, Scaling, Yarn
 from jaxmoe.model.router import Groups, RouterSpec
 from jaxmoe.spec import LayerSpec, ModelSpec, group_layers
 
@@ -100,6 +100,8 @@ def shared_rules(block: str) -> tuple[Rule, ...]:
     return (
         Rule("layers.{L}.shared.gate_up", LAYER + block + ".{G:gate_proj|up_proj}.weight", "I D"),
         Rule("layers.{L}.shared.down", LAYER + block + ".down_proj.weight", "D I"),
+        Rule("layers.{L}.shared.gate_up_bias", LAYER + block + ".{G:gate_proj|up_proj}.bias", "I"),
+        Rule("layers.{L}.shared.down_bias", LAYER + block + ".down_proj.bias", "D"),
     )
 
 
@@ -109,10 +111,12 @@ def correction_rule(source: str, axes: str = "E") -> Rule:
 
 
 def mlp_rules() -> tuple[Rule, ...]:
-    """Dense gated feed-forward."""
+    """Dense gated feed-forward, with biases where the spec has them."""
     return (
         Rule("layers.{L}.mlp.gate_up", LAYER + "mlp.{G:gate_proj|up_proj}.weight", "I D"),
         Rule("layers.{L}.mlp.down", LAYER + "mlp.down_proj.weight", "D I"),
+        Rule("layers.{L}.mlp.gate_up_bias", LAYER + "mlp.{G:gate_proj|up_proj}.bias", "I"),
+        Rule("layers.{L}.mlp.down_bias", LAYER + "mlp.down_proj.bias", "D"),
     )
 
 
@@ -206,7 +210,7 @@ def rope_spec(
     kind = given.pop("rope_type", "default")
     given.pop("type", None)
     share = given.pop("partial_rotary_factor", None) or 1.0
-    rotary = int(width * share)
+    rotary = width if kind == "proportional" else int(width * share)
     least = 4 if kind == "dynamic" else 2  # its exponent has rotary - 2 in the denominator
     if share > 1 or rotary % 2 or rotary < least:
         raise UserError(
@@ -234,6 +238,8 @@ def rope_spec(
     scaling: Scaling
     if kind == "default":
         scaling = None
+    elif kind == "proportional":
+        scaling = Proportional(int(share * width // 2), given.pop("factor", None) or 1.0)
     elif kind == "linear":
         scaling = Linear(need("factor"))
     elif kind == "dynamic":
@@ -262,7 +268,7 @@ def rope_spec(
             attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
         scaling = LongRope(factors("short_factor"), factors("long_factor"), original, attention)
     else:
-        known = "default, linear, dynamic, yarn, llama3, longrope"
+        known = "default, linear, dynamic, yarn, llama3, longrope, proportional"
         raise UserError(f"{config.file}: rope type {kind!r} is not supported; supported: {known}")
     unread = sorted(name for name, value in given.items() if value is not None)
     if unread:

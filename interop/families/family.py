@@ -55,7 +55,7 @@ class Family:
             UserError: a field that is unknown, of a wrong type or value.
         """
         for name in self.text:
-            raw = text_config(raw, name, file)
+            raw = text_config(raw, name, file, self.unused_fields)
         config = ConfigReader(raw, file, self.unused_fields)
         spec = self.read_spec(config)
         config.finish()

@@ -105,8 +105,7 @@ def torch_model(model_type: str, variant: Mapping[str, Any] | None = None, seed:
     case = case_of(model_type)
     config = transformers.AutoConfig.for_model(**config_json(model_type, variant))
     config._attn_implementation = config._experts_implementation = "eager"
-    for part in config.sub_configs:
-        sub = getattr(config, part)
+    for sub in filter(None, (getattr(config, part) for part in config.sub_configs)):
         sub._attn_implementation = sub._experts_implementation = "eager"
     model = getattr(transformers, case.architecture)(config)
     generator = torch.Generator().manual_seed(seed)

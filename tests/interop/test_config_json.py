@@ -6,6 +6,7 @@ import math
 import random
 import re
 
+import families
 import published
 import pytest
 import tiny
@@ -466,6 +467,16 @@ class TestRefused:
                 {"num_attention_heads": 24},
                 "hidden_size 4096 is not divisible by num_attention_heads 24",
             ),
+            (
+                MIXTRAL,
+                {"per_layer_config": {"1": {"num_key_value_heads": 4}}},
+                "per_layer_config gives layers different values of num_key_value_heads",
+            ),
+            (
+                families.config_json("gemma4_text"),
+                {"per_layer_config": {"1": {"hidden_size": 48}}},
+                "per_layer_config has 'hidden_size': supported are 'head_dim' and 'num_key_value_heads'",
+            ),
         ],
     )
     def test_by_one_family(self, config, changes, message):
@@ -527,7 +538,7 @@ class TestFiles:
         path.write_text(json.dumps(QWEN | {"model_type": "qwen3moe"}))
         message = self.refusal(path)
         assert "model_type 'qwen3moe' is not supported (did you mean 'qwen3_moe'?)" in message
-        assert "supported: mixtral, olmoe, qwen3_moe" in message
+        assert f"supported: {', '.join(sorted(FAMILIES))}" in message
         path.write_text(json.dumps({"model_type": "llama"}))
         assert "did you mean" not in self.refusal(path)
 
