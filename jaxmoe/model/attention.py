@@ -10,14 +10,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jaxmoe.model.blockwise import blockwise_attention
 from jaxmoe.model.norms import NormSpec, apply_norm
+from jaxmoe.model.precision import scaled
 from jaxmoe.model.rope import RopeSpec, apply_rope, rope_tables
-from jaxmoe.model.sinks import attention_with_sinks
 from jaxmoe.params import Param, Tree, param
 from jaxmoe.sharding import BATCH_AXES, axis_size, constrain, current_mesh
 
 _logger = logging.getLogger(__name__)
-_SCORES = "attention goes through XLA, with memory for all {length}² scores: {reason}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,16 +161,17 @@ def _attend(
 ) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]:
     """The function of queries, keys, values and mask that gives what is attended to, (B, T, N, value width)."""
     scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-    if spec.sinks:
-        if _compute_capability() is not None:
-            _log_once(_SCORES.format(length=q_BTNH.shape[1], reason="cuDNN has no attention sinks"))
-        return functools.partial(attention_with_sinks, sinks=params["sinks"], scale=scale, window=spec.window)
+    implementation = _implementation(q_BTNH, masked, spec.sinks)
+    if implementation == "blockwise":
+        return functools.partial(
+            blockwise_attention, scale=scale, window=spec.window, sinks=params.get("sinks")
+        )
     attend = functools.partial(
         jax.nn.dot_product_attention,
         scale=scale,
         is_causal=True,
         local_window_size=None if spec.window is None else (spec.window - 1, 0),
-        implementation=_implementation(q_BTNH, masked),
+        implementation=implementation,
     )
 
     def attend_padded(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -254,25 +255,24 @@ def _project(
         value = apply_norm(spec.qk_norm.norm, value, None)
     if spec.clip_qkv is not None:
         value = jnp.clip(value, -spec.clip_qkv, spec.clip_qkv)
-    if spec.value_scale != 1.0:
-        value = value * spec.value_scale
+    value = scaled(value, spec.value_scale)
     return query_or_key(project("q"), "q"), query_or_key(projected_key, "k"), value
 
 
-def _implementation(q_BTNH: jax.Array, masked: bool) -> Literal["cudnn", "xla"]:
-    """cuDNN's flash attention where it takes the operands; otherwise the reason is logged once.
+def _implementation(q_BTNH: jax.Array, masked: bool, sinks: bool) -> Literal["cudnn", "xla", "blockwise"]:
+    """On a GPU cuDNN's flash attention where it takes the operands; otherwise the reason is logged once.
 
     XLA's own attention writes the (B, N, T, S) scores: at 2 x 4,096 tokens and 32 heads that is 10 GiB of
     temporaries against 0.14 GiB.
     """
     capability = _compute_capability()
     if capability is None:
-        return "xla"
-    reason = _cudnn_refuses(q_BTNH, masked, capability)
+        return "blockwise" if sinks else "xla"
+    reason = _cudnn_refuses(q_BTNH, masked, sinks, capability)
     if reason is None:
         return "cudnn"
-    _log_once(_SCORES.format(length=q_BTNH.shape[1], reason=reason))
-    return "xla"
+    _log_once(f"attention goes through XLA, block by block: {reason}")
+    return "blockwise"
 
 
 def _compute_capability() -> tuple[int, int] | None:
@@ -283,13 +283,15 @@ def _compute_capability() -> tuple[int, int] | None:
     return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
 
 
-def _cudnn_refuses(q_BTNH: jax.Array, masked: bool, capability: tuple[int, int]) -> str | None:
+def _cudnn_refuses(q_BTNH: jax.Array, masked: bool, sinks: bool, capability: tuple[int, int]) -> str | None:
     """Why cuDNN does not take these queries, after jax's own checks, which raise instead.
 
     Those also let widths over 128 through on GPUs after Hopper, where cuDNN has had no kernels for them.
     """
     length, width = q_BTNH.shape[1], q_BTNH.shape[3]
     widest = 256 if capability[0] == 9 else 128
+    if sinks:
+        return "cuDNN takes no attention sinks"
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN takes bfloat16 and float16, the model computes in {q_BTNH.dtype}"
     if width > widest or width % 8:

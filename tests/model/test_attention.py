@@ -68,27 +68,29 @@ HOPPER, BLACKWELL, AMPERE = (9, 0), (10, 0), (8, 0)
 
 
 @pytest.mark.parametrize(
-    ("gpu", "length", "width", "dtype", "masked", "reason"),
+    ("gpu", "length", "width", "dtype", "masked", "sinks", "reason"),
     [
-        (HOPPER, 64, 128, "bfloat16", True, None),
-        (HOPPER, 64, 256, "float16", True, None),
-        (HOPPER, 65, 128, "bfloat16", False, None),
-        (HOPPER, 65, 128, "bfloat16", True, "even length, these have 65"),
-        (HOPPER, 64, 264, "bfloat16", False, "up to 256 in eights on this GPU, the model has 264"),
-        (HOPPER, 64, 100, "bfloat16", False, "in eights on this GPU, the model has 100"),
-        (AMPERE, 64, 192, "bfloat16", False, "up to 128 in eights on this GPU, the model has 192"),
-        (BLACKWELL, 64, 192, "bfloat16", False, "up to 128 in eights on this GPU, the model has 192"),
-        (HOPPER, 64, 128, "float32", False, "the model computes in float32"),
-        (None, 64, 128, "bfloat16", True, "-"),
+        (HOPPER, 64, 128, "bfloat16", True, False, None),
+        (HOPPER, 64, 256, "float16", True, False, None),
+        (HOPPER, 64, 128, "bfloat16", True, True, "cuDNN takes no attention sinks"),
+        (None, 64, 128, "bfloat16", True, True, "-"),
+        (HOPPER, 65, 128, "bfloat16", False, False, None),
+        (HOPPER, 65, 128, "bfloat16", True, False, "even length, these have 65"),
+        (HOPPER, 64, 264, "bfloat16", False, False, "up to 256 in eights on this GPU, the model has 264"),
+        (HOPPER, 64, 100, "bfloat16", False, False, "in eights on this GPU, the model has 100"),
+        (AMPERE, 64, 192, "bfloat16", False, False, "up to 128 in eights on this GPU, the model has 192"),
+        (BLACKWELL, 64, 192, "bfloat16", False, False, "up to 128 in eights on this GPU, the model has 192"),
+        (HOPPER, 64, 128, "float32", False, False, "the model computes in float32"),
+        (None, 64, 128, "bfloat16", True, False, "-"),
     ],
 )
-def test_a_quadratic_implementation_says_why(gpu, length, width, dtype, masked, reason, monkeypatch, caplog):
+def test_what_is_not_cudnn_says_why(gpu, length, width, dtype, masked, sinks, reason, monkeypatch, caplog):
     monkeypatch.setattr(module, "_compute_capability", lambda: gpu)
     module._log_once.cache_clear()
     queries = jax.ShapeDtypeStruct((2, length, 3, width), jnp.dtype(dtype))
     with caplog.at_level(logging.WARNING):
-        chosen = [module._implementation(queries, masked) for _ in range(2)]
-    assert chosen == ["xla" if reason else "cudnn"] * 2
+        chosen = [module._implementation(queries, masked, sinks) for _ in range(2)]
+    assert chosen == ["cudnn" if reason is None else "blockwise" if gpu or sinks else "xla"] * 2
     if reason in (None, "-"):
         assert not caplog.records
     else:
