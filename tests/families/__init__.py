@@ -8,6 +8,7 @@ shorter than the 75 tokens of the tests; every kind of layer occurs; groups, if 
 published models is random. Weights are drawn at 0.2, and norms, biases and buffers are randomised.
 """
 
+import copy
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
@@ -88,7 +89,7 @@ def config_json(model_type: str, variant: Mapping[str, Any] | None = None) -> di
     for name, value in (variant or {}).items():
         nested = isinstance(value, Mapping) and name.endswith("_config")
         config[name] = {**config[name], **value} if nested else value
-    return config
+    return copy.deepcopy(config)  # transformers' config classes write into objects that they are given
 
 
 def torch_model(model_type: str, variant: Mapping[str, Any] | None = None, seed: int = 0) -> Any:
