@@ -10,7 +10,7 @@ from jaxmoe.model.head import Head, LogitSpec
 from jaxmoe.model.mlp import MLPSpec, mlp
 from jaxmoe.model.moe import moe
 from jaxmoe.model.norms import norm
-from jaxmoe.model.precision import float32_matmuls
+from jaxmoe.model.precision import float32_matmuls, scaled
 from jaxmoe.model.router import RouterStats
 from jaxmoe.params import Tree, for_compute
 from jaxmoe.sharding import BATCH_AXES, constrain
@@ -162,9 +162,7 @@ def _layer(
     def add(name: str, x: jax.Array, out: jax.Array) -> jax.Array:
         if layer.placement in ("post", "sandwich"):
             out = norm(params, f"{name}_post_norm", layer.norm, out)
-        if layer.residual_scale != 1.0:
-            out = out * layer.residual_scale
-        return constrain(x + out, BATCH_AXES)
+        return constrain(x + scaled(out, layer.residual_scale), BATCH_AXES)
 
     normed = before("attention", x_BTD)
     mixed_BTD = add("attention", x_BTD, attention(params["attention"], layer.mixer, normed, sequence_info))

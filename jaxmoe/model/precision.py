@@ -16,3 +16,8 @@ def float32_matmuls(dtype: Any) -> contextlib.AbstractContextManager[Any]:
     if jnp.dtype(dtype) == jnp.float32 and jax.config.jax_default_matmul_precision is None:  # type: ignore[attr-defined]
         return jax.default_matmul_precision("highest")
     return contextlib.nullcontext()
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """x · factor in x's dtype, rounded once: in bfloat16 the factor itself would be off by up to 0.4 %."""
+    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)

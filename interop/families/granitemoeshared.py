@@ -1,0 +1,13 @@
+"""GraniteMoE with a shared expert."""
+
+from jaxmoe.interop.config_json import ConfigReader
+from jaxmoe.interop.families import granitemoe
+from jaxmoe.interop.families.family import Family
+from jaxmoe.spec import ModelSpec
+
+
+def _spec(config: ConfigReader) -> ModelSpec:
+    return granitemoe.model(config, granitemoe.plain_attention(config))
+
+
+FAMILY = Family("granitemoeshared", _spec, granitemoe.rules, unused_fields=granitemoe.UNUSED)
