@@ -34,6 +34,7 @@ _INERT = frozenset(
         "_name_or_path",
         "architectures",
         "attn_implementation",
+        "auto_map",
         "bos_token_id",
         "chunk_size_feed_forward",
         "dtype",
