@@ -66,6 +66,17 @@ _INERT = frozenset(
     }
 )
 
+# What transformers 4 wrote into the configs within a config: its defaults for generation, and bookkeeping.
+_GENERATION = """
+    add_cross_attention bad_words_ids begin_suppress_tokens cross_attention_hidden_size decoder_start_token_id
+    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id is_decoder length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores prefix pruned_heads
+    remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript
+    typical_p use_bfloat16
+"""
+
 
 class ConfigReader:
     """One config.json with its defaults filled in; remembers which fields were taken.
@@ -88,7 +99,7 @@ class ConfigReader:
         """
         self.raw = raw
         self.file = file
-        self._inert = _INERT | unused
+        self._inert = _INERT.union(_GENERATION.split(), unused)
         self._taken: set[str] = set()
         config_class = CONFIG_MAPPING[raw["model_type"]]
         for alias, name in config_class.attribute_map.items():

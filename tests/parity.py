@@ -127,7 +127,7 @@ def compare(
     if case.balance:
         arguments["output_router_logits"] = True
     model.zero_grad()
-    theirs = model(**case.inputs(arguments))
+    theirs = case.text(model)(**case.inputs(arguments))
     theirs.loss.backward()
     tensors = model.state_dict(keep_vars=True)
     their_grads = dict(

@@ -188,7 +188,11 @@ def head_dim(config: ConfigReader) -> int:
 
 
 def rope_spec(
-    config: ConfigReader, width: int, given: Mapping[str, Any] | None = None, **options: Any
+    config: ConfigReader,
+    width: int,
+    given: Mapping[str, Any] | None = None,
+    sections: bool = False,
+    **options: Any,
 ) -> RopeSpec:
     """The rotation from ``rope_parameters`` (or the older rope_theta and rope_scaling, already merged into it).
 
@@ -196,6 +200,8 @@ def rope_spec(
         config: of the model.
         width: of a head.
         given: other parameters than ``rope_parameters``, such as those of one kind of layer.
+        sections: features may be split between positions in time, height and width, which are one and the same
+            for text.
         options: further fields of the spec.
 
     Raises:
@@ -217,6 +223,8 @@ def rope_spec(
             f"{config.file}: heads of width {width} with partial_rotary_factor {share} would rotate {rotary} features: "
             f"expected an even number of them from {least} to {width}"
         )
+    if sections:
+        _check_sections(config, given, rotary // 2)
     positions = config.size("max_position_embeddings")
 
     def need(name: str) -> Any:
@@ -276,6 +284,20 @@ def rope_spec(
             f"{config.file}: rope_parameters of type {kind!r} have unknown entries {', '.join(unread)}"
         )
     return RopeSpec(theta, rotary, scaling, **options)
+
+
+def _check_sections(config: ConfigReader, given: dict[str, Any], pairs: int) -> None:
+    """Take the split of `pairs` pairs of features out of `given`."""
+    parts = given.pop("mrope_section", None)
+    for name in ("mrope_interleaved", "interleaved"):
+        given.pop(name, None)
+    if parts is None:
+        return
+    sizes = [part for part in parts if is_positive(part)] if isinstance(parts, list | tuple) else []
+    if len(sizes) != 3 or len(parts) != 3 or sum(sizes) != pairs:
+        raise UserError(
+            f"{config.file}: mrope_section = {quote(parts)}: expected three positive integers whose sum is {pairs}"
+        )
 
 
 def _yarn(given: dict[str, Any], positions: int) -> Yarn:

@@ -64,6 +64,8 @@ class Case:
         weightless: parameters of ours (a part of their names) that cannot change the logits, each with the reason.
         packs: transformers' model tells documents of one row apart by positions that start again. One that does
             not gets every document as a row of its own.
+        text: the part of transformers' model that computes logits of text.
+        published: from the tensors that transformers writes to those of published folders, where they differ.
     """
 
     config: Mapping[str, Any]
@@ -75,6 +77,8 @@ class Case:
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
     weightless: Mapping[str, str] = dataclasses.field(default_factory=dict)
     packs: bool = True
+    text: Callable[[Any], Any] = lambda model: model
+    published: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
 def case_of(model_type: str) -> Case:
@@ -83,13 +87,26 @@ def case_of(model_type: str) -> Case:
 
 
 def config_json(model_type: str, variant: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The tiny config.json; fields of `variant` that are objects replace single fields of those."""
+    """The tiny config.json; configs within that of `variant` replace single fields of those."""
     case = case_of(model_type)
     config = {"model_type": model_type, "architectures": [case.architecture], **case.config}
-    for name, value in (variant or {}).items():
-        nested = isinstance(value, Mapping) and name.endswith("_config")
-        config[name] = {**config[name], **value} if nested else value
-    return copy.deepcopy(config)  # transformers' config classes write into objects that they are given
+    # transformers' config classes write into objects that they are given.
+    return copy.deepcopy(_replaced(config, variant or {}))
+
+
+def _replaced(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    changed = {
+        name: _replaced(config[name], value) if name.endswith("_config") else value
+        for name, value in fields.items()
+    }
+    return {**config, **changed}
+
+
+def _eager(config: Any) -> None:
+    config._attn_implementation = config._experts_implementation = "eager"
+    for part in config.sub_configs:
+        if getattr(config, part) is not None:
+            _eager(getattr(config, part))
 
 
 def torch_model(model_type: str, variant: Mapping[str, Any] | None = None, seed: int = 0) -> Any:
@@ -105,9 +122,7 @@ def torch_model(model_type: str, variant: Mapping[str, Any] | None = None, seed:
 
     case = case_of(model_type)
     config = transformers.AutoConfig.for_model(**config_json(model_type, variant))
-    config._attn_implementation = config._experts_implementation = "eager"
-    for sub in filter(None, (getattr(config, part) for part in config.sub_configs)):
-        sub._attn_implementation = sub._experts_implementation = "eager"
+    _eager(config)
     model = getattr(transformers, case.architecture)(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

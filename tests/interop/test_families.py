@@ -96,19 +96,17 @@ def bytes_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_round_trip(name, tmp_path):
-    """Untouched, every file comes back byte for byte; changed, transformers computes what we do."""
+def check_round_trip(name, theirs, tmp_path):
+    """Untouched, every file of folder `theirs` comes back; changed, transformers computes what we do."""
     import torch
     import transformers
 
     from jaxmoe.interop.torch_bridge import to_numpy
 
-    case, model = families.case_of(name), tiny_model(name)
-    model.save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
-    mine = jaxmoe.from_pretrained(tmp_path / "theirs", dtype="float32")
+    case = families.case_of(name)
+    mine = jaxmoe.from_pretrained(theirs, dtype="float32")
     jaxmoe.save_pretrained(mine, tmp_path / "ours")
-    assert bytes_of(tmp_path / "ours") == bytes_of(tmp_path / "theirs")
+    assert bytes_of(tmp_path / "ours") == bytes_of(theirs)
 
     noise = np.random.default_rng(0)
     changed = jax.tree.map(
@@ -122,7 +120,7 @@ def test_round_trip(name, tmp_path):
     )
     mine = MoEModel(mine.spec, changed, mine.dtype, source=mine.source)
     jaxmoe.save_pretrained(mine, tmp_path / "changed")
-    theirs = getattr(transformers, case.architecture).from_pretrained(
+    model = getattr(transformers, case.architecture).from_pretrained(
         tmp_path / "changed", attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
     )
     tokens = parity.tokens_of(mine.spec.vocab_size)
@@ -133,8 +131,26 @@ def test_round_trip(name, tmp_path):
         "use_cache": False,
     }
     with torch.no_grad():
-        expected = to_numpy(theirs(**case.inputs(arguments)).logits)
+        expected = to_numpy(case.text(model)(**case.inputs(arguments)).logits)
     parity.assert_close(mine(tokens), expected, 1e-4, "logits")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_round_trip(name, tmp_path):
+    tiny_model(name).save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
+    check_round_trip(name, tmp_path / "theirs", tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if families.case_of(name).published])
+def test_round_trip_as_published(name, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "theirs"
+    tiny_model(name).save_pretrained(folder)
+    path = folder / "model.safetensors"
+    tensors = families.case_of(name).published(load_file(path))
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, {"format": "pt"})
+    check_round_trip(name, folder, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "preset"), PRESETS)
