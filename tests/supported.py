@@ -21,15 +21,17 @@ FOLDER = Path(package.__file__).parent
 
 
 def preset_config(model_type: str, preset: families.Preset) -> Any:
-    """transformers' config of a published model: the defaults of its class with the fields that differ."""
-    config = AutoConfig.for_model(model_type)
-    owner, text, path = None, config, FAMILIES[model_type].text
-    for part in path:
-        owner, text = text, getattr(text, part)
-    text = type(text)(**preset.fields)
-    if owner is None:
-        return text
-    setattr(owner, path[-1], text)
+    """transformers' config of a published model: the defaults of its class with the fields that differ.
+
+    What a config has beside that of the text model is as in the tiny one.
+    """
+    path = FAMILIES[model_type].text
+    if not path:
+        return AutoConfig.for_model(model_type, **preset.fields)
+    config = owner = AutoConfig.for_model(**families.config_json(model_type))
+    for part in path[:-1]:
+        owner = getattr(owner, part)
+    setattr(owner, path[-1], type(getattr(owner, path[-1]))(**preset.fields))
     return config
 
 
