@@ -1,0 +1,124 @@
+"""Hunyuan-A13B (Tencent, 2025): query and key norms after rotation, one shared expert, renormalised softmax."""
+
+from typing import Any
+
+from jaxmoe.errors import UserError
+from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader, is_positive
+from jaxmoe.interop.families import common
+from jaxmoe.interop.families.common import LAYER
+from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.layout import quote
+from jaxmoe.interop.rules import Rule
+from jaxmoe.model.attention import AttentionSpec, QKNorm
+from jaxmoe.model.mlp import MLPSpec
+from jaxmoe.model.moe import MoESpec, SharedSpec
+from jaxmoe.model.norms import NormSpec
+from jaxmoe.model.rope import RopeSpec
+from jaxmoe.model.router import RouterSpec
+from jaxmoe.spec import LayerSpec, ModelSpec
+
+# Published configs say these of the original code; transformers' model has no other way.
+_UNREAD = {
+    "group_limited_greedy": False,
+    "mlp_bias": False,
+    "moe_layer_num_skipped": 0,
+    "norm_topk_prob": True,
+    "norm_type": "rms",
+    "position_embedding_xdrope": False,
+    "routed_scaling_factor": 1.0,
+    "use_cla": False,
+    "use_mixed_mlp_moe": True,
+    "use_mla": False,
+    "use_qk_norm": True,
+    "use_rotary_pos_emb": True,
+}
+
+
+def _spec(config: ConfigReader) -> ModelSpec:
+    config.expect("hidden_act", "silu")
+    for name, value in _UNREAD.items():
+        config.expect(name, value, None)
+    depth, hidden = config.size("num_hidden_layers", MAX_LAYERS), config.size("intermediate_size")
+    head_dim, bias = config.size("head_dim"), config.take("attention_bias")
+    config.expect("attention_head_dim", head_dim, None)
+    config.expect("moe_intermediate_size", hidden, [hidden] * depth, None)
+    config.expect("num_shared_expert", 1, [1] * depth, None)
+    norm = NormSpec(config.number("rms_norm_eps"))
+    attention = AttentionSpec(
+        num_heads=config.size("num_attention_heads"),
+        num_kv_heads=config.size("num_key_value_heads"),
+        head_dim=head_dim,
+        rope=_rope(config, head_dim),
+        qk_norm=QKNorm(norm, "head", after_rope=True),
+        bias=bias,
+        output_bias=bias,
+    )
+    layers = [
+        LayerSpec(
+            attention,
+            MoESpec(
+                router=RouterSpec(
+                    num_experts=config.size("num_experts"),
+                    top_k=top_k,
+                    renormalize=True,
+                    weight_dtype="float32",
+                    logits_dtype="float32",
+                    float32=True,
+                ),
+                hidden=hidden,
+                shared=SharedSpec(MLPSpec(hidden)),
+            ),
+            norm,
+        )
+        for top_k in _chosen(config, depth)
+    ]
+    return common.model_spec(config, layers, norm)
+
+
+def _rope(config: ConfigReader, width: int) -> RopeSpec:
+    """With ``alpha``, published ones of type "dynamic" are the default at a larger base; nothing else is read."""
+    given: dict[str, Any] = config.take("rope_parameters")
+    theta, alpha = given.get("rope_theta"), given.get("alpha")
+    if given.get("rope_type") != "dynamic" or not alpha:
+        return common.rope_spec(config, width)
+    for name, value in (("rope_theta", theta), ("alpha", alpha)):
+        if not is_positive(value):
+            raise UserError(f"{config.file}: {name} = {value!r} of the rotation: expected a positive number")
+    if width < 4:  # its exponent has width - 2 in the denominator
+        raise UserError(f"{config.file}: head_dim = {width}: expected at least 4 with alpha in the rotation")
+    return common.rope_spec(config, width, {"rope_theta": theta * alpha ** (width / (width - 2))})
+
+
+def _chosen(config: ConfigReader, depth: int) -> list[int]:
+    """Experts per token of every layer."""
+    value = config.take("moe_topk")
+    if not isinstance(value, list):
+        return [config.size("moe_topk")] * depth
+    if len(value) != depth or not all(isinstance(k, int) and k > 0 for k in value):
+        raise UserError(f"{config.file}: moe_topk = {quote(value)}: expected {depth} positive integers")
+    return value
+
+
+def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
+    return (
+        *common.trunk_rules(spec.tie_embeddings),
+        *common.norm_rules(),
+        *common.attention_rules(),
+        Rule("layers.{L}.attention.q_norm", LAYER + "self_attn.query_layernorm.weight", "H"),
+        Rule("layers.{L}.attention.k_norm", LAYER + "self_attn.key_layernorm.weight", "H"),
+        *common.expert_rules("mlp", ("gate_proj", "up_proj", "down_proj"), router="gate.wg"),
+        *common.shared_rules("mlp.shared_mlp"),
+    )
+
+
+# Dropout, token ids and parts that other models of the original code have.
+_UNUSED = """
+add_classification_head anyres_pooling_size anyres_vit_max_image_size anyres_vit_two_views attention_dropout
+cla_share_factor class_num dense_list eod_token_id im_end_id im_newline_id im_start_id image_token_id kv_lora_rank
+mask_init_id moe_drop_tokens moe_random_routing_dropped_token n_group num_media_embeds org_vocab_size pad_id pool_type
+pretraining_tp q_lora_rank qk_nope_head_dim qk_rope_head_dim sep_token_id skip_cls_token text_end_id text_start_id
+topk_group v_head_dim video_end_id video_start_id vit_add_patchemb_bias vit_input_resolution vit_mapping_type
+vit_norm_type vit_patch vit_path vit_remove_prenorm vit_token vit_type vit_used_rms_norm xdrope_section
+"""
+
+FAMILY = Family("hunyuan_v1_moe", _spec, _rules, unused_fields=frozenset(_UNUSED.split()))
