@@ -11,7 +11,14 @@ from jaxmoe.model.norms import NormSpec
 from jaxmoe.spec import LayerSpec, ModelSpec
 
 
-def _spec(config: ConfigReader) -> ModelSpec:
+def text_spec(config: ConfigReader, qk_norm: bool, sections: bool = False) -> ModelSpec:
+    """GLM-4.5, and the text model of GLM-4.5V.
+
+    Args:
+        config: of the text model.
+        qk_norm: queries and keys are normed.
+        sections: see `common.rope_spec`.
+    """
     config.expect("hidden_act", "silu")
     norm = NormSpec(config.number("rms_norm_eps"))
     head_dim = common.head_dim(config)
@@ -19,8 +26,8 @@ def _spec(config: ConfigReader) -> ModelSpec:
         num_heads=config.size("num_attention_heads"),
         num_kv_heads=config.size("num_key_value_heads"),
         head_dim=head_dim,
-        rope=common.rope_spec(config, head_dim),
-        qk_norm=QKNorm(norm, "head") if config.take("use_qk_norm") else None,
+        rope=common.rope_spec(config, head_dim, sections=sections),
+        qk_norm=QKNorm(norm, "head") if qk_norm else None,
         bias=config.take("attention_bias"),
     )
     hidden = config.size("moe_intermediate_size")
@@ -37,7 +44,11 @@ def _spec(config: ConfigReader) -> ModelSpec:
     return common.model_spec(config, layers, norm)
 
 
-def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
+def _spec(config: ConfigReader) -> ModelSpec:
+    return text_spec(config, config.take("use_qk_norm"))
+
+
+def rules(spec: ModelSpec) -> tuple[Rule, ...]:
     return (
         *common.trunk_rules(spec.tie_embeddings),
         *common.norm_rules(),
@@ -52,7 +63,7 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
 FAMILY = Family(
     "glm4_moe",
     _spec,
-    _rules,
+    rules,
     ignored=(r"^model\.layers\.(46|92)\.", r"\.rotary_emb\.inv_freq$"),  # predict the token after the next
     unused_fields=frozenset({"num_mtp_layers", "num_nextn_predict_layers", "partial_rotary_factor"}),
 )

@@ -1,0 +1,33 @@
+"""GLM-4.5V (arXiv 2507.01006): its text model, which is GLM-4.5's. The vision tower stays as it is."""
+
+from jaxmoe.interop.config_json import ConfigReader
+from jaxmoe.interop.families.family import Family, Prefix
+from jaxmoe.interop.families.glm4_moe import rules, text_spec
+from jaxmoe.spec import ModelSpec
+
+
+def _spec(config: ConfigReader) -> ModelSpec:
+    config.expect("use_qk_norm", False, None)  # in published configs; transformers' model has no code for it
+    return text_spec(config, qk_norm=False, sections=True)
+
+
+FAMILY = Family(
+    "glm4v_moe",
+    _spec,
+    rules,
+    ignored=(r"^model\.visual\.", r"^model\.language_model\.layers\.(46|92)\.", r"\.rotary_emb\.inv_freq$"),
+    unused_fields=frozenset(
+        {
+            "image_end_token_id",
+            "image_start_token_id",
+            "image_token_id",
+            "num_nextn_predict_layers",
+            "partial_rotary_factor",  # also in rope_parameters
+            "video_end_token_id",
+            "video_start_token_id",
+            "video_token_id",
+        }
+    ),
+    text=("text_config",),
+    prefixes=(Prefix("model.language_model."),),
+)
