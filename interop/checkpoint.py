@@ -13,11 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmoe.errors import UserError
+from jaxmoe.interop.boxes import Box, pieces
 from jaxmoe.interop.config_json import read_config
 from jaxmoe.interop.families import family_of
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.layout import DTYPES, TensorInfo, raise_problems
-from jaxmoe.interop.reader import CheckpointFolder
+from jaxmoe.interop.quantized import Files, open_files, split_config
 from jaxmoe.interop.rules import Binding, Bindings, bind
 from jaxmoe.params import Param, Tree, named
 from jaxmoe.paths import why_unusable
@@ -37,9 +38,6 @@ PIECE_ELEMENTS = 8 << 20
 
 COMPUTE_DTYPES = ("bfloat16", "float32", "float16")
 
-Box = tuple[slice, ...]
-"""One slice per axis, bounds given."""
-
 
 class TensorReader(Protocol):
     """What loading needs of a place that holds tensors."""
@@ -57,7 +55,7 @@ class Source:
         family: of its model_type.
         raw: config.json as it is.
         spec: the model that it describes.
-        files: the safetensors files.
+        files: the safetensors files; of a quantised folder, as if they were stored in bfloat16.
         bindings: which tensor holds which part of which parameter.
     """
 
@@ -65,7 +63,7 @@ class Source:
     family: Family
     raw: Mapping[str, Any]
     spec: ModelSpec
-    files: CheckpointFolder
+    files: Files
     bindings: Bindings
 
 
@@ -106,11 +104,13 @@ def open_source(path_or_hub_id: str | Path) -> Source:
     folder = resolve_folder(path_or_hub_id)
     raw = read_config(folder / "config.json")
     family = family_of(raw, str(folder / "config.json"))
-    spec = family.spec(raw, str(folder / "config.json"))
-    files = CheckpointFolder(folder)
+    plain, quantization = split_config(raw, str(folder / "config.json"))
+    spec = family.spec(plain, str(folder / "config.json"))
+    problems: list[str] = []
+    files = open_files(folder, quantization, problems)
     shapes = {name: info.shape for name, info in files.tensors.items()}
     bindings = bind(family.rules(spec), spec, shapes, family.ignored)
-    raise_problems(folder, _problems(bindings, files))
+    raise_problems(folder, problems + _problems(bindings, files))
     return Source(folder, family, raw, spec, files, bindings)
 
 
@@ -151,23 +151,6 @@ def read_params(
         # Waiting keeps a host from holding a second parameter while the first is on its way to its devices.
         arrays.append(jax.make_array_from_callback(declared.shape, placement, shards.at).block_until_ready())
     return jax.tree.unflatten(jax.tree.structure(tree), arrays)
-
-
-def pieces(box: Sequence[slice], elements: int) -> Iterator[Box]:
-    """Cut a box into boxes of at most `elements` each, which follow each other in C order."""
-    axis, inner = len(box), 1
-    while axis and inner * (box[axis - 1].stop - box[axis - 1].start) <= elements:
-        axis -= 1
-        inner *= box[axis].stop - box[axis].start
-    if not axis:
-        yield tuple(box)
-        return
-    *outer, cut = box[:axis]
-    step = elements // inner
-    for index in itertools.product(*(range(part.start, part.stop) for part in outer)):
-        for start in range(cut.start, cut.stop, step):
-            run = slice(start, min(start + step, cut.stop))
-            yield (*(slice(i, i + 1) for i in index), run, *box[axis:])
 
 
 class LocalShards:
@@ -278,7 +261,7 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[offset : offset + size].view(dtype).reshape(shape)
 
 
-def _problems(bindings: Bindings, files: CheckpointFolder) -> list[str]:
+def _problems(bindings: Bindings, files: Files) -> list[str]:
     problems = [f"tensor {name} is missing" for name in bindings.missing]
     problems += [f"tensor {name} is not part of the model" for name in bindings.surplus]
     for name, binding in bindings.of_tensor.items():

@@ -3,6 +3,9 @@
 Key names, dtypes, shard split, headers, index, config.json and every other file are the source's. A number
 that training did not change is written with the source's own bits, so an untouched tensor is byte-identical
 whatever dtype it was trained in.
+
+Of a quantised folder the tensors are written in bfloat16 and config.json without ``quantization_config``, or on request
+in the source's own format again.
 """
 
 import functools
@@ -17,15 +20,19 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmoe.errors import UserError
-from jaxmoe.interop.checkpoint import Box, Source, numpy_dtype, pieces
+from jaxmoe.interop.boxes import Box, pieces
+from jaxmoe.interop.checkpoint import Source, numpy_dtype
 from jaxmoe.interop.layout import INDEX_FILE, Shard, TensorInfo, dtype_name
-from jaxmoe.interop.reader import CheckpointFolder
+from jaxmoe.interop.quantized import FIELD, Files, QuantizedFolder, StoredOrder
 from jaxmoe.interop.rules import Binding, Bindings
 from jaxmoe.interop.writer import FolderWriter, index_json, plan_shards
 from jaxmoe.params import Tree, named
 
 PIECE_BYTES = 8 << 20
 """A tensor is fetched, compared and written in pieces of at most this size."""
+
+QUANTIZATIONS = ("none", "source")
+"""What becomes of tensors that the source has quantised: bfloat16, or the source's format."""
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Largest file of an export that has no source folder to follow."""
@@ -56,6 +63,7 @@ def export_like_source(
     *,
     replaced_files: Mapping[str, Path | None] | None = None,
     overwrite: bool = False,
+    quantization: str = "none",
 ) -> list[str]:
     """Write `params` as `source` is laid out.
 
@@ -67,6 +75,8 @@ def export_like_source(
         folder: a new folder, or with `overwrite` an existing checkpoint that is replaced as a whole.
         replaced_files: files that take the place of the source's of those names, such as another tokenizer's;
             None leaves a file out.
+        quantization: "none", or "source": tensors that the source has quantised are written in its format. Blocks
+            that training did not change, in bfloat16, repeat the source's bytes; the others are quantised anew.
 
     Returns:
         Files of the source that were left out: weights in other formats.
@@ -74,7 +84,12 @@ def export_like_source(
     Raises:
         UserError: the folder is not empty, the disk is full, or a value does not fit the tensor's dtype.
     """
-    tensors = _Tensors(params, source.bindings, source.files)
+    shards = exported_shards(source, quantization)
+    tensors = (
+        _QuantizedTensors(params, source.bindings, source.files)
+        if isinstance(source.files, QuantizedFolder) and quantization == "source"
+        else _Tensors(params, source.bindings, source.files)
+    )
     if source.folder.resolve() == Path(folder).resolve():
         raise UserError(f"{folder}: is the folder that the model was loaded from; export to another one")
     if Path(folder).resolve().is_relative_to(source.folder.resolve()):
@@ -87,13 +102,17 @@ def export_like_source(
             "choose another folder"
         )
     if jax.process_index() != 0:
-        tensors.take_part(source.files.shards)
+        tensors.take_part(shards)
         return []
     left_out = []
     with FolderWriter(folder, overwrite=overwrite) as writer:
-        for shard in source.files.shards:
+        for shard in shards:
             writer.shard(shard, tensors.fetch)
-        written = {shard.file for shard in source.files.shards} | (replaced_files or {}).keys()
+        rewritten = {} if quantization == "source" else _unquantized_files(source)
+        for name, data in rewritten.items():
+            writer.file(name, data)
+        written = {shard.file for shard in exported_shards(source, "source")} | rewritten.keys()
+        written |= (replaced_files or {}).keys()
         for path in sorted(source.folder.rglob("*")):
             name = path.relative_to(source.folder).as_posix()
             if not path.is_file() or name in written or name.startswith((".cache/", ".git/")):
@@ -106,6 +125,36 @@ def export_like_source(
             if replacement is not None:
                 writer.copy(replacement, name)
     return left_out
+
+
+def exported_shards(source: Source, quantization: str) -> Sequence[Shard]:
+    """The files of tensors that `export_like_source` writes.
+
+    Raises:
+        UserError: an unknown `quantization`.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise UserError(f"quantization {quantization!r}: expected {' or '.join(map(repr, QUANTIZATIONS))}")
+    files = source.files
+    return (
+        files.stored.shards
+        if isinstance(files, QuantizedFolder) and quantization == "source"
+        else files.shards
+    )
+
+
+def _unquantized_files(source: Source) -> dict[str, bytes]:
+    """What else changes in a quantised folder that is written in bfloat16: the index and config.json."""
+    files = source.files
+    if not isinstance(files, QuantizedFolder):
+        return {}
+    config = {name: value for name, value in source.raw.items() if name != FIELD}
+    spellings = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+    config |= dict.fromkeys(spellings, "bfloat16")
+    rewritten = {"config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
+    if files.stored.index is not None:
+        rewritten[INDEX_FILE] = index_json(files.shards)
+    return rewritten
 
 
 def export_new(
@@ -152,7 +201,7 @@ def export_new(
 class _Tensors:
     """Fetches tensors of the export from the devices, piece by piece."""
 
-    def __init__(self, params: Tree, bindings: Bindings, original: CheckpointFolder | None) -> None:
+    def __init__(self, params: Tree, bindings: Bindings, original: Files | None) -> None:
         self._params = dict(named(params))
         self._bindings = bindings
         self._original = original
@@ -160,9 +209,13 @@ class _Tensors:
     def take_part(self, shards: Sequence[Shard]) -> None:
         """Run the same device computations as the host that writes, and drop the results."""
         for info in (info for shard in shards for info in shard.tensors):
-            if info.name in self._bindings.of_tensor:
-                for _, bits in self._pieces(self._bindings.of_tensor[info.name]):
-                    bits.block_until_ready()
+            for bits in self._computed(info):
+                bits.block_until_ready()
+
+    def _computed(self, info: TensorInfo) -> Iterator[jax.Array]:
+        """What the devices compute for `fetch`, in the same order."""
+        if info.name in self._bindings.of_tensor:
+            yield from (bits for _, bits in self._pieces(self._bindings.of_tensor[info.name]))
 
     def fetch(self, info: TensorInfo) -> Iterator[memoryview | bytearray]:
         """The bytes of one tensor, in order."""
@@ -202,6 +255,55 @@ class _Tensors:
                 f"tensor {info.name}: value {largest:.6g} does not fit its dtype {info.dtype} in the file"
             )
         return binding.to_tensor(values)
+
+
+class _QuantizedTensors(_Tensors):
+    """Fetches the tensors of a quantised folder as they are stored, codes and scales.
+
+    Codes depend on their scales, which may lie in another file: both are made whenever one of them is written.
+    """
+
+    def __init__(self, params: Tree, bindings: Bindings, files: QuantizedFolder) -> None:
+        super().__init__(params, bindings, files.stored)
+        self._files = files
+
+    def fetch(self, info: TensorInfo) -> Iterator[memoryview | bytearray]:
+        """The bytes of one stored tensor, in order."""
+        stored = self._quantized(info)
+        if stored is None:
+            yield from super().fetch(info)
+            return
+        dtype = self._params[stored.binding.target].dtype
+        for band, parts in self._bands(stored):
+            rows = [stored.rows(np.asarray(bits).view(dtype)) for bits in parts]
+            codes, scales = self._files.requantize(stored.pair, band, np.concatenate(rows))
+            made = codes if info.name == stored.pair.codes else scales
+            yield np.ascontiguousarray(made).reshape(-1).view(np.uint8).data
+
+    def _computed(self, info: TensorInfo) -> Iterator[jax.Array]:
+        stored = self._quantized(info)
+        if stored is None:
+            yield from super()._computed(info)
+        else:
+            yield from (bits for _, parts in self._bands(stored) for bits in parts)
+
+    def _quantized(self, info: TensorInfo) -> StoredOrder | None:
+        """The quantised tensor of the model's that a stored tensor is one half of."""
+        pair = self._files.pair_of(info.name)
+        binding = None if pair is None else self._bindings.of_tensor.get(pair.name)
+        return None if pair is None or binding is None else StoredOrder(pair, binding)
+
+    def _bands(self, stored: StoredOrder) -> Iterator[tuple[Box, list[jax.Array]]]:
+        """Bands of a tensor in order, and the bits of the parts that each is made of."""
+        array = self._params[stored.binding.target]
+        for band in self._files.bands(stored.pair, PIECE_BYTES // array.dtype.itemsize):
+            yield (
+                band,
+                [
+                    slice_bits(array, [part[letter] for letter in stored.binding.declared.dims])
+                    for part in stored.parts(band)
+                ],
+            )
 
 
 def slice_bits(array: jax.Array, box: Sequence[slice]) -> jax.Array:

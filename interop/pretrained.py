@@ -14,6 +14,7 @@ from jaxmoe.interop.config_json import read_config
 from jaxmoe.interop.export import export_like_source, export_new
 from jaxmoe.interop.families import family_of
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.quantized import split_config
 from jaxmoe.interop.rules import Bindings, bind
 from jaxmoe.model.module import MoEModel
 from jaxmoe.params import initialize
@@ -26,7 +27,7 @@ class Blueprint:
     """A model known by its config alone, without weights.
 
     Attributes:
-        raw: the config.json.
+        raw: the config.json, without ``quantization_config``.
         family: of its model_type.
         spec: the model.
         bindings: of the family's first layout.
@@ -50,6 +51,7 @@ def read_blueprint(config: str | Path | Mapping[str, Any]) -> Blueprint:
     if not isinstance(raw.get("model_type"), str):
         raise UserError(f"{file}: expected a string 'model_type', got {raw.get('model_type')!r}")
     family = family_of(raw, file)
+    raw, _ = split_config(raw, file)
     spec = family.spec(raw, file)
     return Blueprint(raw, family, spec, bind(family.rules(spec), spec))
 
@@ -97,18 +99,25 @@ def from_config(
     return MoEModel(blueprint.spec, params, dtype, mesh, blueprint)
 
 
-def save_pretrained(model: MoEModel, folder: str | Path, *, overwrite: bool = False) -> None:
+def save_pretrained(
+    model: MoEModel, folder: str | Path, *, overwrite: bool = False, quantization: str = "none"
+) -> None:
     """Write a model as a Hugging Face folder; see `jaxmoe.interop.export` for what it repeats of its source.
 
     Args:
         model: from `from_pretrained` or `from_config`.
         folder: a new or empty folder.
         overwrite: replace an existing checkpoint folder as a whole.
+        quantization: "none": what the source has quantised is written in bfloat16; "source": as the source has it.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or the model has no source whose format it could have.
     """
     if isinstance(model.source, Blueprint):
+        if quantization != "none":
+            raise UserError(
+                f"quantization {quantization!r}: the model has random weights and no source; expected 'none'"
+            )
         export_new(
             model.pure_params(),
             model.source.bindings,
@@ -118,4 +127,6 @@ def save_pretrained(model: MoEModel, folder: str | Path, *, overwrite: bool = Fa
             overwrite=overwrite,
         )
     else:
-        export_like_source(model.pure_params(), model.source, folder, overwrite=overwrite)
+        export_like_source(
+            model.pure_params(), model.source, folder, overwrite=overwrite, quantization=quantization
+        )

@@ -99,6 +99,11 @@ class RunConfig(Section):
                 f"train.eval_every: found {train.eval_every}, but nothing to evaluate on; expected "
                 "data.eval_path or data.eval_fraction as well"
             )
+        if train.export_quantization != "none" and self.model.path is None:
+            raise ValueError(
+                f"train.export_quantization: found {train.export_quantization!r}, but model.path names no folder that "
+                "could be quantised; expected 'none'"
+            )
         return self
 
     @classmethod

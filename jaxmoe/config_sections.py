@@ -263,6 +263,11 @@ class TrainConfig(Section):
     export: bool = Field(
         default=True, description="Write the Hugging Face folder output_dir/export at the end."
     )
+    export_quantization: Literal["none", "source"] = Field(
+        default="none",
+        description="Weights that the model's folder has in MXFP4 or FP8 are written as bfloat16 (none) or in that "
+        "format again (source).",
+    )
     peak_tflops: Positive | None = Field(
         default=None,
         description="Peak of one device, 1e12 operations per second, for utilisation. null: by name.",

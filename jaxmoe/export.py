@@ -22,6 +22,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("folder", type=path_argument, help="new folder to write")
     parser.add_argument("--step", type=int, help="by default the newest checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint folder")
+    parser.add_argument(
+        "--quantization",
+        choices=["none", "source"],
+        help="write what the model's folder has quantised in bfloat16 (none), or as it has it (source); by default "
+        "as the run's train.export_quantization says",
+    )
     options = parser.parse_args(argv)
     run, folder = Path(options.run), Path(options.folder)
     if not (run / "config.yaml").exists():
@@ -54,7 +60,13 @@ def main(argv: list[str]) -> None:
     state = abstract_state(optimizer, model.spec, mesh)
     unread = jax.tree.map(lambda _: ..., state)
     state, _ = checkpoints.restore(step, unread._replace(params=state.params))
-    left_out = model.export(state.params, folder, tokenizer_files(config), overwrite=options.overwrite)
+    left_out = model.export(
+        state.params,
+        folder,
+        tokenizer_files(config),
+        overwrite=options.overwrite,
+        quantization=options.quantization or config.train.export_quantization,
+    )
     checkpoints.close()
     print(f"{folder}: step {step} of {run}")
     if left_out:

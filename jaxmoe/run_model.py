@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxmoe import hosts
 from jaxmoe.config import ModelConfig
 from jaxmoe.interop.checkpoint import Source, compute_dtype, load_params, open_source
-from jaxmoe.interop.export import export_like_source, export_new
+from jaxmoe.interop.export import export_like_source, export_new, exported_shards
 from jaxmoe.interop.pretrained import Blueprint, read_blueprint
 from jaxmoe.interop.writer import FolderWriter
 from jaxmoe.params import Tree, count, initialize
@@ -56,6 +56,7 @@ class RunModel:
         tokenizer_files: Mapping[str, Path | None],
         *,
         overwrite: bool = False,
+        quantization: str = "none",
     ) -> list[str]:
         """Write a Hugging Face folder; returns the source's files that were left out.
 
@@ -66,17 +67,23 @@ class RunModel:
             folder: a new folder, or with `overwrite` a checkpoint folder that is replaced.
             tokenizer_files: of a tokenizer that does not come with the model, by name; None where it has no
                 such file.
+            quantization: "none": what the source has quantised is written in bfloat16; "source": as it has it.
 
         Raises:
             UserError: the folder is not empty or holds something else, the disk is full, or a value does not fit
                 the tensor's dtype.
         """
-        hosts.first(lambda: self._check_target(folder, overwrite))
+        hosts.first(lambda: self._check_target(folder, overwrite, quantization))
 
         def write() -> list[str]:
             if isinstance(self.origin, Source):
                 return export_like_source(
-                    weights, self.origin, folder, replaced_files=tokenizer_files, overwrite=overwrite
+                    weights,
+                    self.origin,
+                    folder,
+                    replaced_files=tokenizer_files,
+                    overwrite=overwrite,
+                    quantization=quantization,
                 )
             present = {name: path for name, path in tokenizer_files.items() if path is not None}
             bindings, raw = self.origin.bindings, self.origin.raw
@@ -87,13 +94,13 @@ class RunModel:
 
         return hosts.agree(write)
 
-    def _check_target(self, folder: Path, overwrite: bool) -> None:
+    def _check_target(self, folder: Path, overwrite: bool, quantization: str) -> None:
         """Refuse before the processes begin to exchange weights, in which one that fails leaves the others."""
-        FolderWriter(folder, overwrite=overwrite).check_room(self._stored_bytes())
+        FolderWriter(folder, overwrite=overwrite).check_room(self._stored_bytes(quantization))
 
-    def _stored_bytes(self) -> int:
+    def _stored_bytes(self, quantization: str) -> int:
         if isinstance(self.origin, Source):
-            return sum(shard.file_bytes for shard in self.origin.files.shards)
+            return sum(shard.file_bytes for shard in exported_shards(self.origin, quantization))
         return count(model_params(self.spec)) * jnp.dtype(self.dtype).itemsize
 
 

@@ -300,7 +300,12 @@ class Trainer:
             left_out = (
                 []
                 if hosts.first(export.exists)
-                else self.model.export(state.params, export, tokenizer_files(config))
+                else self.model.export(
+                    state.params,
+                    export,
+                    tokenizer_files(config),
+                    quantization=config.train.export_quantization,
+                )
             )
             if left_out:
                 rows["not exported"] = f"{', '.join(left_out)}: weights from before training, in other files"
