@@ -136,7 +136,8 @@ def attention_params(spec: AttentionSpec, width: int) -> dict[str, Param]:
         params["q_norm"] = param(query, sizes, role="vector", init="ones")
         params["k_norm"] = param(key, sizes, role="vector", init="ones")
     if spec.sinks:
-        params["sinks"] = param("N", sizes, role="vector", init="zeros")
+        # In float32, as the softmax that they take part in: some families say so, and it costs others nothing.
+        params["sinks"] = param("N", sizes, role="vector", init="zeros", float32=True)
     return params
 
 
