@@ -139,9 +139,11 @@ def grouped_sigmoid_router(config: ConfigReader, experts: str = "n_routed_expert
     """DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2), which many families share.
 
     Args:
-        config: with n_group, topk_group, norm_topk_prob and routed_scaling_factor.
+        config: with n_group and topk_group (null where experts are not grouped), norm_topk_prob and
+            routed_scaling_factor.
         experts: the field that counts the experts.
     """
+    grouped = config.take("n_group", None) is not None or config.take("topk_group", None) is not None
     return RouterSpec(
         num_experts=config.size(experts),
         top_k=config.size("num_experts_per_tok"),
@@ -150,7 +152,7 @@ def grouped_sigmoid_router(config: ConfigReader, experts: str = "n_routed_expert
         score="sigmoid",
         logits_dtype="float32",
         correction="score",
-        groups=Groups(config.size("n_group"), config.size("topk_group"), "top2"),
+        groups=Groups(config.size("n_group"), config.size("topk_group"), "top2") if grouped else None,
         sum_offset=1e-20,
         scale=config.number("routed_scaling_factor"),
     )
@@ -192,6 +194,7 @@ def rope_spec(
     width: int,
     given: Mapping[str, Any] | None = None,
     sections: bool = False,
+    whole: bool = False,
     **options: Any,
 ) -> RopeSpec:
     """The rotation from ``rope_parameters`` (or the older rope_theta and rope_scaling, already merged into it).
@@ -202,6 +205,7 @@ def rope_spec(
         given: other parameters than ``rope_parameters``, such as those of one kind of layer.
         sections: features may be split between positions in time, height and width, which are one and the same
             for text.
+        whole: heads are rotated as a whole, whatever partial_rotary_factor would say: it must be 1.
         options: further fields of the spec.
 
     Raises:
@@ -223,6 +227,8 @@ def rope_spec(
             f"{config.file}: heads of width {width} with partial_rotary_factor {share} would rotate {rotary} features: "
             f"expected an even number of them from {least} to {width}"
         )
+    if whole and share != 1:
+        raise UserError(f"{config.file}: partial_rotary_factor = {share!r} is not supported; expected 1.0")
     if sections:
         _check_sections(config, given, rotary // 2)
     positions = config.size("max_position_embeddings")

@@ -21,7 +21,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
         num_heads=config.size("num_attention_heads"),
         num_kv_heads=config.size("num_key_value_heads"),
         head_dim=head_dim,
-        rope=common.rope_spec(config, head_dim, interleaved=True, float32=True),
+        rope=common.rope_spec(config, head_dim, whole=True, interleaved=True, float32=True),
         bias=bias,
         output_bias=bias,
     )

@@ -80,7 +80,7 @@ def _rope(config: ConfigReader, width: int) -> RopeSpec:
     given: dict[str, Any] = config.take("rope_parameters")
     theta, alpha = given.get("rope_theta"), given.get("alpha")
     if given.get("rope_type") != "dynamic" or not alpha:
-        return common.rope_spec(config, width)
+        return common.rope_spec(config, width, whole=True)
     for name, value in (("rope_theta", theta), ("alpha", alpha)):
         if not is_positive(value):
             raise UserError(f"{config.file}: {name} = {value!r} of the rotation: expected a positive number")

@@ -19,7 +19,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
         config.take(name)  # layer_types and sliding_window already say what follows from them
     norm = NormSpec(config.number("rms_norm_eps"))
     head_dim, bias = common.head_dim(config), config.take("qkv_bias")
-    rope = common.rope_spec(config, head_dim)
+    rope = common.rope_spec(config, head_dim, whole=True)
     sparse = MoESpec(
         router=RouterSpec(
             num_experts=config.size("num_experts"),
