@@ -200,9 +200,9 @@ class TestMesh:
     def test_is_refused_before_anything_is_read(self, folder, monkeypatch):
         tiny.write_checkpoint(folder, "mixtral", shards=1, num_local_experts=7)
         sources = []
-        real = checkpoint.CheckpointFolder
+        real = checkpoint.open_files
         monkeypatch.setattr(
-            checkpoint, "CheckpointFolder", lambda path: sources.append(real(path)) or sources[-1]
+            checkpoint, "open_files", lambda *given: sources.append(real(*given)) or sources[-1]
         )
         refusal(folder, mesh=make_mesh(data=4, expert=2))
         assert [source.bytes_read for source in sources] == [0]

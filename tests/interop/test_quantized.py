@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import quantize
 import tiny
+import yaml
 from quantize import BF16, FP4, FP8
 
 import jaxmoe
-from jaxmoe import UserError
+from jaxmoe import UserError, cli
+from jaxmoe.config import RunConfig
 from jaxmoe.interop import checkpoint, export
 from jaxmoe.interop.boxes import finer_axes, runs
 from jaxmoe.interop.checkpoint import LocalShards, load_params, open_source
@@ -614,6 +616,29 @@ class TestExportAsTheSource:
         jaxmoe.save_pretrained(jaxmoe.from_pretrained(folders.source), folders.export, quantization="source")
         assert bytes_of(folders.source) == bytes_of(folders.export)
 
+    def test_of_the_commands(self, folders, tmp_path):
+        """A step that changes nothing: both commands write either form, as the run or the command says."""
+        config = QWEN | {"num_hidden_layers": 1}  # a dense one, which compiles fast
+        tensors = tiny.random_tensors(config, "bfloat16")
+        stored, plain, quantization = quantize.quantize(tensors, "fp8", is_matrix, BLOCK)
+        quantize.write(folders.source, config | {"quantization_config": quantization}, stored)
+        (tmp_path / "text.txt").write_text("w3 w4 w5 w6 w7 w8 w9 " * 99)
+        run = {
+            "model": {"path": str(folders.source), "dtype": "float32", "remat": False},
+            "data": {"path": str(tmp_path / "text.txt"), "sequence_length": 8},
+            "optimizer": {"learning_rate": 1e-30, "weight_decay": 0.0},
+            "mesh": {"data": 8},
+            "train": {"steps": 1, "batch_size": 8, "peak_tflops": 1.0, "export_quantization": "source"},
+            "output_dir": str(tmp_path / "run"),
+        }
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+        assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
+        assert bytes_of(tmp_path / "run" / "export") == bytes_of(folders.source)
+        for options, form in (([], "source"), (["--quantization", "none"], "none")):
+            assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / f"as {form}"), *options]) == 0
+        assert bytes_of(tmp_path / "as source") == bytes_of(folders.source)
+        assert tensors_of(tmp_path / "as none") == described(plain)
+
     def test_of_a_run(self, folders):
         """The room that a run asks for is that of the form that it writes."""
         config, stored, _ = made("mxfp4")
@@ -817,6 +842,19 @@ class TestErrors:
     def test_config(self, given, message):
         with pytest.raises(UserError, match=message):
             read_blueprint(QWEN | {"quantization_config": given})
+
+    def test_run_of_random_weights_has_no_source(self):
+        run = {
+            "model": {"config": QWEN},
+            "data": {"path": "text.txt", "sequence_length": 8},
+            "optimizer": {"learning_rate": 0.1},
+            "train": {"steps": 1, "batch_size": 1, "export_quantization": "source"},
+            "output_dir": "run",
+        }
+        with pytest.raises(
+            UserError, match="train.export_quantization: found 'source', but model.path names no"
+        ):
+            RunConfig.from_mapping(run, "")
 
     def test_config_of_nothing(self):
         assert read_blueprint(QWEN | {"quantization_config": None}).spec == read_blueprint(QWEN).spec
