@@ -240,7 +240,7 @@ def text_config(
     part = raw.get(name)
     if not isinstance(part, dict):
         raise UserError(f"{file}: {name} = {part!r}: expected an object with the text model's fields")
-    part = {"model_type": config_class.sub_configs[name].model_type} | part
+    part = part | {"model_type": config_class.sub_configs[name].model_type}  # whatever it says of itself
     tied = raw.get("tie_word_embeddings", getattr(config_class(), "tie_word_embeddings", None))
     return part if tied is None else part | {"tie_word_embeddings": tied}
 

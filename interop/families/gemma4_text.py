@@ -63,6 +63,7 @@ def _attention(layer: ConfigReader, window: int | None, norm: NormSpec) -> Atten
     rotations = layer.take("rope_parameters")
     if not isinstance(rotations.get(kind), dict):
         raise UserError(f"{layer.file}: rope_parameters lack an object {kind!r}")
+    rotation = rotations[kind]
     head_dim, bias = common.head_dim(layer), layer.take("attention_bias")
     k_eq_v = layer.take("attention_k_eq_v")
     # Read by transformers' config class, which makes of them what the layers' own fields say.
@@ -72,7 +73,7 @@ def _attention(layer: ConfigReader, window: int | None, norm: NormSpec) -> Atten
         num_heads=layer.size("num_attention_heads"),
         num_kv_heads=layer.size("num_key_value_heads"),
         head_dim=head_dim,
-        rope=common.rope_spec(layer, head_dim, rotations[kind]),
+        rope=common.rope_spec(layer, head_dim, rotation, whole=rotation.get("rope_type") != "proportional"),
         qk_norm=QKNorm(norm, "head", values=True),
         bias=bias,
         output_bias=bias,

@@ -20,7 +20,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
     config.expect("experts_per_token", top_k, None)  # published configs say it twice
     norm = NormSpec(config.number("rms_norm_eps"), "rms_float32")
     head_dim, bias = common.head_dim(config), config.take("attention_bias")
-    rope = common.rope_spec(config, head_dim)
+    rope = common.rope_spec(config, head_dim, whole=True)
     sparse = MoESpec(
         router=RouterSpec(
             num_experts=config.size("num_local_experts"),

@@ -31,7 +31,7 @@ def text_spec(config: ConfigReader, renormalize: bool) -> ModelSpec:
         num_heads=config.size("num_attention_heads"),
         num_kv_heads=config.size("num_key_value_heads"),
         head_dim=head_dim,
-        rope=common.rope_spec(config, head_dim, sections=True),
+        rope=common.rope_spec(config, head_dim, sections=True, whole=True),
         qk_norm=QKNorm(norm, "head"),
         bias=bias,
         output_bias=bias,
