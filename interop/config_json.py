@@ -107,6 +107,9 @@ class ConfigReader:
                 raise UserError(
                     f"{file}: {alias} = {raw[alias]!r} and {name} = {raw[name]!r} mean the same; keep one"
                 )
+        layers = raw.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > MAX_LAYERS:  # the class would write a list of what each is
+            raise UserError(f"{file}: num_hidden_layers = {layers!r}: expected at most {MAX_LAYERS:,}")
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # what matters of a config is checked here, and is an error
         try:

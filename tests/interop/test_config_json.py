@@ -468,6 +468,11 @@ class TestRefused:
                 "hidden_size 4096 is not divisible by num_attention_heads 24",
             ),
             (
+                families.config_json("gpt_oss"),
+                {"num_hidden_layers": 10**12},
+                "num_hidden_layers = 1000000000000: expected at most 10,000",
+            ),
+            (
                 MIXTRAL,
                 {"per_layer_config": {"1": {"num_key_value_heads": 4}}},
                 "per_layer_config gives layers different values of num_key_value_heads",
