@@ -58,7 +58,10 @@ def _spec(config: ConfigReader) -> ModelSpec:
         hidden=hidden,
         shared=SharedSpec(MLPSpec(hidden * config.size("num_shared_experts"), bias=mlp_bias)),
     )
-    ffns = {"dense": MLPSpec(config.size("intermediate_size"), bias=mlp_bias), "sparse": sparse}
+    ffns: dict[str, MLPSpec | MoESpec] = {
+        "dense": MLPSpec(config.size("intermediate_size"), bias=mlp_bias),
+        "sparse": sparse,
+    }
     types = common.kinds(config, "mlp_layer_types", ("dense", "sparse"))
     config.expect("first_k_dense_replace", types.count("dense"), None)
     return common.model_spec(config, [LayerSpec(attention, ffns[kind], norm) for kind in types], norm)

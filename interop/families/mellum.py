@@ -29,7 +29,10 @@ def _spec(config: ConfigReader) -> ModelSpec:
         ),
         hidden=config.size("moe_intermediate_size"),
     )
-    ffns = {"dense": MLPSpec(config.size("intermediate_size")), "sparse": sparse}
+    ffns: dict[str, MLPSpec | MoESpec] = {
+        "dense": MLPSpec(config.size("intermediate_size")),
+        "sparse": sparse,
+    }
     layers = [
         LayerSpec(
             AttentionSpec(

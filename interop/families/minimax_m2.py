@@ -15,7 +15,6 @@ _UNREAD = {
     "qk_norm_type": "per_layer",
     "scoring_func": "sigmoid",
     "shared_intermediate_size": 0,
-    "sliding_window": None,
     "use_qk_norm": True,
     "use_routing_bias": True,
 }
@@ -26,6 +25,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
     for name, value in _UNREAD.items():
         config.expect(name, value, None)
     depth = config.size("num_hidden_layers", MAX_LAYERS)
+    config.expect("sliding_window", None)
     config.expect("attn_type_list", [1] * depth, None)
     norm = NormSpec(config.number("rms_norm_eps"))
     head_dim = common.head_dim(config)
