@@ -23,7 +23,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
     norm, head_dim = NormSpec(config.number("rms_norm_eps")), common.head_dim(config)
     rope = common.rope_spec(config, head_dim)
     hidden = config.size("moe_intermediate_size")
-    ffns = {
+    ffns: dict[str, MLPSpec | MoESpec] = {
         "dense": MLPSpec(config.size("intermediate_size")),
         "sparse": MoESpec(
             router=common.grouped_sigmoid_router(config, "num_experts"),

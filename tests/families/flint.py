@@ -23,6 +23,7 @@ CASE = Case(
         },
     ),
     balance=True,
-    presets={"flint": Preset({}, 39_785_287_456)},  # the defaults of its class, as transformers counts them
+    # The defaults of its class, as transformers counts them.
+    presets={"flint": Preset({}, 39_785_287_456)},
     scales={"sinks": 1.0},
 )
