@@ -671,6 +671,34 @@ class TestExportAsTheSource:
         assert [model._stored_bytes(form) for form in ("source", "none")] == sizes
 
 
+def test_minimax_m2_as_published(folders):
+    """Experts called w1, w2, w3, and beside FP8 a correction bias in float32."""
+    config = families.config_json("minimax_m2")
+    random = np.random.default_rng(0)
+    tensors = {
+        name: (0.2 * random.standard_normal(binding.shape)).astype(
+            np.float32 if name.endswith("e_score_correction_bias") else BF16
+        )
+        for name, binding in read_blueprint(config).bindings.of_tensor.items()
+    }
+    is_quantised = lambda name: is_matrix(name) and "block_sparse_moe.gate." not in name
+    stored, plain, quantization = quantize.quantize(tensors, "fp8", is_quantised, BLOCK, np.float32)
+    assert sum(name.endswith("_scale_inv") for name in stored) == 3 * (
+        4 + 6 * 3
+    )  # layers, attention, experts
+    quantize.write(folders.source, config | {"quantization_config": quantization}, stored)
+    tiny.write_tensors(folders.plain, plain)
+    (folders.plain / "config.json").write_text(json.dumps(config))
+    model, expected = (jaxmoe.from_pretrained(f, dtype="bfloat16") for f in (folders.source, folders.plain))
+    for (name, ours), (_, theirs) in zip(
+        named(model.pure_params()), named(expected.pure_params()), strict=True
+    ):
+        assert ours.dtype == (np.float32 if "correction" in name else BF16)
+        np.testing.assert_array_equal(ours, theirs, err_msg=name)
+    jaxmoe.save_pretrained(model, folders.export, quantization="source")
+    assert bytes_of(folders.source) == bytes_of(folders.export)
+
+
 class TestRounding:
     """Of what is quantised anew, against the nearest values in float64."""
 
