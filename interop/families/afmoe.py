@@ -5,6 +5,7 @@ import math
 from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.attention import AttentionSpec, QKNorm
 from jaxmoe.model.mlp import MLPSpec
@@ -38,7 +39,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
         config.expect(name, value, None)
     norm = NormSpec(config.number("rms_norm_eps"), "rms_float32")
     head_dim, bias = common.head_dim(config), config.take("attention_bias")
-    rope = common.rope_spec(config, head_dim)
+    rope = rope_spec(config, head_dim)
     hidden = config.size("moe_intermediate_size")
     sparse = MoESpec(
         router=RouterSpec(

@@ -3,6 +3,7 @@
 from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.attention import AttentionSpec
 from jaxmoe.model.mlp import MLPSpec
@@ -41,7 +42,7 @@ def _experts(config: ConfigReader) -> MoESpec:
 def _spec(config: ConfigReader) -> ModelSpec:
     config.expect("hidden_act", "silu")
     norm, head_dim, bias = _norm(config), common.head_dim(config), config.take("attention_bias")
-    rope = common.rope_spec(config, head_dim, interleaved=True, float32=True)
+    rope = rope_spec(config, head_dim, interleaved=True, float32=True)
     kinds = common.kinds(config, "mlp_layer_types", ("dense", "sparse"))
     prefix = config.take("prefix_dense_intermediate_size", None)
     ffns: dict[str, MLPSpec | MoESpec] = {

@@ -1,35 +1,17 @@
 """Rules and config readings that several families share."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxmoe.errors import UserError
-from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader, is_positive
+from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
 from jaxmoe.interop.layout import quote
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.norms import NormSpec
-from jaxmoe.model.rope import Dynamic, Linear, Llama3, LongRope, Proportional, RopeSpec, Scaling, Yarn
 from jaxmoe.model.router import Groups, RouterSpec
 from jaxmoe.spec import LayerSpec, ModelSpec, group_layers
 
 LAYER = "model.layers.{L}."
-
-_ROPE_NUMBERS = frozenset(
-    {
-        "rope_theta",
-        "partial_rotary_factor",
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "low_freq_factor",
-        "high_freq_factor",
-    }
-)
 
 
 def trunk_rules(tied: bool) -> tuple[Rule, ...]:
@@ -187,141 +169,3 @@ def head_dim(config: ConfigReader) -> int:
     if width % heads:
         raise UserError(f"{config.file}: hidden_size {width} is not divisible by num_attention_heads {heads}")
     return width // heads
-
-
-def rope_spec(
-    config: ConfigReader,
-    width: int,
-    given: Mapping[str, Any] | None = None,
-    sections: bool = False,
-    whole: bool = False,
-    **options: Any,
-) -> RopeSpec:
-    """The rotation from ``rope_parameters`` (or the older rope_theta and rope_scaling, already merged into it).
-
-    Args:
-        config: of the model.
-        width: of a head.
-        given: other parameters than ``rope_parameters``, such as those of one kind of layer.
-        sections: features may be split between positions in time, height and width, which are one and the same
-            for text.
-        whole: heads are rotated as a whole, whatever partial_rotary_factor would say: it must be 1.
-        options: further fields of the spec.
-
-    Raises:
-        UserError: an unknown rope type, a missing, unknown or malformed parameter of it.
-    """
-    given = dict(config.take("rope_parameters") if given is None else given)
-    for name in _ROPE_NUMBERS & given.keys():
-        if given[name] is not None and not is_positive(given[name]):
-            raise UserError(
-                f"{config.file}: {name} = {given[name]!r} of the rotation: expected a positive number"
-            )
-    kind = given.pop("rope_type", "default")
-    given.pop("type", None)
-    share = given.pop("partial_rotary_factor", None) or 1.0
-    rotary = width if kind == "proportional" else int(width * share)
-    least = 4 if kind == "dynamic" else 2  # its exponent has rotary - 2 in the denominator
-    if share > 1 or rotary % 2 or rotary < least:
-        raise UserError(
-            f"{config.file}: heads of width {width} with partial_rotary_factor {share} would rotate {rotary} features: "
-            f"expected an even number of them from {least} to {width}"
-        )
-    if whole and share != 1:
-        raise UserError(f"{config.file}: partial_rotary_factor = {share!r} is not supported; expected 1.0")
-    if sections:
-        _check_sections(config, given, rotary // 2)
-    positions = config.size("max_position_embeddings")
-
-    def need(name: str) -> Any:
-        if given.get(name) is None:
-            raise UserError(f"{config.file}: rope_parameters of type {kind!r} lack {name!r}")
-        return given.pop(name)
-
-    def factors(name: str) -> tuple[float, ...]:
-        values = need(name)
-        if not isinstance(values, list) or len(values) != rotary // 2 or not all(map(is_positive, values)):
-            raise UserError(f"{config.file}: {name} of the rotation: expected {rotary // 2} positive numbers")
-        return tuple(values)
-
-    theta = need("rope_theta")
-    if kind == "yarn" and theta <= 1:
-        raise UserError(
-            f"{config.file}: rope_theta = {theta!r} of rope type 'yarn': expected a number above 1"
-        )
-    scaling: Scaling
-    if kind == "default":
-        scaling = None
-    elif kind == "proportional":
-        scaling = Proportional(int(share * width // 2), given.pop("factor", None) or 1.0)
-    elif kind == "linear":
-        scaling = Linear(need("factor"))
-    elif kind == "dynamic":
-        scaling = Dynamic(need("factor"), positions)
-        given.pop("original_max_position_embeddings", None)
-    elif kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = Llama3(*(need(name) for name in names))
-        if scaling.high_freq_factor <= scaling.low_freq_factor:
-            raise UserError(
-                f"{config.file}: high_freq_factor = {scaling.high_freq_factor!r} of the rotation: expected more than "
-                f"low_freq_factor, {scaling.low_freq_factor!r}"
-            )
-    elif kind == "yarn":
-        scaling = _yarn(given, positions)
-    elif kind == "longrope":
-        original = given.pop("original_max_position_embeddings", None) or positions
-        factor = given.pop("factor", None) or positions / original
-        attention = given.pop("attention_factor", None)
-        if original <= 1:
-            raise UserError(
-                f"{config.file}: original_max_position_embeddings = {original!r} of rope type 'longrope': "
-                "expected a number above 1"
-            )
-        if attention is None:
-            attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-        scaling = LongRope(factors("short_factor"), factors("long_factor"), original, attention)
-    else:
-        known = "default, linear, dynamic, yarn, llama3, longrope, proportional"
-        raise UserError(f"{config.file}: rope type {kind!r} is not supported; supported: {known}")
-    unread = sorted(name for name, value in given.items() if value is not None)
-    if unread:
-        raise UserError(
-            f"{config.file}: rope_parameters of type {kind!r} have unknown entries {', '.join(unread)}"
-        )
-    return RopeSpec(theta, rotary, scaling, **options)
-
-
-def _check_sections(config: ConfigReader, given: dict[str, Any], pairs: int) -> None:
-    """Take the split of `pairs` pairs of features out of `given`."""
-    parts = given.pop("mrope_section", None)
-    for name in ("mrope_interleaved", "interleaved"):
-        given.pop(name, None)
-    if parts is None:
-        return
-    sizes = [part for part in parts if is_positive(part)] if isinstance(parts, list | tuple) else []
-    if len(sizes) != 3 or len(parts) != 3 or sum(sizes) != pairs:
-        raise UserError(
-            f"{config.file}: mrope_section = {quote(parts)}: expected three positive integers whose sum is {pairs}"
-        )
-
-
-def _yarn(given: dict[str, Any], positions: int) -> Yarn:
-    original = given.pop("original_max_position_embeddings", None) or positions
-    factor = given.pop("factor", None) or positions / original
-    mscale, all_dim = given.pop("mscale", None), given.pop("mscale_all_dim", None)
-
-    def magnitude(multiplier: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
-
-    attention = given.pop("attention_factor", None)
-    if attention is None:
-        attention = magnitude(mscale) / magnitude(all_dim) if mscale and all_dim else magnitude(1.0)
-    return Yarn(
-        factor,
-        original,
-        attention,
-        given.pop("beta_fast", None) or 32.0,
-        given.pop("beta_slow", None) or 1.0,
-        given.pop("truncate", True),
-    )

@@ -3,6 +3,7 @@
 from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.attention import AttentionSpec, QKNorm
 from jaxmoe.model.mlp import MLPSpec
@@ -21,7 +22,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
     config.take("max_window_layers", None)  # layer_types already says what follows from it
     norm = NormSpec(config.number("rms_norm_eps"))
     head_dim, bias = common.head_dim(config), config.take("attention_bias")
-    rope = common.rope_spec(config, head_dim, whole=True)
+    rope = rope_spec(config, head_dim, whole=True)
     hidden = config.size("moe_intermediate_size")
     sparse = MoESpec(
         router=common.grouped_sigmoid_router(config),

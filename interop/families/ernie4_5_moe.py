@@ -3,6 +3,7 @@
 from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.attention import AttentionSpec
 from jaxmoe.model.mlp import MLPSpec
@@ -21,7 +22,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
         num_heads=config.size("num_attention_heads"),
         num_kv_heads=config.size("num_key_value_heads"),
         head_dim=head_dim,
-        rope=common.rope_spec(config, head_dim, whole=True, interleaved=True, float32=True),
+        rope=rope_spec(config, head_dim, whole=True, interleaved=True, float32=True),
         bias=bias,
         output_bias=bias,
     )

@@ -3,6 +3,7 @@
 from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.attention import AttentionSpec, QKNorm
 from jaxmoe.model.mlp import MLPSpec
@@ -21,7 +22,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
     kinds = common.kinds(config, "mlp_layer_types", ("dense", "sparse"))
     config.expect("is_moe_layer", [kind == "sparse" for kind in kinds], None)
     norm, head_dim = NormSpec(config.number("rms_norm_eps")), common.head_dim(config)
-    rope = common.rope_spec(config, head_dim)
+    rope = rope_spec(config, head_dim)
     hidden = config.size("moe_intermediate_size")
     ffns: dict[str, MLPSpec | MoESpec] = {
         "dense": MLPSpec(config.size("intermediate_size")),

@@ -4,6 +4,7 @@ from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.common import LAYER
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.attention import AttentionSpec, QKNorm
 from jaxmoe.model.mlp import MLPSpec
@@ -17,7 +18,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
     config.expect("hidden_act", "silu")
     norm = NormSpec(config.number("rms_norm_eps"), "rms_float32")
     head_dim, bias = common.head_dim(config), config.take("attention_bias")
-    rope = common.rope_spec(config, head_dim)
+    rope = rope_spec(config, head_dim)
     sparse = MoESpec(
         router=RouterSpec(
             num_experts=config.size("num_experts"),

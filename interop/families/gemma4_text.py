@@ -8,6 +8,7 @@ from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.common import LAYER
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.kernels.expert_mlp import Activation
 from jaxmoe.model.attention import AttentionSpec, QKNorm
@@ -73,7 +74,7 @@ def _attention(layer: ConfigReader, window: int | None, norm: NormSpec) -> Atten
         num_heads=layer.size("num_attention_heads"),
         num_kv_heads=layer.size("num_key_value_heads"),
         head_dim=head_dim,
-        rope=common.rope_spec(layer, head_dim, rotation, whole=rotation.get("rope_type") != "proportional"),
+        rope=rope_spec(layer, head_dim, rotation, whole=rotation.get("rope_type") != "proportional"),
         qk_norm=QKNorm(norm, "head", values=True),
         bias=bias,
         output_bias=bias,

@@ -3,6 +3,7 @@
 from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.attention import AttentionSpec, QKNorm
 from jaxmoe.model.mlp import MLPSpec
@@ -17,7 +18,7 @@ def text_spec(config: ConfigReader, qk_norm: bool, sections: bool = False) -> Mo
     Args:
         config: of the text model.
         qk_norm: queries and keys are normed.
-        sections: see `common.rope_spec`.
+        sections: see `rope_spec`.
     """
     config.expect("hidden_act", "silu")
     norm = NormSpec(config.number("rms_norm_eps"))
@@ -26,7 +27,7 @@ def text_spec(config: ConfigReader, qk_norm: bool, sections: bool = False) -> Mo
         num_heads=config.size("num_attention_heads"),
         num_kv_heads=config.size("num_key_value_heads"),
         head_dim=head_dim,
-        rope=common.rope_spec(config, head_dim, sections=sections),
+        rope=rope_spec(config, head_dim, sections=sections),
         qk_norm=QKNorm(norm, "head") if qk_norm else None,
         bias=config.take("attention_bias"),
     )

@@ -4,6 +4,7 @@ from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.common import LAYER
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.kernels.expert_mlp import Activation
 from jaxmoe.model.attention import AttentionSpec
@@ -20,7 +21,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
     config.expect("experts_per_token", top_k, None)  # published configs say it twice
     norm = NormSpec(config.number("rms_norm_eps"), "rms_float32")
     head_dim, bias = common.head_dim(config), config.take("attention_bias")
-    rope = common.rope_spec(config, head_dim, whole=True)
+    rope = rope_spec(config, head_dim, whole=True)
     sparse = MoESpec(
         router=RouterSpec(
             num_experts=config.size("num_local_experts"),

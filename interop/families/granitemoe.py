@@ -7,6 +7,7 @@ from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.common import LAYER
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.attention import AttentionSpec
 from jaxmoe.model.mlp import MLPSpec
@@ -65,7 +66,7 @@ def model(config: ConfigReader, mixers: Sequence[AttentionSpec]) -> ModelSpec:
 
 def plain_attention(config: ConfigReader) -> list[AttentionSpec]:
     """The same attention in every layer."""
-    rope = common.rope_spec(config, common.head_dim(config))
+    rope = rope_spec(config, common.head_dim(config))
     return [attention(config, rope)] * config.size("num_hidden_layers", MAX_LAYERS)
 
 

@@ -4,6 +4,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common, granitemoe
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.layout import quote
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.rope import RopeSpec
@@ -17,8 +18,7 @@ def _ropes(config: ConfigReader) -> list[RopeSpec | None]:
         raise UserError(f"{config.file}: layer_rope_theta = {quote(bases)}: expected {layers} entries")
     given, head_dim = config.take("rope_parameters"), common.head_dim(config)
     return [
-        common.rope_spec(config, head_dim, {**given, "rope_theta": base}) if base != 0 else None
-        for base in bases
+        rope_spec(config, head_dim, {**given, "rope_theta": base}) if base != 0 else None for base in bases
     ]
 
 

@@ -7,6 +7,7 @@ from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader, is_positive
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.common import LAYER
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.layout import quote
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.attention import AttentionSpec, QKNorm
@@ -80,13 +81,13 @@ def _rope(config: ConfigReader, width: int) -> RopeSpec:
     given: dict[str, Any] = config.take("rope_parameters")
     theta, alpha = given.get("rope_theta"), given.get("alpha")
     if given.get("rope_type") != "dynamic" or not alpha:
-        return common.rope_spec(config, width, whole=True)
+        return rope_spec(config, width, whole=True)
     for name, value in (("rope_theta", theta), ("alpha", alpha)):
         if not is_positive(value):
             raise UserError(f"{config.file}: {name} = {value!r} of the rotation: expected a positive number")
     if width < 4:  # its exponent has width - 2 in the denominator
         raise UserError(f"{config.file}: head_dim = {width}: expected at least 4 with alpha in the rotation")
-    return common.rope_spec(config, width, {"rope_theta": theta * alpha ** (width / (width - 2))})
+    return rope_spec(config, width, {"rope_theta": theta * alpha ** (width / (width - 2))})
 
 
 def _chosen(config: ConfigReader, depth: int) -> list[int]:

@@ -3,6 +3,7 @@
 from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.attention import AttentionSpec, QKNorm
 from jaxmoe.model.mlp import MLPSpec
@@ -22,7 +23,7 @@ _NORMS = {
 def _spec(config: ConfigReader) -> ModelSpec:
     config.expect("hidden_act", "silu")
     norm, head_dim = NormSpec(config.number("rms_norm_eps")), common.head_dim(config)
-    rope = common.rope_spec(config, head_dim)
+    rope = rope_spec(config, head_dim)
     config.size("sliding_window")  # without one transformers' model does not run
     sparse = MoESpec(
         router=RouterSpec(

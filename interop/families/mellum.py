@@ -6,6 +6,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.attention import AttentionSpec, QKNorm
 from jaxmoe.model.mlp import MLPSpec
@@ -61,7 +62,7 @@ def _rope(config: ConfigReader, width: int, kind: str) -> RopeSpec:
     given: dict[str, Any] = config.take("rope_parameters")
     if not isinstance(given.get(kind), dict):
         raise UserError(f"{config.file}: rope_parameters lack an object {kind!r}")
-    return common.rope_spec(config, width, given[kind], whole=True)
+    return rope_spec(config, width, given[kind], whole=True)
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:

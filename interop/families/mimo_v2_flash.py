@@ -7,6 +7,7 @@ from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.common import LAYER
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.attention import AttentionSpec
 from jaxmoe.model.mlp import MLPSpec
@@ -28,7 +29,7 @@ def _attention(config: ConfigReader, kind: str) -> AttentionSpec:
         num_heads=config.size("num_attention_heads"),
         num_kv_heads=config.size("num_key_value_heads") * (2 if sliding else 1),
         head_dim=head_dim,
-        rope=common.rope_spec(config, head_dim, given),
+        rope=rope_spec(config, head_dim, given),
         bias=config.take("attention_bias"),
         window=config.size("sliding_window") if sliding else None,
         value_dim=config.size("v_head_dim"),

@@ -10,6 +10,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader, is_positive
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.attention import AttentionSpec
 from jaxmoe.model.moe import MoESpec
@@ -25,7 +26,7 @@ def _rope(config: ConfigReader, head_dim: int) -> RopeSpec:
     config.take("original_max_position_embeddings", None)  # the config class has put it into rope_parameters
     short, long = given.pop("short_mscale", None), given.pop("long_mscale", None)
     if given.get("rope_type") == "default":
-        return common.rope_spec(config, head_dim, given)
+        return rope_spec(config, head_dim, given)
     if given.get("rope_type") != "longrope":
         raise UserError(
             f"{config.file}: rope type {given.get('rope_type')!r} is not supported; supported: default, longrope"
@@ -35,7 +36,7 @@ def _rope(config: ConfigReader, head_dim: int) -> RopeSpec:
             f"{config.file}: short_mscale {short!r} and long_mscale {long!r} of the rotation: expected one positive "
             "number for both"
         )
-    return common.rope_spec(config, head_dim, given | {"attention_factor": short})
+    return rope_spec(config, head_dim, given | {"attention_factor": short})
 
 
 def _spec(config: ConfigReader) -> ModelSpec:

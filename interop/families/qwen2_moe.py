@@ -4,6 +4,7 @@ from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.common import LAYER
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.attention import AttentionSpec
 from jaxmoe.model.mlp import MLPSpec
@@ -19,7 +20,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
         config.take(name)  # layer_types and sliding_window already say what follows from them
     norm = NormSpec(config.number("rms_norm_eps"))
     head_dim, bias = common.head_dim(config), config.take("qkv_bias")
-    rope = common.rope_spec(config, head_dim, whole=True)
+    rope = rope_spec(config, head_dim, whole=True)
     sparse = MoESpec(
         router=RouterSpec(
             num_experts=config.size("num_experts"),

@@ -7,6 +7,7 @@ from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.common import LAYER
 from jaxmoe.interop.families.family import Family, Prefix
+from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.attention import AttentionSpec, QKNorm
 from jaxmoe.model.mlp import MLPSpec
@@ -31,7 +32,7 @@ def text_spec(config: ConfigReader, renormalize: bool) -> ModelSpec:
         num_heads=config.size("num_attention_heads"),
         num_kv_heads=config.size("num_key_value_heads"),
         head_dim=head_dim,
-        rope=common.rope_spec(config, head_dim, sections=True, whole=True),
+        rope=rope_spec(config, head_dim, sections=True, whole=True),
         qk_norm=QKNorm(norm, "head"),
         bias=bias,
         output_bias=bias,
