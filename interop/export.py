@@ -8,6 +8,7 @@ Of a quantised folder the tensors are written in bfloat16 and config.json withou
 in the source's own format again.
 """
 
+import contextlib
 import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,7 +106,7 @@ def export_like_source(
         tensors.take_part(shards)
         return []
     left_out = []
-    with FolderWriter(folder, overwrite=overwrite) as writer:
+    with tensors.kept_company(shards), FolderWriter(folder, overwrite=overwrite) as writer:
         for shard in shards:
             writer.shard(shard, tensors.fetch)
         rewritten = {} if quantization == "source" else _unquantized_files(source)
@@ -188,7 +189,7 @@ def export_new(
     config = {name: value for name, value in config.items() if name != "torch_dtype"} | {
         "dtype": np.dtype(dtype).name
     }
-    with FolderWriter(folder, overwrite=overwrite) as writer:
+    with tensors.kept_company(shards), FolderWriter(folder, overwrite=overwrite) as writer:
         for shard in shards:
             writer.shard(shard, tensors.fetch)
         if len(shards) > 1:
@@ -205,14 +206,36 @@ class _Tensors:
         self._params = dict(named(params))
         self._bindings = bindings
         self._original = original
+        self._slices = 0
+        self._to_skip = 0
 
     def take_part(self, shards: Sequence[Shard]) -> None:
         """Run the same device computations as the host that writes, and drop the results."""
         for info in (info for shard in shards for info in shard.tensors):
             for bits in self._computed(info):
-                bits.block_until_ready()
+                if bits is not None:
+                    bits.block_until_ready()
 
-    def _computed(self, info: TensorInfo) -> Iterator[jax.Array]:
+    @contextlib.contextmanager
+    def kept_company(self, shards: Sequence[Shard]) -> Iterator[None]:
+        """Where writing `shards` fails, do the rest of `take_part`, which the other hosts are in, before it is told."""
+        try:
+            yield
+        except Exception:
+            if jax.process_count() > 1:
+                self._to_skip = self._slices
+                self.take_part(shards)
+            raise
+
+    def _slice(self, array: jax.Array, box: Sequence[slice]) -> Any:
+        """`slice_bits`, or None for what was computed before."""
+        if self._to_skip:
+            self._to_skip -= 1
+            return None
+        self._slices += 1
+        return slice_bits(array, box)
+
+    def _computed(self, info: TensorInfo) -> Iterator[Any]:
         """What the devices compute for `fetch`, in the same order."""
         if info.name in self._bindings.of_tensor:
             yield from (bits for _, bits in self._pieces(self._bindings.of_tensor[info.name]))
@@ -230,14 +253,14 @@ class _Tensors:
             values = self._stored(info, binding, box, part.reshape([bits.shape[i] for i in free]))
             yield np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
-    def _pieces(self, binding: Binding) -> Iterator[tuple[Box, jax.Array]]:
+    def _pieces(self, binding: Binding) -> Iterator[tuple[Box, Any]]:
         """Pieces of a tensor in order: the box on the tensor's letters, and the bits in the parameter's."""
         array = self._params[binding.target]
         whole = [slice(0, size) for size in binding.sizes]
         for box in pieces(whole, max(1, PIECE_BYTES // array.dtype.itemsize)):
             of_letter = dict(zip(binding.letters, box, strict=True))
             of_letter |= {letter: slice(i, i + 1) for letter, i in binding.index.items()}
-            yield box, slice_bits(array, [of_letter[letter] for letter in binding.declared.dims])
+            yield box, self._slice(array, [of_letter[letter] for letter in binding.declared.dims])
 
     def _stored(self, info: TensorInfo, binding: Binding, box: Box, part: np.ndarray) -> np.ndarray:
         """A piece in the dtype of the file; where training changed nothing, the very bits of the source."""
@@ -280,7 +303,7 @@ class _QuantizedTensors(_Tensors):
             made = codes if info.name == stored.pair.codes else scales
             yield np.ascontiguousarray(made).reshape(-1).view(np.uint8).data
 
-    def _computed(self, info: TensorInfo) -> Iterator[jax.Array]:
+    def _computed(self, info: TensorInfo) -> Iterator[Any]:
         stored = self._quantized(info)
         if stored is None:
             yield from super()._computed(info)
@@ -293,14 +316,14 @@ class _QuantizedTensors(_Tensors):
         binding = None if pair is None else self._bindings.of_tensor.get(pair.name)
         return None if pair is None or binding is None else StoredOrder(pair, binding)
 
-    def _bands(self, stored: StoredOrder) -> Iterator[tuple[Box, list[jax.Array]]]:
+    def _bands(self, stored: StoredOrder) -> Iterator[tuple[Box, list[Any]]]:
         """Bands of a tensor in order, and the bits of the parts that each is made of."""
         array = self._params[stored.binding.target]
         for band in self._files.bands(stored.pair, PIECE_BYTES // array.dtype.itemsize):
             yield (
                 band,
                 [
-                    slice_bits(array, [part[letter] for letter in stored.binding.declared.dims])
+                    self._slice(array, [part[letter] for letter in stored.binding.declared.dims])
                     for part in stored.parts(band)
                 ],
             )

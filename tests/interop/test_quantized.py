@@ -600,6 +600,41 @@ class TestExportAsTheSource:
         assert [path.name for path in folders.export.iterdir()] == ["0"]
 
     @pytest.mark.parametrize("quantization", ["none", "source"])
+    @pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+    def test_a_failure_leaves_no_process_waiting(self, folders, monkeypatch, method, quantization):
+        """What the others compute is computed to its end before the failure is told."""
+        config, stored, _ = made(method)
+        quantize.write(folders.source, config, stored)
+        source, calls = open_source(folders.source), []
+        params = load_params(source, jnp.float32)
+        slice_bits, shard = export.slice_bits, export.FolderWriter.shard
+
+        def record(array, box):
+            calls[-1].append((array.shape, str(box)))
+            return slice_bits(array, box)
+
+        def on_a_full_disk(self, plan, fetch):
+            def until_full(info):
+                for data in fetch(info):
+                    if len(calls[-1]) > 15:
+                        raise OSError(28, "No space left on device")
+                    yield data
+
+            shard(self, plan, until_full)
+
+        monkeypatch.setattr(export, "slice_bits", record)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        calls.append([])
+        monkeypatch.setattr(export.FolderWriter, "shard", on_a_full_disk)
+        with pytest.raises(UserError, match="No space left"):
+            export_like_source(params, source, folders.export, quantization=quantization)
+        assert not folders.export.exists()
+        calls.append([])
+        monkeypatch.setattr(jax, "process_index", lambda: 1)
+        export_like_source(params, source, folders.export, quantization=quantization)
+        assert calls[0] == calls[1]
+
+    @pytest.mark.parametrize("quantization", ["none", "source"])
     def test_tensors_beside_the_model(self, folders, monkeypatch, quantization):
         """Quantised as the others are, they must not stay so in a folder whose config denies it."""
         family = dataclasses.replace(FAMILIES["qwen3_moe"], ignored=(r"^mtp\.",))
