@@ -545,3 +545,33 @@ def test_the_first_step_is_not_blamed_on_the_learning_rate(workspace, tmp_path):
     told = reported(workspace, tmp_path / "second", 2, grad_norm=math.inf)
     assert "lower optimizer.learning_rate" in told
     assert told.endswith("(no step is checkpointed)")
+
+
+@pytest.mark.torch
+def test_a_multimodal_folder_trains_as_a_text_model(workspace, tmp_path):
+    """Its towers, and constants of its layers, come out as they went in; all that is trained has moved."""
+    import families
+
+    families.torch_model("gemma4").save_pretrained(tmp_path / "model")
+    tiny.write_tokenizer(tmp_path / "model", 104)
+    config = run_config(
+        workspace,
+        tmp_path / "run",
+        model__path=str(tmp_path / "model"),
+        train__steps=2,
+        optimizer__name="adamw",
+        train__eval_every=None,
+    )
+    command = [sys.executable, "-m", "jaxmoe.train", str(write_config(tmp_path, config))]
+    subprocess.run(command, check=True, env=os.environ | {"XLA_FLAGS": ""})
+    before, after = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "model", tmp_path / "run" / "export")
+    )
+    assert before.keys() == after.keys()
+    same = {name for name in before if before[name].tobytes() == after[name].tobytes()}
+    beside = {name for name in before if "language_model" not in name}
+    constants = {name for name in before if name.endswith("layer_scalar")}
+    assert beside
+    assert constants
+    assert same == beside | constants
