@@ -56,7 +56,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
         shared=SharedSpec(MLPSpec(hidden * config.size("num_shared_experts"))),
     )
     dense = MLPSpec(config.size("intermediate_size"))
-    dense_layers = config.take("num_dense_layers", 0)
+    dense_layers = config.number("num_dense_layers", 0, zero=True)
     layers = [
         LayerSpec(
             AttentionSpec(

@@ -81,4 +81,4 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
     )
 
 
-FAMILY = Family("phimoe", _spec, _rules, unused_fields=frozenset({"auto_map"}))
+FAMILY = Family("phimoe", _spec, _rules, unused_fields=frozenset({"auto_map", "hidden_dropout"}))
