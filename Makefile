@@ -18,7 +18,7 @@ quickstart: $(READY) ## train, export, reload and fine-tune a small model, in mi
 
 .PHONY: test
 test: lint types ## everything that must pass: lint, types, packaging, tests on two Pythons
-	.venv/bin/python -m pytest -n 2
+	.venv/bin/python -m pytest -n 2 --durations=20
 	@$(MAKE) --no-print-directory test-newest
 
 .PHONY: test-newest
@@ -31,7 +31,7 @@ test-newest: ## the tests that need no torch, on the newest Python found
 
 .PHONY: pytest-newest
 pytest-newest: $(READY_NEWEST)
-	.venv-newest/bin/python -m pytest -n 2
+	.venv-newest/bin/python -m pytest -n 2 --durations=20
 
 .PHONY: kernels
 kernels: $(READY_TO_TEST) ## compile the GPU kernels of real models without a GPU, on two Pythons: registers, spills

@@ -1,9 +1,11 @@
 """Settings that must stand before jax is imported, and what runs where."""
 
+import gc
 import importlib.util
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # torch's threads, without the seconds that importing it here costs
+
+
+MOST_MAPPINGS = 30_000
+"""Of memory in a process: Linux allows 65,530, each compiled function takes some, and XLA crashes without."""
+
+
+@pytest.fixture(autouse=True)
+def few_mappings() -> Iterator[None]:
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_report_header() -> str | None:

@@ -311,7 +311,7 @@ BAD_MODELS = {
         rewrite_tensors(lambda t: t.update({"model.layers.9.extra": np.ones(3, np.float32)})),
         "model.layers.9.extra is not part of the model",
     ),
-    "unknown model_type": (edit_config(model_type="qwen9_moe"), "supported: mixtral, olmoe, qwen3_moe"),
+    "unknown model_type": (edit_config(model_type="qwen9_moe"), "supported: afmoe, aria, "),
     "unknown field": (edit_config(norm_topk_probs=True), "did you mean 'norm_topk_prob'"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
 }

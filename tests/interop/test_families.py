@@ -36,8 +36,16 @@ def tiny_model(name):
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def logits_of(params, batch, *, spec):
+def logits_of_batch(params, batch, *, spec):
     return decoder.logits(params, spec, decoder.hidden_states(params, spec, batch, dtype=jnp.float32)[0])
+
+
+def logits_of(params, spec, tokens, segments=None, positions=None):
+    """Of (2, T) arrays, by default one document each; one compilation for all tests of a spec."""
+    if segments is None:
+        segments, positions = np.ones_like(tokens), np.tile(np.arange(parity.LENGTH), (2, 1))
+    batch = decoder.Batch(*(np.asarray(x, np.int32) for x in (tokens, positions, segments)))
+    return np.asarray(logits_of_batch(params, batch, spec=spec))
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
@@ -56,18 +64,15 @@ def test_packed_rows_equal_separate_ones(name):
     mine = from_torch(tiny_model(name))
     tokens = parity.tokens_of(mine.spec.vocab_size)
     segments, positions = parity.packed()
-    together = logits_of(
-        mine.pure_params(), decoder.Batch(*map(jnp.asarray, (tokens, positions, segments))), spec=mine.spec
-    )
+    params = mine.pure_params()
+    together = logits_of(params, mine.spec, tokens, segments, positions)
     for row, start, stop in ((0, 11, 40), (1, 52, 75)):
         alone = np.zeros_like(tokens)
         alone[0, : stop - start] = tokens[row, start:stop]
         segment = np.zeros_like(segments)
         segment[0, : stop - start] = 1
-        places = np.tile(np.arange(parity.LENGTH, dtype=positions.dtype), (2, 1))
-        separate = logits_of(
-            mine.pure_params(), decoder.Batch(*map(jnp.asarray, (alone, places, segment))), spec=mine.spec
-        )
+        places = np.tile(np.arange(parity.LENGTH), (2, 1))
+        separate = logits_of(params, mine.spec, alone, segment, places)
         parity.assert_close(together[row, start:stop], separate[0, : stop - start], 1e-5, "logits")
 
 
@@ -77,16 +82,16 @@ def test_every_weight_matters(name):
     from jaxmoe.interop.torch_bridge import from_torch
 
     mine, weightless = from_torch(tiny_model(name)), families.case_of(name).weightless
-    batch = decoder.make_batch(jnp.asarray(parity.tokens_of(mine.spec.vocab_size)))
-    params = mine.pure_params()
-    before = np.asarray(logits_of(params, batch, spec=mine.spec))
+    tokens = parity.tokens_of(mine.spec.vocab_size)
+    params = jax.tree.map(np.asarray, mine.pure_params())
+    before = logits_of(params, mine.spec, tokens)
     leaves, structure = jax.tree.flatten(params)
     names = [leaf_name for leaf_name, _ in named(params)]
     for index, leaf in enumerate(leaves):
         noise = np.random.default_rng(index).standard_normal(leaf.shape)
-        spread = max(float(jnp.std(leaf)), 0.1)
-        changed = [*leaves[:index], leaf + 0.1 * spread * noise.astype(leaf.dtype), *leaves[index + 1 :]]
-        after = np.asarray(logits_of(jax.tree.unflatten(structure, changed), batch, spec=mine.spec))
+        spread = max(float(np.std(leaf)), 0.1)
+        changed = [*leaves[:index], leaf + (0.1 * spread * noise).astype(leaf.dtype), *leaves[index + 1 :]]
+        after = logits_of(jax.tree.unflatten(structure, changed), mine.spec, tokens)
         matters = np.abs(after - before).max() > 1e-4 * np.abs(before).max()
         expected = not any(part in names[index] for part in weightless)
         assert matters == expected, f"{names[index]} {'matters' if matters else 'does not matter'}"
@@ -116,8 +121,9 @@ def check_round_trip(name, theirs, tmp_path):
             else value + 0.1 * noise.standard_normal(value.shape).astype(np.float32)
         ),
         model_params(mine.spec),
-        mine.pure_params(),
+        jax.tree.map(np.asarray, mine.pure_params()),
     )
+    changed = jax.tree.map(jnp.asarray, changed)
     mine = MoEModel(mine.spec, changed, mine.dtype, source=mine.source)
     jaxmoe.save_pretrained(mine, tmp_path / "changed")
     model = getattr(transformers, case.architecture).from_pretrained(
@@ -132,7 +138,7 @@ def check_round_trip(name, theirs, tmp_path):
     }
     with torch.no_grad():
         expected = to_numpy(case.text(model)(**case.inputs(arguments)).logits)
-    parity.assert_close(mine(tokens), expected, 1e-4, "logits")
+    parity.assert_close(logits_of(changed, mine.spec, tokens), expected, 1e-4, "logits")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
