@@ -44,7 +44,7 @@ def make_checkpoint(folder: Path, fused: bool, shard_bytes: int) -> None:
 
     from jaxmoe.interop.families import FAMILIES
     from jaxmoe.interop.rules import bind
-    from jaxmoe.interop.writer import FolderWriter, index_json, plan_shards
+    from jaxmoe.interop.storage.writer import FolderWriter, index_json, plan_shards
 
     family = FAMILIES["qwen3_moe"]
     spec = family.spec(CONFIG, "config")
@@ -73,8 +73,8 @@ def worker(what: str, folder: Path, out: Path) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jaxmoe.interop.checkpoint import load_params, open_source
-    from jaxmoe.interop.export import export_like_source
+    from jaxmoe.interop.loading import load_params, open_source
+    from jaxmoe.interop.saving import export_like_source
 
     jnp.zeros(8).block_until_ready()
     source = open_source(folder)

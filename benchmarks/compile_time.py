@@ -13,11 +13,11 @@ from common import print_table, write_results
 
 from jaxmoe.config import OptimizerConfig
 from jaxmoe.interop.pretrained import read_blueprint
+from jaxmoe.model.spec import model_params
 from jaxmoe.optim import build_optimizer, schedule
+from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import roles
-from jaxmoe.sharding import make_mesh
-from jaxmoe.spec import model_params
-from jaxmoe.train_step import StepSpec, abstract_state, make_train_step
+from jaxmoe.training.step import StepSpec, abstract_state, make_train_step
 
 CONFIG = {
     "model_type": "qwen3_moe",

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from common import print_table, write_results
 
+from jaxmoe.kernels.expert_mlp.mosaic.tiles import GradientLaunch, MatmulLaunch, slot_rows
 from jaxmoe.kernels.expert_mlp.specs import LAYERS, ExpertLayer, choose_experts
-from jaxmoe.kernels.expert_mlp.tiles import GradientLaunch, MatmulLaunch, slot_rows
 
 TFLOPS, TERABYTES = 790.0, 4.3
 MULTIPROCESSORS = 132

@@ -23,11 +23,11 @@ from common import print_table, write_results
 
 from jaxmoe.config import OptimizerConfig
 from jaxmoe.interop.torch_bridge import from_torch
+from jaxmoe.model.spec import model_params
 from jaxmoe.optim import build_optimizer, schedule
+from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import roles
-from jaxmoe.sharding import make_mesh
-from jaxmoe.spec import model_params
-from jaxmoe.train_step import StepSpec, init_state, make_train_step
+from jaxmoe.training.step import StepSpec, init_state, make_train_step
 
 SIZES = {
     "quickstart": {

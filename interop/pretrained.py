@@ -9,17 +9,17 @@ import jax
 from jax.sharding import Mesh
 
 from jaxmoe.errors import UserError
-from jaxmoe.interop.checkpoint import compute_dtype, load_params, open_source
 from jaxmoe.interop.config_json import read_config
-from jaxmoe.interop.export import export_like_source, export_new
 from jaxmoe.interop.families import family_of
 from jaxmoe.interop.families.family import Family
-from jaxmoe.interop.quantized import split_config
+from jaxmoe.interop.loading import compute_dtype, load_params, open_source
+from jaxmoe.interop.quantization.folder import split_config
 from jaxmoe.interop.rules import Bindings, bind
+from jaxmoe.interop.saving import export_like_source, export_new
 from jaxmoe.model.module import MoEModel
+from jaxmoe.model.spec import ModelSpec, model_params
+from jaxmoe.parallel.sharding import shardings
 from jaxmoe.params import initialize
-from jaxmoe.sharding import shardings
-from jaxmoe.spec import ModelSpec, model_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def from_pretrained(
     Args:
         folder_or_hub_id: a folder with config.json and safetensors, or a hub id like ``org/name``.
         dtype: of the parameters and of the computation: "bfloat16", "float32" or "float16".
-        mesh: as from `jaxmoe.sharding.make_mesh`; shards the parameters over it.
+        mesh: as from `jaxmoe.parallel.sharding.make_mesh`; shards the parameters over it.
 
     Returns:
         A Flax nnx module: ``model(tokens)`` gives logits, ``model.spec`` its `ModelSpec`.
@@ -102,7 +102,7 @@ def from_config(
 def save_pretrained(
     model: MoEModel, folder: str | Path, *, overwrite: bool = False, quantization: str = "none"
 ) -> None:
-    """Write a model as a Hugging Face folder; see `jaxmoe.interop.export` for what it repeats of its source.
+    """Write a model as a Hugging Face folder; see `jaxmoe.interop.saving` for what it repeats of its source.
 
     Args:
         model: from `from_pretrained` or `from_config`.

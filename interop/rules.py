@@ -23,8 +23,8 @@ from typing import NamedTuple
 import einops
 import numpy as np
 
+from jaxmoe.model.spec import ModelSpec, model_params
 from jaxmoe.params import Param, named
-from jaxmoe.spec import ModelSpec, model_params
 
 _FIELD = re.compile(r"\{([A-Z])(?::([^}]*))?\}")
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
-from jaxmoe.interop.checkpoint import ArrayReader, read_params
 from jaxmoe.interop.families import family_of
+from jaxmoe.interop.loading import ArrayReader, read_params
 from jaxmoe.interop.rules import bind
 from jaxmoe.model.module import MoEModel
 from jaxmoe.params import Tree

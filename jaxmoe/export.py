@@ -6,11 +6,11 @@ from pathlib import Path
 import jax
 from jax.sharding import AxisType
 
-from jaxmoe.checkpoints import Checkpoints
 from jaxmoe.cli import ArgumentParser, run_command
 from jaxmoe.config import RunConfig, load_config
 from jaxmoe.errors import UserError
-from jaxmoe.paths import path_argument
+from jaxmoe.files import path_argument
+from jaxmoe.run.checkpoints import Checkpoints
 
 
 def main(argv: list[str]) -> None:
@@ -33,13 +33,13 @@ def main(argv: list[str]) -> None:
     if not (run / "config.yaml").exists():
         raise UserError(f"{run}: found no config.yaml, expected the folder of a run")
     # Imported only now: a wrong folder is reported without waiting for it.
+    from jaxmoe.model.spec import model_params
     from jaxmoe.optim import build_optimizer
+    from jaxmoe.parallel.sharding import MESH_AXES
     from jaxmoe.params import roles
-    from jaxmoe.run_data import tokenizer_files
-    from jaxmoe.run_model import open_model
-    from jaxmoe.sharding import MESH_AXES
-    from jaxmoe.spec import model_params
-    from jaxmoe.train_step import abstract_state
+    from jaxmoe.run.data import tokenizer_files
+    from jaxmoe.run.model import open_model
+    from jaxmoe.training.step import abstract_state
 
     config = load_config(run / "config.yaml").model_copy(update={"output_dir": str(run)})
     checkpoints = Checkpoints(run / "checkpoints", None)

@@ -12,12 +12,12 @@ from tokenizers import Tokenizer
 
 from jaxmoe.cli import ArgumentParser, run_command
 from jaxmoe.config import SampleConfig
-from jaxmoe.config_errors import describe
+from jaxmoe.config.errors import describe
 from jaxmoe.errors import UserError
+from jaxmoe.files import path_argument
 from jaxmoe.model import decoder
+from jaxmoe.model.spec import ModelSpec
 from jaxmoe.params import Tree
-from jaxmoe.paths import path_argument
-from jaxmoe.spec import ModelSpec
 
 
 def generate(
@@ -37,7 +37,7 @@ def generate(
     serving it.
 
     Args:
-        weights: the tree of `jaxmoe.spec.model_params`.
+        weights: the tree of `jaxmoe.model.spec.model_params`.
         spec: the model.
         prompt: token ids, at least one.
         tokens: how many to add at most.
@@ -104,7 +104,7 @@ def continue_text(
 def main(argv: list[str]) -> None:
     """The command."""
     from jaxmoe.data import end_of_document, load_tokenizer, vocabulary_size
-    from jaxmoe.interop.checkpoint import compute_dtype, load_params, open_source
+    from jaxmoe.interop.loading import compute_dtype, load_params, open_source
 
     default = SampleConfig.model_fields
     parser = ArgumentParser(prog="jaxmoe generate", description="Continue a text with a checkpoint.")

@@ -6,11 +6,11 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmoe.cli import ArgumentParser, run_command
-from jaxmoe.model.mlp import MLPSpec
+from jaxmoe.files import path_argument
+from jaxmoe.model.feed_forward.mlp import MLPSpec
+from jaxmoe.model.spec import DenseMoESpec, LayerSpec, ModelSpec, model_params
 from jaxmoe.params import count, named
-from jaxmoe.paths import path_argument
-from jaxmoe.spec import DenseMoESpec, LayerSpec, ModelSpec, model_params
-from jaxmoe.throughput import active_params
+from jaxmoe.run.meter import active_params
 
 
 def main(argv: list[str]) -> None:
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("model", type=path_argument, help="folder, hub id, or config.json file")
     parser.add_argument("--parameters", action="store_true", help="list every parameter and its tensors")
     options = parser.parse_args(argv)
-    from jaxmoe.interop.checkpoint import open_source
+    from jaxmoe.interop.loading import open_source
     from jaxmoe.interop.pretrained import read_blueprint
 
     path = Path(options.model)

@@ -2,7 +2,7 @@
 
 A `Param` is declared next to the code that uses it: its dimension letters, sizes, initialiser and role.
 Everything else follows from the declaration: the abstract tree, initial values, shardings
-(`jaxmoe.sharding`), what an optimiser may do with it (`jaxmoe.optim`), and the shapes that a conversion
+(`jaxmoe.parallel.sharding`), what an optimiser may do with it (`jaxmoe.optim`), and the shapes that a conversion
 rule must meet (`jaxmoe.interop.rules`).
 
 Dimension letters, used for every tensor of the code base:

@@ -5,10 +5,10 @@ Without a config it runs the quickstart that the package carries.
 
 from pathlib import Path
 
-from jaxmoe import hosts
 from jaxmoe.cli import ArgumentParser, run_command
 from jaxmoe.config import load_config
-from jaxmoe.paths import why_unusable
+from jaxmoe.files import why_unusable
+from jaxmoe.parallel import processes
 
 
 def main(argv: list[str]) -> None:
@@ -29,9 +29,9 @@ def main(argv: list[str]) -> None:
     config = load_config(None if options.config is None else Path(options.config), overrides)
     runs = config.all_runs()
     if config.train.distributed:
-        hosts.join()
+        processes.join()
     # Imported only now: a mistake in the config is reported without waiting for it.
-    from jaxmoe.trainer import run
+    from jaxmoe.run.loop import run
 
     for each in runs:
         run(each)

@@ -13,11 +13,11 @@ from pathlib import Path
 import jax
 
 from jaxmoe.kernels.devices import target_device
-from jaxmoe.kernels.expert_mlp import check as checks
-from jaxmoe.kernels.expert_mlp.measured import FOLDER, Measured, measured_on
-from jaxmoe.kernels.expert_mlp.mosaic import Mosaic
+from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
 from jaxmoe.kernels.expert_mlp.specs import LAYERS, ExpertLayer, layer_of
-from jaxmoe.kernels.expert_mlp.tuning import Timer, device_time, launches, tune_launch
+from jaxmoe.kernels.expert_mlp.tuning import check as checks
+from jaxmoe.kernels.expert_mlp.tuning.measured import FOLDER, Measured, measured_on
+from jaxmoe.kernels.expert_mlp.tuning.search import Timer, device_time, launches, tune_launch
 from jaxmoe.kernels.grouped_matmul.specs import ExpertShape
 
 TOKENS = (8192, 2048)

@@ -18,7 +18,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax._src.state.types import TransposeTransform
 
 from jaxmoe.kernels.expert_mlp import api
-from jaxmoe.kernels.expert_mlp.mosaic import Mosaic
+from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
 
 PATIENCE = 120.0
 """Seconds without any arrival at a barrier after which a thread that waits there gives up."""

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe import losses
 from jaxmoe.model import decoder
 from jaxmoe.params import named
+from jaxmoe.training import losses
 
 LENGTH = 75
 

@@ -10,12 +10,12 @@ from transformers import AutoConfig
 from jaxmoe.interop import families as package
 from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.pretrained import read_blueprint
-from jaxmoe.model.attention import AttentionSpec
-from jaxmoe.model.moe import MoESpec
-from jaxmoe.model.rope import RopeSpec
-from jaxmoe.model.router import RouterSpec
+from jaxmoe.model.feed_forward.moe import MoESpec
+from jaxmoe.model.feed_forward.router import RouterSpec
+from jaxmoe.model.mixers.grouped_query import AttentionSpec
+from jaxmoe.model.mixers.rope import RopeSpec
+from jaxmoe.model.spec import DenseMoESpec, ModelSpec, model_params
 from jaxmoe.params import count
-from jaxmoe.spec import DenseMoESpec, ModelSpec, model_params
 
 FOLDER = Path(package.__file__).parent
 

@@ -16,8 +16,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmoe.checkpoints import Checkpoints
 from jaxmoe.errors import UserError
+from jaxmoe.run.checkpoints import Checkpoints
 
 
 def state_of(step):
@@ -244,7 +244,7 @@ SHARDED = """
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
     from pathlib import Path
-    from jaxmoe.checkpoints import Checkpoints
+    from jaxmoe.run.checkpoints import Checkpoints
 
     def mesh(*shape):
         devices = np.array(jax.devices()[: np.prod(shape)])
@@ -285,7 +285,7 @@ ENDLESS = """
     import sys
     from pathlib import Path
     import jax.numpy as jnp
-    from jaxmoe.checkpoints import Checkpoints
+    from jaxmoe.run.checkpoints import Checkpoints
 
     checkpoints = Checkpoints(Path(sys.argv[1]), keep=2)
     step = checkpoints.latest() or 0
@@ -335,7 +335,7 @@ FULL = """
     import resource, shutil, sys, types
     from pathlib import Path
     import jax
-    from jaxmoe.checkpoints import Checkpoints
+    from jaxmoe.run.checkpoints import Checkpoints
     from jaxmoe.errors import UserError
 
     folder, limit = Path(sys.argv[1]), int(sys.argv[2])

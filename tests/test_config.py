@@ -6,7 +6,7 @@ import yaml
 from pydantic import ValidationError
 
 from jaxmoe.config import OptimizerConfig, RunConfig, load_config
-from jaxmoe.config_reference import reference_yaml
+from jaxmoe.config.reference import reference_yaml
 from jaxmoe.errors import UserError
 from jaxmoe.optim import schedule
 
@@ -506,7 +506,7 @@ def test_merge_keys_of_yaml_are_no_duplicates(tmp_path):
 
 def test_without_a_path_the_quickstart_of_the_package_is_read(tmp_path, monkeypatch):
     (tmp_path / "quickstart.yaml").write_text(yaml.safe_dump(SMALLEST))
-    monkeypatch.setattr("jaxmoe.config.resources.files", {"jaxmoe.configs": tmp_path}.__getitem__)
+    monkeypatch.setattr("jaxmoe.config.run.resources.files", {"jaxmoe.configs": tmp_path}.__getitem__)
     assert load_config(None, ["train.steps=12"]).train.steps == 12
     with pytest.raises(UserError, match=r"^quickstart\.yaml with overrides: train\.step: unknown key"):
         load_config(None, ["train.step=12"])

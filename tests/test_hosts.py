@@ -17,8 +17,8 @@ import tiny
 import yaml
 from safetensors.numpy import load_file
 
-from jaxmoe import hosts
 from jaxmoe.errors import UserError
+from jaxmoe.parallel import processes
 
 TIMES = {"seconds", "tokens_per_second", "mfu"}
 
@@ -168,12 +168,12 @@ DISAGREEMENTS = """
     import jax, jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from jaxmoe import hosts
-    from jaxmoe.checkpoints import Checkpoints
+    from jaxmoe.parallel import processes
+    from jaxmoe.run.checkpoints import Checkpoints
     from jaxmoe.config import load_config
     from jaxmoe.errors import UserError
-    from jaxmoe.run_folder import RunFolder
-    from jaxmoe.run_model import open_model
+    from jaxmoe.run.folder import RunFolder
+    from jaxmoe.run.model import open_model
 
     def told(action):
         try:
@@ -186,25 +186,25 @@ DISAGREEMENTS = """
             raise kind(f"it was {jax.process_index()}")
         return "well"
 
-    hosts.join()
+    processes.join()
     here, config = Path(sys.argv[1]), load_config(Path(sys.argv[2]))
     me = jax.process_index()
-    told(lambda: hosts.agree(lambda: fail(UserError)))
-    told(lambda: hosts.agree(lambda: fail(UserError, 1)))
-    told(lambda: hosts.agree(lambda: fail(UserError, 0, 1)))
-    told(lambda: hosts.agree(lambda: fail(OSError, 0)))
-    told(lambda: hosts.agree(lambda: fail((OSError, UserError)[me], 0, 1)))
-    told(lambda: hosts.first(lambda: f"process {me}"))
-    told(lambda: hosts.first(lambda: fail(UserError, 0)))
-    told(lambda: hosts.gather((None, "bcdefgh")[me]))
+    told(lambda: processes.agree(lambda: fail(UserError)))
+    told(lambda: processes.agree(lambda: fail(UserError, 1)))
+    told(lambda: processes.agree(lambda: fail(UserError, 0, 1)))
+    told(lambda: processes.agree(lambda: fail(OSError, 0)))
+    told(lambda: processes.agree(lambda: fail((OSError, UserError)[me], 0, 1)))
+    told(lambda: processes.first(lambda: f"process {me}"))
+    told(lambda: processes.first(lambda: fail(UserError, 0)))
+    told(lambda: processes.gather((None, "bcdefgh")[me]))
 
     folder = RunFolder.open(config)
     told(lambda: RunFolder.open(config).resumed)  # locked by process 0
     folder.append({"step": 1})
-    told(lambda: hosts.first(folder.metrics.read_text))  # of process 0 alone
+    told(lambda: processes.first(folder.metrics.read_text))  # of process 0 alone
     folder.metrics.write_text("nonsense\\n{}\\n") if me == 0 else None
     told(lambda: folder.truncate_metrics(1))
-    hosts.first(lambda: (folder.metrics.unlink(), folder.metrics.mkdir())[1])
+    processes.first(lambda: (folder.metrics.unlink(), folder.metrics.mkdir())[1])
     told(lambda: folder.append({"step": 2}))
     folder.close()
 
@@ -277,10 +277,10 @@ def test_the_command_ends_with_one_line_in_both(run_of):
 
 
 def test_one_process_only_calls():
-    assert hosts.agree(lambda: 3) == hosts.first(lambda: 3) == 3
-    assert hosts.gather({"a": None}) == [{"a": None}]
+    assert processes.agree(lambda: 3) == processes.first(lambda: 3) == 3
+    assert processes.gather({"a": None}) == [{"a": None}]
     with pytest.raises(OSError, match="as it is"):
-        hosts.agree(lambda: (_ for _ in ()).throw(OSError("as it is")))
+        processes.agree(lambda: (_ for _ in ()).throw(OSError("as it is")))
 
 
 @pytest.mark.parametrize(
@@ -296,4 +296,4 @@ def test_no_cluster(given, expected, monkeypatch):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=expected):
-        hosts.join()
+        processes.join()

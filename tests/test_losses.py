@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe import losses
+from jaxmoe.model.feed_forward.router import RouterSpec, RouterStats, route, router_stats
 from jaxmoe.model.head import Head
-from jaxmoe.model.router import RouterSpec, RouterStats, route, router_stats
-from jaxmoe.sharding import BATCH_AXES, MESH_AXES
+from jaxmoe.parallel.sharding import BATCH_AXES, MESH_AXES
+from jaxmoe.training import losses
 
 B, T, D, V = 3, 11, 5, 17
 

@@ -10,11 +10,11 @@ from jax.sharding import AbstractMesh
 
 from jaxmoe.config import load_config
 from jaxmoe.interop.pretrained import read_blueprint
+from jaxmoe.model.spec import model_params
 from jaxmoe.optim import build_optimizer
+from jaxmoe.parallel.sharding import MESH_AXES
 from jaxmoe.params import count, roles
-from jaxmoe.sharding import MESH_AXES
-from jaxmoe.spec import model_params
-from jaxmoe.train_step import abstract_state
+from jaxmoe.training.step import abstract_state
 
 RECIPES = sorted(
     (file for file in resources.files("jaxmoe.configs").iterdir() if file.name.endswith(".yaml")),

@@ -13,7 +13,7 @@ import pytest
 
 from jaxmoe.config import RunConfig, load_config
 from jaxmoe.errors import UserError
-from jaxmoe.run_folder import RunFolder
+from jaxmoe.run.folder import RunFolder
 
 
 def configure(folder, **sections):
@@ -191,7 +191,7 @@ def test_the_lock_ends_with_its_process_even_by_kill_9(config, tmp_path):
     program = """
         import sys, time
         from jaxmoe.config import load_config
-        from jaxmoe.run_folder import RunFolder
+        from jaxmoe.run.folder import RunFolder
         folder = RunFolder.open(load_config(sys.argv[1]))
         folder.append({"step": 1})
         print("open", flush=True)
@@ -304,7 +304,7 @@ def test_a_full_disk_is_told_in_one_line(config, tmp_path):
         import resource, sys
         from jaxmoe.config import load_config
         from jaxmoe.errors import UserError
-        from jaxmoe.run_folder import RunFolder
+        from jaxmoe.run.folder import RunFolder
         folder = RunFolder.open(load_config(sys.argv[1]))
         folder.append({"step": 1})
         resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40))

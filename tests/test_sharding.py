@@ -8,13 +8,14 @@ import pytest
 import tiny
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from jaxmoe import UserError, params, sharding
+from jaxmoe import UserError, params
 from jaxmoe.config import OptimizerConfig
 from jaxmoe.interop.pretrained import from_config
+from jaxmoe.model.spec import model_params
 from jaxmoe.optim import build_optimizer
+from jaxmoe.parallel import sharding
 from jaxmoe.params import named
-from jaxmoe.spec import model_params
-from jaxmoe.train_step import StepSpec, abstract_state, init_state, make_train_step
+from jaxmoe.training.step import StepSpec, abstract_state, init_state, make_train_step
 
 AXES = ("data", "fsdp", "expert", "tensor")
 

@@ -19,11 +19,12 @@ import yaml
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models
 
-from jaxmoe import throughput, trainer
 from jaxmoe.cli import main as cli
 from jaxmoe.config import RunConfig
 from jaxmoe.errors import UserError
-from jaxmoe.run_folder import RunFolder
+from jaxmoe.run import loop as trainer
+from jaxmoe.run import meter as throughput
+from jaxmoe.run.folder import RunFolder
 
 TIMES = {"seconds", "tokens_per_second", "mfu"}
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from jaxmoe.errors import UserError
 from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
-from jaxmoe.interop.layout import quote
 from jaxmoe.interop.rules import Rule
+from jaxmoe.interop.storage.format import quote
+from jaxmoe.model.feed_forward.router import Groups, RouterSpec
 from jaxmoe.model.norms import NormSpec
-from jaxmoe.model.router import Groups, RouterSpec
-from jaxmoe.spec import LayerSpec, ModelSpec, group_layers
+from jaxmoe.model.spec import LayerSpec, ModelSpec, group_layers
 
 LAYER = "model.layers.{L}."
 

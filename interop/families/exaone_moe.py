@@ -5,11 +5,11 @@ from jaxmoe.interop.families import common
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
-from jaxmoe.model.attention import AttentionSpec, QKNorm
-from jaxmoe.model.mlp import MLPSpec
-from jaxmoe.model.moe import MoESpec, SharedSpec
+from jaxmoe.model.feed_forward.mlp import MLPSpec
+from jaxmoe.model.feed_forward.moe import MoESpec, SharedSpec
+from jaxmoe.model.mixers.grouped_query import AttentionSpec, QKNorm
 from jaxmoe.model.norms import NormSpec
-from jaxmoe.spec import LayerSpec, ModelSpec
+from jaxmoe.model.spec import LayerSpec, ModelSpec
 
 # Of published configs; transformers' model has no code for another value.
 _UNREAD = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}

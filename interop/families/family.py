@@ -7,7 +7,7 @@ from typing import Any
 from jaxmoe.errors import UserError
 from jaxmoe.interop.config_json import ConfigReader, text_config
 from jaxmoe.interop.rules import Rule
-from jaxmoe.spec import LayerSpec, ModelSpec
+from jaxmoe.model.spec import LayerSpec, ModelSpec
 
 TRUNK = "model."
 

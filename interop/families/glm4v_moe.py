@@ -3,7 +3,7 @@
 from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families.family import Family, Prefix
 from jaxmoe.interop.families.glm4_moe import rules, text_spec
-from jaxmoe.spec import ModelSpec
+from jaxmoe.model.spec import ModelSpec
 
 
 def _spec(config: ConfigReader) -> ModelSpec:

@@ -7,11 +7,11 @@ from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.kernels.expert_mlp import Activation
-from jaxmoe.model.attention import AttentionSpec
-from jaxmoe.model.moe import MoESpec
+from jaxmoe.model.feed_forward.moe import MoESpec
+from jaxmoe.model.feed_forward.router import RouterSpec
+from jaxmoe.model.mixers.grouped_query import AttentionSpec
 from jaxmoe.model.norms import NormSpec
-from jaxmoe.model.router import RouterSpec
-from jaxmoe.spec import LayerSpec, ModelSpec
+from jaxmoe.model.spec import LayerSpec, ModelSpec
 
 
 def _spec(config: ConfigReader) -> ModelSpec:

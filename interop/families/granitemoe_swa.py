@@ -5,10 +5,10 @@ from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common, granitemoe
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.rotation import rope_spec
-from jaxmoe.interop.layout import quote
 from jaxmoe.interop.rules import Rule
-from jaxmoe.model.rope import RopeSpec
-from jaxmoe.spec import ModelSpec
+from jaxmoe.interop.storage.format import quote
+from jaxmoe.model.mixers.rope import RopeSpec
+from jaxmoe.model.spec import ModelSpec
 
 
 def _ropes(config: ConfigReader) -> list[RopeSpec | None]:

@@ -9,11 +9,11 @@ from jaxmoe.interop.families.common import LAYER
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
-from jaxmoe.model.attention import AttentionSpec
-from jaxmoe.model.mlp import MLPSpec
-from jaxmoe.model.moe import MoESpec
+from jaxmoe.model.feed_forward.mlp import MLPSpec
+from jaxmoe.model.feed_forward.moe import MoESpec
+from jaxmoe.model.mixers.grouped_query import AttentionSpec
 from jaxmoe.model.norms import NormSpec
-from jaxmoe.spec import LayerSpec, ModelSpec
+from jaxmoe.model.spec import LayerSpec, ModelSpec
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 

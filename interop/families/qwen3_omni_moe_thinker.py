@@ -5,7 +5,7 @@ from jaxmoe.interop.families import common
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.qwen3_vl_moe import text_spec
 from jaxmoe.interop.rules import Rule
-from jaxmoe.spec import ModelSpec
+from jaxmoe.model.spec import ModelSpec
 
 # Published configs have these, which transformers' model has no code for. At any other value the model would not be
 # the one that its config describes.

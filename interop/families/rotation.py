@@ -6,8 +6,8 @@ from typing import Any
 
 from jaxmoe.errors import UserError
 from jaxmoe.interop.config_json import ConfigReader, is_positive
-from jaxmoe.interop.layout import quote
-from jaxmoe.model.rope import Dynamic, Linear, Llama3, LongRope, Proportional, RopeSpec, Scaling, Yarn
+from jaxmoe.interop.storage.format import quote
+from jaxmoe.model.mixers.rope import Dynamic, Linear, Llama3, LongRope, Proportional, RopeSpec, Scaling, Yarn
 
 _NUMBERS = frozenset(
     {

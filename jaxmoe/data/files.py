@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmoe.errors import UserError
-from jaxmoe.paths import why_unusable
+from jaxmoe.files import why_unusable
 
 STANDARD_LIBRARY = "python:stdlib"
 """The path that stands for the running Python's standard library: text that every machine has."""

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxmoe.errors import UserError
-from jaxmoe.paths import why_unusable
+from jaxmoe.files import why_unusable
 
 _COMMON_EOS_TOKENS = (
     *("<|endoftext|>", "</s>", "<|end_of_text|>", "<|eos|>", "<eos>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001

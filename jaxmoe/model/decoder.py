@@ -5,16 +5,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.model.attention import Sequence, attention, sequence
+from jaxmoe.model.feed_forward.mlp import MLPSpec, mlp
+from jaxmoe.model.feed_forward.moe import moe
+from jaxmoe.model.feed_forward.router import RouterStats
 from jaxmoe.model.head import Head, LogitSpec
-from jaxmoe.model.mlp import MLPSpec, mlp
-from jaxmoe.model.moe import moe
+from jaxmoe.model.mixers.grouped_query import Sequence, attention, sequence
 from jaxmoe.model.norms import norm
 from jaxmoe.model.precision import float32_matmuls, scaled
-from jaxmoe.model.router import RouterStats
+from jaxmoe.model.spec import DenseMoESpec, LayerGroup, LayerSpec, ModelSpec, layer_params
+from jaxmoe.parallel.sharding import BATCH_AXES, constrain
 from jaxmoe.params import Tree, for_compute
-from jaxmoe.sharding import BATCH_AXES, constrain
-from jaxmoe.spec import DenseMoESpec, LayerGroup, LayerSpec, ModelSpec, layer_params
 
 
 class Batch(NamedTuple):
@@ -58,7 +58,7 @@ def hidden_states(
     """Everything up to the final norm.
 
     Args:
-        params: the tree of `jaxmoe.spec.model_params`, in any float dtype.
+        params: the tree of `jaxmoe.model.spec.model_params`, in any float dtype.
         spec: the model.
         batch: token ids.
         dtype: compute dtype; each layer's parameters are cast as the layer runs, never the whole model at once.

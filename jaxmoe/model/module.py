@@ -10,8 +10,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoe.model import decoder
+from jaxmoe.model.spec import ModelSpec
 from jaxmoe.params import Tree
-from jaxmoe.spec import ModelSpec
 
 
 class MoEModel(nnx.Module):
@@ -19,10 +19,10 @@ class MoEModel(nnx.Module):
 
     Attributes:
         spec: its `ModelSpec`.
-        params: the parameter tree of `jaxmoe.spec.model_params`, each leaf an `nnx.Param`.
+        params: the parameter tree of `jaxmoe.model.spec.model_params`, each leaf an `nnx.Param`.
         dtype: compute dtype.
         mesh: the mesh that the parameters are sharded on, or None.
-        source: where the weights were read from (a `jaxmoe.interop.checkpoint.Source`); export follows it.
+        source: where the weights were read from (a `jaxmoe.interop.loading.Source`); export follows it.
     """
 
     def __init__(

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
 
-from jaxmoe.kernels.expert_mlp import hopper, reference, xla
+from jaxmoe.kernels.expert_mlp import reference, xla
 from jaxmoe.kernels.expert_mlp.activations import Activation
-from jaxmoe.kernels.expert_mlp.call import Call, Chosen, Grads, OtherDevice
+from jaxmoe.kernels.expert_mlp.contract import Call, Chosen, Grads, OtherDevice
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch, make_dispatch
+from jaxmoe.kernels.expert_mlp.mosaic import backend as mosaic
 from jaxmoe.kernels.expert_mlp.operands import Experts
 
 if TYPE_CHECKING:  # not needed to run, and not everywhere where kernels are measured
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # not needed to run, and not everywhere where kernels are mea
 _logger = logging.getLogger(__name__)
 
 # In the order in which they are asked. The last one takes everything.
-_BACKENDS: dict[str, Any] = {"mosaic": hopper, "xla": xla}
+_BACKENDS: dict[str, Any] = {"mosaic": mosaic, "xla": xla}
 
 
 def expert_mlp(

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.kernels.expert_mlp.call import Call, Grads
+from jaxmoe.kernels.expert_mlp.contract import Call, Grads
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch, gather_sum, slot_weights, to_slots
 from jaxmoe.kernels.expert_mlp.operands import Experts, Lora
 from jaxmoe.kernels.grouped_matmul.xla import matmul, weight_gradient

@@ -10,8 +10,8 @@ import tiny
 
 import jaxmoe
 from jaxmoe import UserError
-from jaxmoe.interop import checkpoint
-from jaxmoe.sharding import make_mesh
+from jaxmoe.interop import loading
+from jaxmoe.parallel.sharding import make_mesh
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ class TestMesh:
     def test_is_refused_before_anything_is_read(self, folder, monkeypatch):
         tiny.write_checkpoint(folder, "mixtral", shards=1, num_local_experts=7)
         sources = []
-        real = checkpoint.open_files
+        real = loading.open_files
         monkeypatch.setattr(
             checkpoint, "open_files", lambda *given: sources.append(real(*given)) or sources[-1]
         )

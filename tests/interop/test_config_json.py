@@ -15,13 +15,13 @@ from jaxmoe import UserError
 from jaxmoe.interop.config_json import read_config
 from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.pretrained import from_config, read_blueprint
-from jaxmoe.model.attention import AttentionSpec, QKNorm
-from jaxmoe.model.mlp import MLPSpec
-from jaxmoe.model.moe import MoESpec
+from jaxmoe.model.feed_forward.mlp import MLPSpec
+from jaxmoe.model.feed_forward.moe import MoESpec
+from jaxmoe.model.feed_forward.router import RouterSpec
+from jaxmoe.model.mixers.grouped_query import AttentionSpec, QKNorm
+from jaxmoe.model.mixers.rope import Dynamic, Linear, Llama3, LongRope, RopeSpec, Yarn
 from jaxmoe.model.norms import NormSpec
-from jaxmoe.model.rope import Dynamic, Linear, Llama3, LongRope, RopeSpec, Yarn
-from jaxmoe.model.router import RouterSpec
-from jaxmoe.spec import LayerGroup, LayerSpec, ModelSpec, group_layers
+from jaxmoe.model.spec import LayerGroup, LayerSpec, ModelSpec, group_layers
 
 MIXTRAL, QWEN, OLMOE = (
     published.CONFIGS[name] for name in ("Mixtral-8x7B-v0.1", "Qwen3-30B-A3B", "OLMoE-1B-7B-0924")

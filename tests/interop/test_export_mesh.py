@@ -16,10 +16,9 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxmoe.interop import export
-from jaxmoe.interop.checkpoint import load_params, open_source
-from jaxmoe.interop.export import _slice_bits, export_like_source, slice_bits
-from jaxmoe.sharding import make_mesh
+from jaxmoe.interop.loading import load_params, open_source
+from jaxmoe.interop.saving import _slice_bits, export_like_source, slice_bits
+from jaxmoe.parallel.sharding import make_mesh
 
 MESHES = [
     {"data": 8},
@@ -143,9 +142,9 @@ PROCESS = """
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
     import jax.numpy as jnp
-    from jaxmoe.interop.checkpoint import load_params, open_source
-    from jaxmoe.interop.export import export_like_source
-    from jaxmoe.sharding import make_mesh
+    from jaxmoe.interop.loading import load_params, open_source
+    from jaxmoe.interop.saving import export_like_source
+    from jaxmoe.parallel.sharding import make_mesh
     source = open_source(sys.argv[3])
     for axes, dtype in (({"fsdp": 4}, jnp.float32), ({"fsdp": 2, "expert": 2}, jnp.bfloat16)):
         params = load_params(source, dtype, make_mesh(**axes))

@@ -17,8 +17,8 @@ from jaxmoe.interop.pretrained import read_blueprint
 from jaxmoe.interop.rules import bind
 from jaxmoe.model import decoder
 from jaxmoe.model.module import MoEModel
+from jaxmoe.model.spec import model_params
 from jaxmoe.params import count, named
-from jaxmoe.spec import model_params
 
 pytestmark = pytest.mark.torch
 

@@ -10,11 +10,11 @@ import tiny
 
 import jaxmoe
 from jaxmoe import UserError
-from jaxmoe.interop import checkpoint
-from jaxmoe.interop.checkpoint import LocalShards, load_params, open_source, pieces
+from jaxmoe.interop import loading
+from jaxmoe.interop.loading import LocalShards, load_params, open_source, pieces
+from jaxmoe.model.spec import model_params
+from jaxmoe.parallel.sharding import make_mesh, shardings
 from jaxmoe.params import named
-from jaxmoe.sharding import make_mesh, shardings
-from jaxmoe.spec import model_params
 
 MESHES = [
     {"data": 8},
@@ -106,14 +106,14 @@ def test_memory_beside_the_shards_is_a_few_pieces(folder, monkeypatch):
     tiny.write_checkpoint(folder, "mixtral", "bfloat16", "fused", hidden_size=320, intermediate_size=192)
     source = open_source(folder)
     declared, placement, _ = placement_of(source, make_mesh(fsdp=8), range(8))
-    assert declared.size > 200 * checkpoint.PIECE_ELEMENTS
+    assert declared.size > 200 * loading.PIECE_ELEMENTS
     tracemalloc.start()
     shards = LocalShards(declared, placement, np.dtype("float32"))
     for part in source.bindings.of_parameter[GATE_UP]:
         shards.fill(part, source.files)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert 4 * declared.size < peak < 4 * declared.size + 10 * checkpoint.PIECE_ELEMENTS
+    assert 4 * declared.size < peak < 4 * declared.size + 10 * loading.PIECE_ELEMENTS
 
 
 def test_shards_are_where_the_mesh_says(folder):

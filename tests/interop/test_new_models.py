@@ -12,9 +12,9 @@ from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.pretrained import read_blueprint
 from jaxmoe.model import decoder
 from jaxmoe.model.module import MoEModel
+from jaxmoe.model.spec import model_params
+from jaxmoe.parallel.sharding import make_mesh, shardings
 from jaxmoe.params import named
-from jaxmoe.sharding import make_mesh, shardings
-from jaxmoe.spec import model_params
 
 
 def random_params(declared, dtype):

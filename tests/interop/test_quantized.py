@@ -20,18 +20,18 @@ from quantize import BF16, FP4, FP8
 import jaxmoe
 from jaxmoe import UserError, cli
 from jaxmoe.config import RunConfig
-from jaxmoe.interop import checkpoint, export
-from jaxmoe.interop.boxes import finer_axes, runs
-from jaxmoe.interop.checkpoint import LocalShards, load_params, open_source
-from jaxmoe.interop.export import export_like_source
+from jaxmoe.interop import saving
 from jaxmoe.interop.families import FAMILIES
+from jaxmoe.interop.loading import LocalShards, load_params, open_source
 from jaxmoe.interop.pretrained import from_config, read_blueprint
-from jaxmoe.interop.quantized import QuantizedFolder, split_config
-from jaxmoe.interop.reader import CheckpointFolder
+from jaxmoe.interop.quantization.folder import QuantizedFolder, split_config
+from jaxmoe.interop.saving import export_like_source
+from jaxmoe.interop.storage.reader import CheckpointFolder
+from jaxmoe.interop.storage.slices import finer_axes, runs
+from jaxmoe.model.spec import model_params
+from jaxmoe.parallel.sharding import make_mesh, shardings
 from jaxmoe.params import named
-from jaxmoe.run_model import RunModel
-from jaxmoe.sharding import make_mesh, shardings
-from jaxmoe.spec import model_params
+from jaxmoe.run.model import RunModel
 
 BLOCK = (8, 16)
 E8M0 = ml_dtypes.float8_e8m0fnu
@@ -584,7 +584,7 @@ class TestExportAsTheSource:
         quantize.write(folders.source, config, stored)
         source, calls = open_source(folders.source), []
         params = load_params(source, jnp.float32)
-        slice_bits = export.slice_bits
+        slice_bits = saving.slice_bits
 
         def record(array, box):
             calls[-1].append((array.shape, str(box)))
@@ -607,7 +607,7 @@ class TestExportAsTheSource:
         quantize.write(folders.source, config, stored)
         source, calls = open_source(folders.source), []
         params = load_params(source, jnp.float32)
-        slice_bits, shard = export.slice_bits, export.FolderWriter.shard
+        slice_bits, shard = saving.slice_bits, saving.FolderWriter.shard
 
         def record(array, box):
             calls[-1].append((array.shape, str(box)))
@@ -625,7 +625,7 @@ class TestExportAsTheSource:
         monkeypatch.setattr(export, "slice_bits", record)
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         calls.append([])
-        monkeypatch.setattr(export.FolderWriter, "shard", on_a_full_disk)
+        monkeypatch.setattr(saving.FolderWriter, "shard", on_a_full_disk)
         with pytest.raises(UserError, match="No space left"):
             export_like_source(params, source, folders.export, quantization=quantization)
         assert not folders.export.exists()
@@ -738,7 +738,7 @@ class TestRounding:
     """Of what is quantised anew, against the nearest values in float64."""
 
     def test_mxfp4(self):
-        from jaxmoe.interop.mxfp4 import MXFP4
+        from jaxmoe.interop.quantization.mxfp4 import MXFP4
 
         random = np.random.default_rng(0)
         values = random.standard_normal((40, 96)) * 2.0 ** random.integers(-130, 120, (40, 1))
@@ -781,7 +781,7 @@ class TestRounding:
 
     @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16, E8M0])
     def test_fp8(self, dtype):
-        from jaxmoe.interop.block_fp8 import BlockFP8
+        from jaxmoe.interop.quantization.block_fp8 import BlockFP8
 
         random = np.random.default_rng(0)
         values = random.standard_normal((30, 56)) * 2.0 ** random.integers(-100, 100, (30, 1))

@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import save, save_file
 
 from jaxmoe.errors import UserError
-from jaxmoe.interop import reader
-from jaxmoe.interop.layout import DTYPES, INDEX_FILE, dtype_name, is_inside, raise_problems
-from jaxmoe.interop.reader import CheckpointFolder
+from jaxmoe.interop.storage import reader
+from jaxmoe.interop.storage.format import DTYPES, INDEX_FILE, dtype_name, is_inside, raise_problems
+from jaxmoe.interop.storage.reader import CheckpointFolder
 
 FULL = slice(None)
 

@@ -13,11 +13,11 @@ import tiny
 
 import jaxmoe
 from jaxmoe import UserError
-from jaxmoe.interop.export import export_like_source, export_new
 from jaxmoe.interop.pretrained import from_config, read_blueprint
-from jaxmoe.interop.reader import CheckpointFolder
+from jaxmoe.interop.saving import export_like_source, export_new
+from jaxmoe.interop.storage.reader import CheckpointFolder
+from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import named
-from jaxmoe.sharding import make_mesh
 
 FAMILIES = list(tiny.CONFIGS)
 FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -263,7 +263,7 @@ def test_changed_numbers_leave_their_neighbours_bits(folders):
 
 
 def test_pieces_of_a_tensor_add_up(folders, monkeypatch):
-    monkeypatch.setattr("jaxmoe.interop.export.PIECE_BYTES", 1000)
+    monkeypatch.setattr("jaxmoe.interop.saving.PIECE_BYTES", 1000)
     tiny.write_checkpoint(folders.source, "qwen3_moe", "bfloat16", "fused")
     model = jaxmoe.from_pretrained(folders.source, dtype="float32")
     jaxmoe.save_pretrained(model, folders.export)

@@ -9,8 +9,8 @@ import tiny
 
 from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.rules import Binding, Rule, bind
+from jaxmoe.model.spec import LayerGroup, model_params
 from jaxmoe.params import Param, count, named
-from jaxmoe.spec import LayerGroup, model_params
 
 PUBLISHED = list(published.CONFIGS)
 

@@ -16,10 +16,10 @@ from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from safetensors.numpy import load_file, save, save_file
 
 from jaxmoe.errors import UserError
-from jaxmoe.interop import writer as writer_module
-from jaxmoe.interop.layout import DTYPES, INDEX_FILE, dtype_name, new_shard
-from jaxmoe.interop.reader import CheckpointFolder
-from jaxmoe.interop.writer import FolderWriter, index_json, plan_shards, write_shard
+from jaxmoe.interop.storage import writer as writer_module
+from jaxmoe.interop.storage.format import DTYPES, INDEX_FILE, dtype_name, new_shard
+from jaxmoe.interop.storage.reader import CheckpointFolder
+from jaxmoe.interop.storage.writer import FolderWriter, index_json, plan_shards, write_shard
 
 
 def described(arrays):
@@ -454,7 +454,7 @@ def test_what_a_killed_export_left_is_cleared(tmp_path):
     killed = run(
         """
         import os, signal, sys
-        from jaxmoe.interop.writer import FolderWriter
+        from jaxmoe.interop.storage.writer import FolderWriter
         with FolderWriter(sys.argv[1]) as writer:
             writer.file("sub/a", b"1")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -492,7 +492,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, action):
         """
         import resource, signal, sys
         from jaxmoe.errors import UserError
-        from jaxmoe.interop.writer import FolderWriter, plan_shards
+        from jaxmoe.interop.storage.writer import FolderWriter, plan_shards
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
         folder, source, action = sys.argv[1:]

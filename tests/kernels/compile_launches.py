@@ -33,22 +33,22 @@ from jax.experimental import topologies
 from jax.experimental.mosaic.gpu import core as mosaic_gpu
 from jax.sharding import SingleDeviceSharding
 
-from jaxmoe.kernels.expert_mlp.call import Call, Grads
+from jaxmoe.kernels.expert_mlp.contract import Call, Grads
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
-from jaxmoe.kernels.expert_mlp.mosaic import Mosaic
-from jaxmoe.kernels.expert_mlp.mosaic_epilogues import Activate, ActivationGradient, StoreRows
-from jaxmoe.kernels.expert_mlp.mosaic_gradient import Side, weight_gradient
-from jaxmoe.kernels.expert_mlp.mosaic_matmul import Epilogue, Geometry, Segment, grouped_matmul
-from jaxmoe.kernels.expert_mlp.operands import Experts, Lora
-from jaxmoe.kernels.expert_mlp.slots import Slots, sum_choices
-from jaxmoe.kernels.expert_mlp.specs import LAYERS, ExpertLayer, layer_of
-from jaxmoe.kernels.expert_mlp.tiles import (
+from jaxmoe.kernels.expert_mlp.mosaic.epilogues import Activate, ActivationGradient, StoreRows
+from jaxmoe.kernels.expert_mlp.mosaic.gradient import Side, weight_gradient
+from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
+from jaxmoe.kernels.expert_mlp.mosaic.matmul import Epilogue, Geometry, Segment, grouped_matmul
+from jaxmoe.kernels.expert_mlp.mosaic.slots import Slots, sum_choices
+from jaxmoe.kernels.expert_mlp.mosaic.tiles import (
     SHARED_MEMORY_BYTES,
     GradientLaunch,
     GradientTiles,
     MatmulLaunch,
     MatmulTiles,
 )
+from jaxmoe.kernels.expert_mlp.operands import Experts, Lora
+from jaxmoe.kernels.expert_mlp.specs import LAYERS, ExpertLayer, layer_of
 
 MULTIPROCESSORS = 132
 DTYPE = jnp.bfloat16

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from jaxmoe.kernels import devices
-from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, api, expert_mlp, hopper, xla
-from jaxmoe.kernels.expert_mlp.call import Call, Grads
+from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, api, expert_mlp, xla
+from jaxmoe.kernels.expert_mlp.contract import Call, Grads
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
+from jaxmoe.kernels.expert_mlp.mosaic import backend
 
 R, D, E, F, K = 29, 12, 5, 7, 2
 ACTIVATIONS = [
@@ -308,7 +309,7 @@ def logged(caplog):
 
 def on_device(monkeypatch, **changes):
     fields = {"kind": "NVIDIA H200", "platform": "gpu", "multiprocessors": 132, "hopper": True} | changes
-    monkeypatch.setattr(hopper, "target_device", lambda: devices.Device(**fields))
+    monkeypatch.setattr(backend, "target_device", lambda: devices.Device(**fields))
 
 
 def test_elsewhere_the_portable_backend_is_used_and_a_line_says_so_once(monkeypatch, logged):
@@ -337,7 +338,7 @@ def test_kernels_that_were_not_checked_are_not_used(monkeypatch, logged):
 def test_operands_that_the_kernels_cannot_take(monkeypatch, logged):
     on_device(monkeypatch)
     monkeypatch.setattr(
-        hopper, "measured_on", lambda _: SimpleNamespace(checked={jax.__version__: 1.0}, tiles={})
+        backend, "measured_on", lambda _: SimpleNamespace(checked={jax.__version__: 1.0}, tiles={})
     )
     for dtype, reason in ((jnp.float32, "x is float32"), (jnp.bfloat16, "width 12 is no multiple of 64")):
         *operands, _ = make_operands(dtype=dtype)

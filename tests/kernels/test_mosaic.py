@@ -16,11 +16,11 @@ import pytest
 
 from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, expert_mlp
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
-from jaxmoe.kernels.expert_mlp.mosaic_epilogues import Activate, ActivationGradient, StoreRows
-from jaxmoe.kernels.expert_mlp.mosaic_gradient import Side, weight_gradient
-from jaxmoe.kernels.expert_mlp.mosaic_matmul import Geometry, Segment, grouped_matmul
-from jaxmoe.kernels.expert_mlp.slots import Slots, make_slots
-from jaxmoe.kernels.expert_mlp.tiles import GradientTiles, MatmulTiles
+from jaxmoe.kernels.expert_mlp.mosaic.epilogues import Activate, ActivationGradient, StoreRows
+from jaxmoe.kernels.expert_mlp.mosaic.gradient import Side, weight_gradient
+from jaxmoe.kernels.expert_mlp.mosaic.matmul import Geometry, Segment, grouped_matmul
+from jaxmoe.kernels.expert_mlp.mosaic.slots import Slots, make_slots
+from jaxmoe.kernels.expert_mlp.mosaic.tiles import GradientTiles, MatmulTiles
 
 R, E, K = 85, 3, 2  # tokens, experts held, choices; one more expert is elsewhere
 N = 128

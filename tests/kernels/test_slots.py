@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
-from jaxmoe.kernels.expert_mlp.slots import make_slots, max_tiles, sum_choices
+from jaxmoe.kernels.expert_mlp.mosaic.slots import make_slots, max_tiles, sum_choices
 
 R, K = 37, 3
 

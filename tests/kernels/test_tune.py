@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import pytest
 
 from jaxmoe.kernels import tune
-from jaxmoe.kernels.expert_mlp import check as checks
 from jaxmoe.kernels.expert_mlp import xla
-from jaxmoe.kernels.expert_mlp.check import Case, WrongResults, check
-from jaxmoe.kernels.expert_mlp.measured import measured_on
-from jaxmoe.kernels.expert_mlp.mosaic import Mosaic
+from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
+from jaxmoe.kernels.expert_mlp.mosaic.tiles import GradientLaunch, MatmulLaunch
 from jaxmoe.kernels.expert_mlp.specs import LAYERS, choose_experts, layer_of
-from jaxmoe.kernels.expert_mlp.tiles import GradientLaunch, MatmulLaunch
-from jaxmoe.kernels.expert_mlp.tuning import launches, search
+from jaxmoe.kernels.expert_mlp.tuning import check as checks
+from jaxmoe.kernels.expert_mlp.tuning.check import Case, WrongResults, check
+from jaxmoe.kernels.expert_mlp.tuning.measured import measured_on
+from jaxmoe.kernels.expert_mlp.tuning.search import launches, search
 
 PLAIN = Case(tokens=33, width=24, hidden=20, held=4, top_k=2, used=2, elsewhere=True)
 CASE = dataclasses.replace(PLAIN, bias=True, rank=3)
@@ -211,7 +211,7 @@ def test_rehearsal(tmp_path: Any, capsys: pytest.CaptureFixture[str]):
 
 
 def test_tiles_that_compute_something_else_are_not_used(capsys: pytest.CaptureFixture[str]):
-    from jaxmoe.kernels.expert_mlp.tuning import tune_launch
+    from jaxmoe.kernels.expert_mlp.tuning.search import tune_launch
 
     layer = layer_of("OLMoE-1B-7B")
     layer = dataclasses.replace(

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.model import attention as module
-from jaxmoe.model.attention import AttentionSpec, QKNorm, attention, attention_params, sequence
+from jaxmoe.model.mixers import grouped_query as module
+from jaxmoe.model.mixers.grouped_query import AttentionSpec, QKNorm, attention, attention_params, sequence
+from jaxmoe.model.mixers.rope import RopeSpec
 from jaxmoe.model.norms import NormSpec
-from jaxmoe.model.rope import RopeSpec
+from jaxmoe.parallel.sharding import BATCH_AXES, current_mesh, make_mesh, shardings
 from jaxmoe.params import initialize, named
-from jaxmoe.sharding import BATCH_AXES, current_mesh, make_mesh, shardings
 
 attend = jax.nn.dot_product_attention
 

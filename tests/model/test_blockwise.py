@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.model import blockwise as module
-from jaxmoe.model.blockwise import blockwise_attention
+from jaxmoe.model.mixers import blockwise as module
+from jaxmoe.model.mixers.blockwise import blockwise_attention
 
 B, T, N, M, H, W = 2, 19, 6, 3, 5, 4
 

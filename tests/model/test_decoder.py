@@ -11,9 +11,9 @@ import tiny
 
 from jaxmoe.interop.pretrained import from_config
 from jaxmoe.model import decoder
-from jaxmoe.model.moe import MoESpec
+from jaxmoe.model.feed_forward.moe import MoESpec
+from jaxmoe.model.spec import LayerGroup
 from jaxmoe.params import named
-from jaxmoe.spec import LayerGroup
 
 FAMILIES = ["mixtral", "qwen3_moe", "olmoe"]
 

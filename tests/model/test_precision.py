@@ -9,12 +9,12 @@ import tiny
 from jax.lax import Precision
 from jax.sharding import AxisType, Mesh
 
-from jaxmoe import losses
 from jaxmoe.interop.pretrained import from_config
 from jaxmoe.model import decoder
+from jaxmoe.model.feed_forward.router import RouterSpec, route, router_stats
 from jaxmoe.model.head import Head
-from jaxmoe.model.router import RouterSpec, route, router_stats
-from jaxmoe.train_step import StepSpec, init_state, make_eval_step, make_train_step
+from jaxmoe.training import losses
+from jaxmoe.training.step import StepSpec, init_state, make_eval_step, make_train_step
 
 
 def products(jaxpr):

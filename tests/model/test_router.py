@@ -7,8 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmoe.model.feed_forward.router import (
+    Groups,
+    InputScale,
+    RouterSpec,
+    route,
+    router_params,
+    router_stats,
+)
 from jaxmoe.model.norms import NormSpec
-from jaxmoe.model.router import Groups, InputScale, RouterSpec, route, router_params, router_stats
 
 R, D, E = 37, 10, 12
 

@@ -1,0 +1,1 @@
+"""Folders whose weights are quantised, seen as if they were not."""

@@ -1,0 +1,384 @@
+"""Exporting: parameters → a Hugging Face folder that follows the one they came from.
+
+Key names, dtypes, shard split, headers, index, config.json and every other file are the source's. A number
+that training did not change is written with the source's own bits, so an untouched tensor is byte-identical
+whatever dtype it was trained in.
+
+Of a quantised folder the tensors are written in bfloat16 and config.json without ``quantization_config``, or on request
+in the source's own format again.
+"""
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxmoe.errors import UserError
+from jaxmoe.interop.loading import Source, numpy_dtype
+from jaxmoe.interop.quantization.folder import FIELD, Files, QuantizedFolder, StoredOrder
+from jaxmoe.interop.rules import Binding, Bindings
+from jaxmoe.interop.storage.format import INDEX_FILE, Shard, TensorInfo, dtype_name
+from jaxmoe.interop.storage.slices import Box, pieces
+from jaxmoe.interop.storage.writer import FolderWriter, index_json, plan_shards
+from jaxmoe.params import Tree, named
+
+PIECE_BYTES = 8 << 20
+"""A tensor is fetched, compared and written in pieces of at most this size."""
+
+QUANTIZATIONS = ("none", "source")
+"""What becomes of tensors that the source has quantised: bfloat16, or the source's format."""
+
+MAX_SHARD_BYTES = 5 * 10**9
+"""Largest file of an export that has no source folder to follow."""
+
+_OTHER_WEIGHTS = frozenset(
+    {
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".gguf",
+        ".ggml",
+        ".h5",
+        ".msgpack",
+        ".onnx",
+        ".npz",
+        ".pkl",
+    }
+)
+"""Suffixes of weight files: copies of the weights before training would contradict the ones exported."""
+
+
+def export_like_source(
+    params: Tree,
+    source: Source,
+    folder: str | Path,
+    *,
+    replaced_files: Mapping[str, Path | None] | None = None,
+    overwrite: bool = False,
+    quantization: str = "none",
+) -> list[str]:
+    """Write `params` as `source` is laid out.
+
+    On several hosts all must call it; the first one writes.
+
+    Args:
+        params: the tree of `jaxmoe.model.spec.model_params`.
+        source: the checkpoint that they were loaded from; its folder must still be there.
+        folder: a new folder, or with `overwrite` an existing checkpoint that is replaced as a whole.
+        replaced_files: files that take the place of the source's of those names, such as another tokenizer's;
+            None leaves a file out.
+        quantization: "none", or "source": tensors that the source has quantised are written in its format. Blocks
+            that training did not change, in bfloat16, repeat the source's bytes; the others are quantised anew.
+
+    Returns:
+        Files of the source that were left out: weights in other formats.
+
+    Raises:
+        UserError: the folder is not empty, the disk is full, or a value does not fit the tensor's dtype.
+    """
+    shards = exported_shards(source, quantization)
+    tensors = (
+        _QuantizedTensors(params, source.bindings, source.files)
+        if isinstance(source.files, QuantizedFolder) and quantization == "source"
+        else _Tensors(params, source.bindings, source.files)
+    )
+    if source.folder.resolve() == Path(folder).resolve():
+        raise UserError(f"{folder}: is the folder that the model was loaded from; export to another one")
+    if Path(folder).resolve().is_relative_to(source.folder.resolve()):
+        raise UserError(
+            f"{folder}: lies inside {source.folder}, all of which is exported; choose a folder outside of it"
+        )
+    if source.folder.resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError(
+            f"{folder}: holds {source.folder}, which the model was loaded from and which replacing it would delete; "
+            "choose another folder"
+        )
+    if jax.process_index() != 0:
+        tensors.take_part(shards)
+        return []
+    left_out = []
+    with tensors.kept_company(shards), FolderWriter(folder, overwrite=overwrite) as writer:
+        for shard in shards:
+            writer.shard(shard, tensors.fetch)
+        rewritten = {} if quantization == "source" else _unquantized_files(source)
+        for name, data in rewritten.items():
+            writer.file(name, data)
+        written = {shard.file for shard in exported_shards(source, "source")} | rewritten.keys()
+        written |= (replaced_files or {}).keys()
+        for path in sorted(source.folder.rglob("*")):
+            name = path.relative_to(source.folder).as_posix()
+            if not path.is_file() or name in written or name.startswith((".cache/", ".git/")):
+                continue
+            if path.suffix in _OTHER_WEIGHTS:
+                left_out.append(name)
+            else:
+                writer.copy(path, name)
+        for name, replacement in (replaced_files or {}).items():
+            if replacement is not None:
+                writer.copy(replacement, name)
+    return left_out
+
+
+def exported_shards(source: Source, quantization: str) -> Sequence[Shard]:
+    """The files of tensors that `export_like_source` writes.
+
+    Raises:
+        UserError: an unknown `quantization`.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise UserError(f"quantization {quantization!r}: expected {' or '.join(map(repr, QUANTIZATIONS))}")
+    files = source.files
+    return (
+        files.stored.shards
+        if isinstance(files, QuantizedFolder) and quantization == "source"
+        else files.shards
+    )
+
+
+def _unquantized_files(source: Source) -> dict[str, bytes]:
+    """What else changes in a quantised folder that is written in bfloat16: the index and config.json."""
+    files = source.files
+    if not isinstance(files, QuantizedFolder):
+        return {}
+    config = {name: value for name, value in source.raw.items() if name != FIELD}
+    spellings = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+    config |= dict.fromkeys(spellings, "bfloat16")
+    rewritten = {"config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
+    if files.stored.index is not None:
+        rewritten[INDEX_FILE] = index_json(files.shards)
+    return rewritten
+
+
+def export_new(
+    params: Tree,
+    bindings: Bindings,
+    config: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    dtype: Any,
+    extra_files: Mapping[str, Path] | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a model that was not loaded from a folder, in the first layout that its family's rules give.
+
+    Args:
+        params: the tree of `jaxmoe.model.spec.model_params`.
+        bindings: of the family's rules to the model.
+        config: the config.json; its dtype field is set to `dtype`.
+        folder: as in `export_like_source`.
+        dtype: of every tensor but those kept in float32.
+        extra_files: further files by name in the folder, such as a tokenizer.
+        max_shard_bytes: a file is closed before it grows past this.
+    """
+    stored = [(b.source, dtype_name(b.declared.dtype(dtype)), b.shape) for b in bindings.of_tensor.values()]
+    shards = plan_shards(stored, max_shard_bytes)
+    tensors = _Tensors(params, bindings, None)
+    if jax.process_index() != 0:
+        tensors.take_part(shards)
+        return
+    config = {name: value for name, value in config.items() if name != "torch_dtype"} | {
+        "dtype": np.dtype(dtype).name
+    }
+    with tensors.kept_company(shards), FolderWriter(folder, overwrite=overwrite) as writer:
+        for shard in shards:
+            writer.shard(shard, tensors.fetch)
+        if len(shards) > 1:
+            writer.file(INDEX_FILE, index_json(shards))
+        writer.file("config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+        for name, path in (extra_files or {}).items():
+            writer.copy(path, name)
+
+
+class _Tensors:
+    """Fetches tensors of the export from the devices, piece by piece."""
+
+    def __init__(self, params: Tree, bindings: Bindings, original: Files | None) -> None:
+        self._params = dict(named(params))
+        self._bindings = bindings
+        self._original = original
+        self._slices = 0
+        self._to_skip = 0
+
+    def take_part(self, shards: Sequence[Shard]) -> None:
+        """Run the same device computations as the host that writes, and drop the results."""
+        for info in (info for shard in shards for info in shard.tensors):
+            for bits in self._computed(info):
+                if bits is not None:
+                    bits.block_until_ready()
+
+    @contextlib.contextmanager
+    def kept_company(self, shards: Sequence[Shard]) -> Iterator[None]:
+        """Where writing `shards` fails, do the rest of `take_part`, which the other hosts are in, before it is told."""
+        try:
+            yield
+        except Exception:
+            if jax.process_count() > 1:
+                self._to_skip = self._slices
+                self.take_part(shards)
+            raise
+
+    def _slice(self, array: jax.Array, box: Sequence[slice]) -> Any:
+        """`slice_bits`, or None for what was computed before."""
+        if self._to_skip:
+            self._to_skip -= 1
+            return None
+        self._slices += 1
+        return slice_bits(array, box)
+
+    def _computed(self, info: TensorInfo) -> Iterator[Any]:
+        """What the devices compute for `fetch`, in the same order."""
+        if info.name in self._bindings.of_tensor:
+            yield from (bits for _, bits in self._pieces(self._bindings.of_tensor[info.name]))
+
+    def fetch(self, info: TensorInfo) -> Iterator[memoryview | bytearray]:
+        """The bytes of one tensor, in order."""
+        binding = self._bindings.of_tensor.get(info.name)
+        if binding is None:  # not the model's: copied as it is
+            assert self._original is not None
+            yield from self._original.iter_bytes(info.name)
+            return
+        free = [i for i, letter in enumerate(binding.declared.dims) if letter not in binding.index]
+        for box, bits in self._pieces(binding):
+            part = np.asarray(bits).view(self._params[binding.target].dtype)
+            values = self._stored(info, binding, box, part.reshape([bits.shape[i] for i in free]))
+            yield np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+
+    def _pieces(self, binding: Binding) -> Iterator[tuple[Box, Any]]:
+        """Pieces of a tensor in order: the box on the tensor's letters, and the bits in the parameter's."""
+        array = self._params[binding.target]
+        whole = [slice(0, size) for size in binding.sizes]
+        for box in pieces(whole, max(1, PIECE_BYTES // array.dtype.itemsize)):
+            of_letter = dict(zip(binding.letters, box, strict=True))
+            of_letter |= {letter: slice(i, i + 1) for letter, i in binding.index.items()}
+            yield box, self._slice(array, [of_letter[letter] for letter in binding.declared.dims])
+
+    def _stored(self, info: TensorInfo, binding: Binding, box: Box, part: np.ndarray) -> np.ndarray:
+        """A piece in the dtype of the file; where training changed nothing, the very bits of the source."""
+        with np.errstate(over="ignore", invalid="ignore"):  # a NaN stays one; what overflows is found below
+            values = part.astype(numpy_dtype(info.dtype))
+            if self._original is not None:
+                before = binding.to_parameter(self._original.read_box(info.name, binding.sizes, box))
+                bits = np.dtype(f"u{part.dtype.itemsize}")
+                same = before.astype(part.dtype).view(bits) == np.ascontiguousarray(part).view(bits)
+                np.copyto(values, before, where=same)
+        lost = np.isfinite(part) & ~np.isfinite(values)
+        if lost.any():
+            largest = np.abs(part[lost].astype(np.float64)).max()
+            raise UserError(
+                f"tensor {info.name}: value {largest:.6g} does not fit its dtype {info.dtype} in the file"
+            )
+        return binding.to_tensor(values)
+
+
+class _QuantizedTensors(_Tensors):
+    """Fetches the tensors of a quantised folder as they are stored, codes and scales.
+
+    Codes depend on their scales, which may lie in another file: both are made whenever one of them is written.
+    """
+
+    def __init__(self, params: Tree, bindings: Bindings, files: QuantizedFolder) -> None:
+        super().__init__(params, bindings, files.stored)
+        self._files = files
+
+    def fetch(self, info: TensorInfo) -> Iterator[memoryview | bytearray]:
+        """The bytes of one stored tensor, in order."""
+        stored = self._quantized(info)
+        if stored is None:
+            yield from super().fetch(info)
+            return
+        dtype = self._params[stored.binding.target].dtype
+        for band, parts in self._bands(stored):
+            rows = [stored.rows(np.asarray(bits).view(dtype)) for bits in parts]
+            codes, scales = self._files.requantize(stored.pair, band, np.concatenate(rows))
+            made = codes if info.name == stored.pair.codes else scales
+            yield np.ascontiguousarray(made).reshape(-1).view(np.uint8).data
+
+    def _computed(self, info: TensorInfo) -> Iterator[Any]:
+        stored = self._quantized(info)
+        if stored is None:
+            yield from super()._computed(info)
+        else:
+            yield from (bits for _, parts in self._bands(stored) for bits in parts)
+
+    def _quantized(self, info: TensorInfo) -> StoredOrder | None:
+        """The quantised tensor of the model's that a stored tensor is one half of."""
+        pair = self._files.pair_of(info.name)
+        binding = None if pair is None else self._bindings.of_tensor.get(pair.name)
+        return None if pair is None or binding is None else StoredOrder(pair, binding)
+
+    def _bands(self, stored: StoredOrder) -> Iterator[tuple[Box, list[Any]]]:
+        """Bands of a tensor in order, and the bits of the parts that each is made of."""
+        array = self._params[stored.binding.target]
+        for band in self._files.bands(stored.pair, PIECE_BYTES // array.dtype.itemsize):
+            yield (
+                band,
+                [
+                    self._slice(array, [part[letter] for letter in stored.binding.declared.dims])
+                    for part in stored.parts(band)
+                ],
+            )
+
+
+def slice_bits(array: jax.Array, box: Sequence[slice]) -> jax.Array:
+    """The part `box` of a sharded array as unsigned integers, whole on every device, so any host can fetch it.
+
+    Memory and traffic are in proportion to the part. On several hosts all must call it.
+
+    Raises:
+        TypeError: the array is on several devices without a `NamedSharding`.
+    """
+    sharding = array.sharding if len(array.sharding.device_set) > 1 else None
+    if not isinstance(sharding, NamedSharding | None):
+        raise TypeError(f"expected arrays with a NamedSharding, got {sharding}")
+    starts = np.asarray([part.start for part in box], np.int32)
+    return _slice_bits(array, starts, tuple(part.stop - part.start for part in box), sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("sizes", "sharding"))
+def _slice_bits(
+    array: jax.Array, starts: jax.Array, sizes: tuple[int, ...], sharding: NamedSharding | None
+) -> jax.Array:
+    """Each device cuts out what its own shard holds of the slice, at its place among zeros; the sum is the slice.
+
+    Left to XLA's partitioner, a slice of a sharded array is a slice of the whole array, gathered on each device.
+    Where the slice starts is no constant, so that all slices of one size share a compilation. Integers have no
+    signalling NaN, -0.0 or subnormal that a sum could change.
+    """
+    spec = () if sharding is None else tuple(sharding.spec)
+    summed = [name for names in spec if names for name in ([names] if isinstance(names, str) else names)]
+
+    def cut(shard: jax.Array, starts: jax.Array) -> jax.Array:
+        split = [axis for axis in range(array.ndim) if shard.shape[axis] < array.shape[axis]]
+        held = [min(size, length) for size, length in zip(sizes, shard.shape, strict=True)]
+        # Where the slice starts as this shard counts, which may be outside of it, and the nearest place inside.
+        wanted = [
+            starts[axis] - (jax.lax.axis_index(spec[axis]) * length if axis in split else 0)
+            for axis, length in enumerate(shard.shape)
+        ]
+        nearest = [
+            jnp.clip(start, 0, length - size)
+            for start, length, size in zip(wanted, shard.shape, held, strict=True)
+        ]
+        values = jax.lax.dynamic_slice(shard, nearest, held)
+        bits = jax.lax.bitcast_convert_type(values, np.dtype(f"u{array.dtype.itemsize}"))
+        for axis in split:
+            index = wanted[axis] - nearest[axis] + jnp.arange(sizes[axis])
+            inside = (index >= 0) & (index < held[axis])
+            inside = jnp.expand_dims(inside, [other for other in range(array.ndim) if other != axis])
+            bits = jnp.where(inside, jnp.take(bits, index, axis, mode="clip"), 0)
+        return jax.lax.psum(bits, tuple(summed)) if summed else bits
+
+    if sharding is None:
+        return cut(array, starts)
+    specs = (sharding.spec, PartitionSpec())
+    return jax.shard_map(cut, mesh=sharding.mesh, in_specs=specs, out_specs=PartitionSpec())(array, starts)

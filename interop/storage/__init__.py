@@ -1,0 +1,1 @@
+"""Files of tensors: the safetensors format, read and written in parts."""

@@ -1,0 +1,26 @@
+"""A run's configuration: one YAML file, validated before anything is loaded."""
+
+from jaxmoe.config.run import RunConfig, load_config
+from jaxmoe.config.sections import (
+    BalanceConfig,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TrainConfig,
+    TrainTokenizer,
+)
+
+__all__ = [
+    "BalanceConfig",
+    "DataConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "SampleConfig",
+    "TrainConfig",
+    "TrainTokenizer",
+    "load_config",
+]

@@ -1,0 +1,1 @@
+"""Feed-forwards: what happens to each token by itself."""

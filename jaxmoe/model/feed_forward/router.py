@@ -1,0 +1,233 @@
+"""The router: which experts a token goes to, and with what weight."""
+
+import dataclasses
+import functools
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+
+from jaxmoe.model.feed_forward.sparsemixer import sparsemixer
+from jaxmoe.model.norms import NormSpec, apply_norm
+from jaxmoe.params import Param, Tree, param
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Choose among the experts of the best groups only (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+
+    Attributes:
+        count: groups, of equally many neighbouring experts.
+        keep: how many of them a token may choose from.
+        rank_by: of a group's scores the highest, or the sum of the two highest.
+        masked: what the scores of other groups become: −inf, or 0, with which they are still chosen when nothing
+            kept is above 0.
+        weigh_masked: weights are taken from the masked scores, 0 for such an expert.
+    """
+
+    count: int
+    keep: int
+    rank_by: Literal["max", "top2"]
+    masked: float = -math.inf
+    weigh_masked: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class InputScale:
+    """The router sees norm(x) · scale / sqrt(D), with a norm that has no scale of its own (Gemma 4)."""
+
+    norm: NormSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterSpec:
+    """Scores of all experts, a choice of K of them, weights of the chosen ones.
+
+    Attributes:
+        renormalize: divide the K weights by their sum.
+        weight_dtype: dtype of the combine weights: "float32", or "model" to round them to the activations'.
+        score: of the logits: "softmax" over all experts or "sigmoid", in float32; "logits" chooses by the logits
+            and weighs by a softmax over those chosen; "sparsemixer" is SparseMixer-2 (arXiv 2409.12136), which
+            gives weights of its own.
+        logits_dtype: "float32" multiplies input and weight in float32, "model" in the activations' dtype.
+        softmax_dtype: of "logits".
+        bias: a bias on the logits.
+        correction: a constant per expert, in float32, is added for the choice alone: to the scores or to the
+            logits (arXiv 2408.15664).
+        groups: choose among the best groups only.
+        sum_offset: added to the sum that weights are divided by.
+        least_sum: that sum is at least this.
+        scale: factor of the weights, after that.
+        expert_scale: a factor per expert, a parameter, after that.
+        input_scale: what the router sees of its input.
+        float32: the matrix is kept in float32.
+        jitter: in training, multiply the layer's input by uniform(1 - jitter, 1 + jitter) noise
+            (Switch Transformer, arXiv 2101.03961, section 2.2).
+        threshold: of "sparsemixer": relative distance to the highest logit beyond which experts are left out.
+    """
+
+    num_experts: int
+    top_k: int
+    renormalize: bool
+    weight_dtype: Literal["float32", "model"]
+    score: Literal["softmax", "sigmoid", "logits", "sparsemixer"] = "softmax"
+    logits_dtype: Literal["float32", "model"] = "model"
+    softmax_dtype: Literal["float32", "model"] = "float32"
+    bias: bool = False
+    correction: Literal["none", "score", "logit"] = "none"
+    groups: Groups | None = None
+    sum_offset: float = 0.0
+    least_sum: float = 0.0
+    scale: float = 1.0
+    expert_scale: bool = False
+    input_scale: InputScale | None = None
+    float32: bool = False
+    jitter: float = 0.0
+    threshold: float = 0.0
+
+    @property
+    def by_logits(self) -> bool:
+        """Whether a token always goes to the experts of its K highest logits."""
+        return self.correction == "none" and self.groups is None and self.score != "sparsemixer"
+
+
+class Routing(NamedTuple):
+    """Choices of R tokens: experts (R, K) int32, weights (R, K), and the raw logits (R, E)."""
+
+    experts: jax.Array
+    weights: jax.Array
+    logits: jax.Array
+
+
+class RouterStats(NamedTuple):
+    """Sums over the valid tokens of one layer, or with a leading axis over the MoE layers in order.
+
+    They add up over micro-batches and shards; every balance term and monitor reads these same numbers.
+
+    Attributes:
+        load: (E,) float32, how often each expert was chosen; sums to K * tokens.
+        top_load: (E,) float32, how often each expert's raw logit was among the K highest, which is what the
+            balance loss of transformers counts; the load itself where the choice depends on nothing else.
+        probability: (E,) float32, sum of the softmax over the raw logits; the only differentiable balance path.
+        z: () float32, sum of logsumexp(logits)².
+        tokens: () float32, number of valid tokens.
+    """
+
+    load: jax.Array
+    top_load: jax.Array
+    probability: jax.Array
+    z: jax.Array
+    tokens: jax.Array
+
+
+def router_params(spec: RouterSpec, width: int) -> dict[str, Param]:
+    """Declarations: the linear map, and whatever else the spec has."""
+    sizes = {"E": spec.num_experts, "D": width}
+    params = {"weight": param("ED", sizes, role="router", float32=spec.float32)}
+    if spec.bias:
+        params["bias"] = param("E", sizes, role="vector", init="zeros")
+    if spec.correction != "none":
+        params["correction"] = param("E", sizes, role="constant", init="zeros", float32=True)
+    if spec.input_scale is not None:
+        params["input_scale"] = param("D", sizes, role="vector", init="ones")
+    if spec.expert_scale:
+        params["expert_scale"] = param("E", sizes, role="vector", init="ones")
+    return params
+
+
+def route(params: Tree, spec: RouterSpec, x_RD: jax.Array) -> Routing:
+    """x (R, D) → `Routing`."""
+    logits_RE = _logits(params, spec, x_RD)
+    if spec.score == "sparsemixer":
+        experts_RK, weights_RK = sparsemixer(logits_RE, spec.top_k, spec.threshold)
+    else:
+        experts_RK, weights_RK = _choose(params, spec, logits_RE)
+    if spec.renormalize:
+        total_R1 = jnp.sum(weights_RK, axis=-1, keepdims=True) + spec.sum_offset
+        weights_RK = weights_RK / (jnp.maximum(total_R1, spec.least_sum) if spec.least_sum else total_R1)
+    if spec.scale != 1.0:
+        weights_RK = weights_RK * spec.scale
+    if spec.expert_scale:
+        weights_RK = weights_RK * params["expert_scale"][experts_RK]
+    dtype = x_RD.dtype if spec.weight_dtype == "model" else jnp.float32
+    return Routing(experts_RK, weights_RK.astype(dtype), logits_RE)
+
+
+def _logits(params: Tree, spec: RouterSpec, x_RD: jax.Array) -> jax.Array:
+    weight_ED = params["weight"]
+    if spec.input_scale is not None:
+        normal_RD = apply_norm(spec.input_scale.norm, x_RD, None)
+        x_RD = normal_RD * params["input_scale"] * jnp.asarray(x_RD.shape[-1] ** -0.5, x_RD.dtype)
+    dtype = jnp.float32 if spec.logits_dtype == "float32" else x_RD.dtype
+    logits_RE = jnp.matmul(x_RD.astype(dtype), weight_ED.astype(dtype).T, precision=Precision.HIGHEST)
+    return logits_RE + params["bias"] if spec.bias else logits_RE
+
+
+def _choose(params: Tree, spec: RouterSpec, logits_RE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Experts (R, K) and their scores (R, K), not yet renormalised."""
+    wide_RE = logits_RE.astype(jnp.float32)
+    if spec.score == "logits":
+        scores_RE = wide_RE
+    else:
+        scores_RE = jax.nn.sigmoid(wide_RE) if spec.score == "sigmoid" else jax.nn.softmax(wide_RE, axis=-1)
+    ranks_RE = jax.lax.stop_gradient(wide_RE if spec.correction == "logit" else scores_RE)
+    if spec.correction != "none":
+        ranks_RE = ranks_RE + params["correction"]
+    if spec.groups is not None:
+        kept_RE = _in_best_groups(spec.groups, ranks_RE)
+        ranks_RE = jnp.where(kept_RE, ranks_RE, spec.groups.masked)
+        if spec.groups.weigh_masked:
+            scores_RE = jnp.where(kept_RE, scores_RE, 0.0)
+    experts_RK = jax.lax.top_k(ranks_RE, spec.top_k)[1]
+    chosen_RK = jnp.take_along_axis(scores_RE, experts_RK, axis=-1)
+    if spec.score == "logits":
+        dtype = logits_RE.dtype if spec.softmax_dtype == "model" else jnp.float32
+        chosen_RK = jax.nn.softmax(chosen_RK.astype(dtype), axis=-1)
+    return experts_RK, chosen_RK
+
+
+def _in_best_groups(groups: Groups, ranks_RE: jax.Array) -> jax.Array:
+    """(R, E) bool."""
+    per_group = ranks_RE.reshape(ranks_RE.shape[0], groups.count, -1)
+    best = jax.lax.top_k(per_group, 1 if groups.rank_by == "max" else 2)[0].sum(axis=-1)
+    kept = jax.lax.top_k(best, groups.keep)[1]
+    is_kept = jax.nn.one_hot(kept, groups.count, dtype=jnp.bool_).any(axis=1)
+    return jnp.repeat(is_kept, per_group.shape[-1], axis=1)
+
+
+def router_stats(spec: RouterSpec, routing: Routing, valid_R: jax.Array | None) -> RouterStats:
+    """Sum up a layer's routing.
+
+    Args:
+        spec: the router.
+        routing: of R tokens.
+        valid_R: (R,) bool, false for padding, which counts nowhere; None when every token is valid.
+    """
+    rows, num_experts = routing.logits.shape
+    weight_R = jnp.ones((rows,), jnp.float32) if valid_R is None else valid_R.astype(jnp.float32)
+    # One-hot products instead of a scatter-add: deterministic on every device. HIGHEST: never rounded to TF32.
+    total = functools.partial(jnp.matmul, weight_R, precision=Precision.HIGHEST)
+
+    def load(experts_RK: jax.Array) -> jax.Array:
+        return total(jax.nn.one_hot(experts_RK, num_experts, dtype=jnp.float32).sum(axis=1))
+
+    chosen = jax.lax.stop_gradient(load(routing.experts))
+    # The dtype that the logits have: the balance loss of transformers takes its softmax there.
+    probabilities_RE = jax.nn.softmax(routing.logits, axis=-1).astype(jnp.float32)
+    lse_R = jax.nn.logsumexp(routing.logits.astype(jnp.float32), axis=-1)
+    return RouterStats(
+        load=chosen,
+        top_load=chosen
+        if spec.by_logits
+        else jax.lax.stop_gradient(load(jax.lax.top_k(routing.logits, spec.top_k)[1])),
+        probability=total(probabilities_RE),
+        z=total(lse_R * lse_R),
+        tokens=weight_R.sum(),
+    )
+
+
+def jitter(x: jax.Array, amount: float, key: jax.Array) -> jax.Array:
+    """x times uniform noise in [1 - amount, 1 + amount)."""
+    return x * jax.random.uniform(key, x.shape, x.dtype, 1.0 - amount, 1.0 + amount)

@@ -1,0 +1,1 @@
+"""Token mixers: what passes between the tokens of a document."""

@@ -1,0 +1,309 @@
+"""The folder of a run: its configuration, its metrics, and a lock that keeps a second process out.
+
+config.yaml     the run as resolved
+metrics.jsonl   one JSON object per line
+checkpoints/    see `jaxmoe.run.checkpoints`
+export/         a Hugging Face folder
+.lock           held by the process that writes
+"""
+
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+import socket
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmoe.config import RunConfig, load_config
+from jaxmoe.errors import UserError
+from jaxmoe.parallel import processes
+
+_LOCK = ".lock"
+_TEMPORARY_SUFFIX = ".partial"
+_TOKENIZERS = frozenset({"tokenizer", f"tokenizer{_TEMPORARY_SUFFIX}"})
+
+# What may change between the start of a run and its resumption, because it changes no weight. The folder's
+# own name is not compared either: the folder may have been moved.
+_FREE_KEYS = frozenset(
+    {
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.eval_every",
+        "train.peak_tflops",
+        "train.export",
+        "sample",
+        "then",
+        "output_dir",
+    }
+)
+
+
+class RunFolder:
+    """An open run folder. Only process 0 touches files, but every process calls every method.
+
+    Attributes:
+        path: the folder.
+        resumed: whether it held this run already. A start that failed before the first step is none.
+    """
+
+    def __init__(self, path: Path, *, resumed: bool, lock: int | None) -> None:
+        """For `open`. `lock` is the descriptor of the locked file; None for processes that do not write."""
+        self.path = path
+        self.resumed = resumed
+        self._lock = lock
+
+    @classmethod
+    def open(cls, config: RunConfig) -> "RunFolder":
+        """Create ``config.output_dir``, or open it where it holds this same run.
+
+        Raises:
+            UserError: it holds another run or something else, another process writes it, or it cannot be
+                written.
+        """
+        path = Path(config.output_dir)
+        resumed, lock = processes.first(lambda: _claim(path, config))
+        return cls(path, resumed=resumed, lock=lock if jax.process_index() == 0 else None)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """Folder of the exported model."""
+        return self.path / "export"
+
+    @property
+    def metrics(self) -> Path:
+        """The file of metrics, JSON Lines."""
+        return self.path / "metrics.jsonl"
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line of metrics, on disk when this returns.
+
+        Args:
+            record: values by name, among them ``step``; numbers, strings, arrays, nested lists and mappings.
+                JSON has no nan and no infinity: they become the strings "nan", "inf" and "-inf".
+
+        Raises:
+            UserError: the line cannot be written, such as on a full disk.
+            ValueError: no ``step``, or a value that is none of those.
+        """
+        if not isinstance(record.get("step"), int):
+            raise ValueError(f"a record needs an integer step, found {record.get('step')!r}")
+        line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+        processes.first(lambda: self._write(line))
+
+    def _write(self, line: str) -> None:
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.metrics}: cannot write: {error.strerror}; free some space") from None
+
+    def truncate_metrics(self, step: int) -> None:
+        """Forget what was logged after `step`, and a last line that was cut off in the middle.
+
+        Raises:
+            UserError: another line than the last is no record, or the file cannot be read or rewritten.
+        """
+        processes.first(lambda: self._truncate(step))
+
+    def _truncate(self, step: int) -> None:
+        try:
+            before = self.metrics.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UserError(
+                f"{self.metrics}: cannot read: {error.strerror}; expected the file that this run logs to: "
+                "move it away"
+            ) from None
+        kept = b"".join(line for found, line in self._records(before) if found <= step)
+        if kept != before:
+            _write_atomically(self.metrics, kept.decode("utf-8"))
+
+    def _records(self, content: bytes) -> Iterator[tuple[int, bytes]]:
+        """Step and text of every whole record; only the last may lack its line break."""
+        lines = content.splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                yield int(record["step"]), line.rstrip(b"\n") + b"\n"
+            except (ValueError, KeyError, TypeError):
+                if number < len(lines):
+                    raise UserError(
+                        f"{self.metrics}: line {number} is no record of metrics: delete that line to resume"
+                    ) from None
+
+    def close(self) -> None:
+        """Let another process write the folder; the end of this process does the same."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def holds_run(path: Path) -> bool:
+    """Whether a folder has anything that training made; a start that failed leaves nothing of it."""
+    if any((path / name).exists() for name in ("metrics.jsonl", "export")):
+        return True
+    checkpoints = path / "checkpoints"
+    return checkpoints.is_dir() and any(checkpoints.iterdir())
+
+
+def _claim(path: Path, config: RunConfig) -> tuple[bool, int]:
+    """Whether the folder held this run already, and the descriptor of its lock."""
+    try:
+        _refuse_foreign(path)
+        path.mkdir(parents=True, exist_ok=True)
+        ours = (path / _LOCK).exists()
+        lock = _locked(path)
+    except OSError as error:
+        raise UserError(f"output_dir {path}: cannot write there: {error.strerror}") from None
+    try:
+        failed_start = ours and _is_failed_start(path)
+        resumed = (path / "config.yaml").exists() and not failed_start
+        if resumed:
+            _refuse_other_run(path, config)
+        elif failed_start:  # the command that follows it is the corrected one
+            for name in _TOKENIZERS:
+                shutil.rmtree(path / name, ignore_errors=True)
+        text = config.to_yaml()
+        if not resumed or (path / "config.yaml").read_text(encoding="utf-8") != text:
+            _write_atomically(path / "config.yaml", text)
+    except BaseException:
+        os.close(lock)
+        raise
+    return resumed, lock
+
+
+def _is_failed_start(path: Path) -> bool:
+    """Whether a locked folder holds what this program writes before it trains, and nothing else."""
+    own = {_LOCK, "config.yaml", f"config.yaml{_TEMPORARY_SUFFIX}", "checkpoints"} | _TOKENIZERS
+    return {entry.name for entry in path.iterdir()} <= own and not holds_run(path)
+
+
+def _refuse_foreign(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output_dir {path}: found a file, expected a folder or nothing: choose another name")
+    if not path.exists() or (path / "config.yaml").exists():
+        return
+    # A run killed while it began leaves these.
+    own = {_LOCK, f"config.yaml{_TEMPORARY_SUFFIX}"}
+    others = sorted(entry.name for entry in path.iterdir() if entry.name not in own)
+    if others:
+        raise UserError(
+            f"output_dir {path}: found a folder with {others[0]!r} in it but no config.yaml, expected an "
+            "empty folder or that of a run: choose another one"
+        )
+
+
+def _locked(path: Path) -> int:
+    """Lock the folder; the kernel lets go when the process ends, however it ends."""
+    descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"
+            os.close(descriptor)
+            raise UserError(
+                f"output_dir {path}: in use by {holder}: wait for it to end or choose another output_dir"
+            ) from None
+        warnings.warn(
+            f"{path}: this file system has no locks ({error.strerror}); see to it that no other process "
+            "writes this run",
+            stacklevel=3,
+        )
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return descriptor
+
+
+def _refuse_other_run(path: Path, config: RunConfig) -> None:
+    there = dict(_flat(load_config(path / "config.yaml").model_dump(mode="json")))
+    here = dict(_flat(config.model_dump(mode="json")))
+    differences = [
+        f"{key} is {_shown(there, key)} there and {_shown(here, key)} here"
+        for key in [*here, *(there.keys() - here.keys())]
+        if there.get(key, ...) != here.get(key, ...)
+    ]
+    if differences:
+        export = path / "export"
+        longer = f"; to train further, start a new run with model.path={export}" if export.exists() else ""
+        raise UserError(
+            f"output_dir {path}: holds another run: {'; '.join(differences)}: choose another output_dir, or "
+            f"give the values from there to resume that run{longer}"
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if dotted in _FREE_KEYS:
+            continue
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{dotted}.")
+        else:
+            yield dotted, value
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    return json.dumps(values[key], ensure_ascii=False) if key in values else "absent"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold of a value."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        array = np.asarray(value)
+        # ml_dtypes such as bfloat16 become Python floats by way of float64.
+        return _plain(array.tolist() if array.dtype.kind in "biuf" else array.astype(np.float64).tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"metrics hold numbers, strings and arrays, found {type(value).__name__}: {value!r}")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """After a crash at any moment, `path` has its old content or all of the new one."""
+    partial = path.with_name(path.name + _TEMPORARY_SUFFIX)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot write: {error.strerror}") from None

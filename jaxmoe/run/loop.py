@@ -1,0 +1,344 @@
+"""The training loop of one run: resume, step, log, evaluate, checkpoint, export."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxmoe.config import RunConfig
+from jaxmoe.errors import UserError
+from jaxmoe.files import why_unusable
+from jaxmoe.generate import continue_text
+from jaxmoe.interop.loading import Source, check_copies
+from jaxmoe.model.spec import model_params
+from jaxmoe.optim import build_optimizer, schedule
+from jaxmoe.parallel import processes
+from jaxmoe.parallel.sharding import batch_sharding, make_mesh, shardings
+from jaxmoe.params import Tree, count, named, roles
+from jaxmoe.run.checkpoints import Checkpoints
+from jaxmoe.run.data import RunData, open_data, tokenizer_files
+from jaxmoe.run.display import RunDisplay, show_table
+from jaxmoe.run.folder import RunFolder
+from jaxmoe.run.meter import Meter
+from jaxmoe.run.model import RunModel, open_model
+from jaxmoe.training.step import (
+    StepSpec,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    router_metrics,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a finished run reports.
+
+    Attributes:
+        loss: of the last logged step, nats per token.
+        bits_per_byte: on held-out text; None without evaluation.
+        baselines: bits per byte of a unigram and a bigram model of bytes on the same text.
+        export: the exported folder, None if the run exports nothing.
+    """
+
+    loss: float
+    bits_per_byte: float | None
+    baselines: dict[str, float]
+    export: Path | None
+
+
+def run(config: RunConfig) -> Result:
+    """Run, or go on with, one training run.
+
+    Everything that can be wrong with the model, the data or the mesh is found before the run's folder is made.
+
+    Raises:
+        UserError: anything that the user can mend; nothing half-written is left behind.
+    """
+    _check_devices()
+    mesh, model, data = processes.agree(lambda: _open(config))
+    with RunFolder.open(config) as folder, jax.set_mesh(mesh):
+        data.keep_tokenizer()
+        return Trainer(config, folder, model, data, mesh).run()
+
+
+def _check_devices() -> None:
+    """jax looks for devices when first asked, and then does not say in one line that there are none."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        wanted = os.environ.get("JAX_PLATFORMS")
+        if wanted is None:
+            raise
+        told = " ".join(str(error).split())[:300] or "no device of that kind was found"
+        raise UserError(
+            f"the environment has JAX_PLATFORMS = {wanted!r} and the installed jax {jax.__version__} cannot use "
+            f"it ({told}): unset JAX_PLATFORMS, or for NVIDIA GPUs install jaxmoe[cuda13]"
+        ) from error
+
+
+def _open(config: RunConfig) -> tuple[Mesh, RunModel, RunData]:
+    """Everything that can be checked while nothing has been written yet."""
+    if bad := why_unusable(config.output_dir):
+        raise UserError(f"output_dir: {bad}; give another one")
+    mesh = make_mesh(**config.mesh.model_dump())
+    if jax.local_device_count() % config.mesh.tensor:
+        raise UserError(
+            f"mesh.tensor = {config.mesh.tensor} does not divide the {jax.local_device_count()} devices of a host: "
+            "tensor parallelism must stay within a host"
+        )
+    model = open_model(config.model)
+    if model.folder is not None and Path(config.output_dir).resolve().is_relative_to(model.folder.resolve()):
+        raise UserError(
+            f"output_dir: {config.output_dir} lies inside the model's folder {model.folder}, all of which is "
+            "exported; choose a folder outside of it"
+        )
+    shardings(model_params(model.spec), mesh)
+    if isinstance(model.origin, Source):
+        check_copies(model.origin)
+    data = open_data(config, model.folder, model.spec.vocab_size)
+    _ = data.evaluation  # it may have nothing to predict, and is read only here
+    return mesh, model, data
+
+
+class Trainer:
+    """One run in progress."""
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, model: RunModel, data: RunData, mesh: Mesh
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.model = model
+        self.data = data
+        self.mesh = mesh
+        self.checkpoints = Checkpoints(folder.checkpoints, config.train.keep_checkpoints)
+        self.optimizer = build_optimizer(
+            config.optimizer, roles(model_params(model.spec)), config.train.steps
+        )
+        self.step_spec = StepSpec(
+            model.spec,
+            model.dtype,
+            config.model.remat,
+            config.balance.aux_loss,
+            config.balance.z_loss,
+            packed=config.data.packing,
+        )
+        self.eval_step = make_eval_step(self.step_spec)
+        self._begun = time.perf_counter()
+
+    def run(self) -> Result:
+        """Train to the last step, then export and sample."""
+        batches = processes.agree(self.data.training_batches)
+        state = self._start(batches)
+        done = int(state.step)
+        try:
+            with RunDisplay(self.config.train.steps, done, quiet=jax.process_index() != 0) as display:
+                state = self._train(state, batches, done, display)
+        except BaseException as error:
+            # A process that was interrupted, or has a fault, may be alone with that and must not wait for others.
+            if isinstance(error, UserError) or jax.process_count() == 1:
+                with contextlib.suppress(Exception):  # the first error is the one to report
+                    self.checkpoints.close()
+            raise
+        self.checkpoints.close()
+        return self._finish(state)
+
+    def _start(self, batches: Any) -> TrainState:
+        """The newest checkpoint, or the state before the first step."""
+        latest = self.checkpoints.latest()
+        self.folder.truncate_metrics(latest or 0)
+        if latest is None:
+            weights = processes.agree(lambda: self.model.weights(self.mesh, self.config.train.seed))
+            self._check_finite(weights)
+            return init_state(weights, self.optimizer, self.model.spec, self.config.train.seed, self.mesh)
+        state, extra = self.checkpoints.restore(
+            latest, abstract_state(self.optimizer, self.model.spec, self.mesh)
+        )
+        positions = extra["data"]
+        if len(positions) != jax.process_count():
+            raise UserError(
+                f"{self.folder.path}: the run was made by {len(positions)} processes and now has "
+                f"{jax.process_count()}: start it with as many as before, or export it and begin another run"
+            )
+        processes.agree(lambda: batches.set_state(positions[jax.process_index()]))
+        return TrainState(*state)
+
+    def _check_finite(self, weights: Tree) -> None:
+        """Every process finds the same."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        all_finite = jax.jit(
+            lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree), out_shardings=whole
+        )
+        found = zip(named(model_params(self.model.spec)), jax.tree.leaves(all_finite(weights)), strict=True)
+        bad = [name for (name, _), finite in found if not finite]
+        if bad:
+            raise UserError(
+                f"{self.model.folder or 'model.config'}: found nan or infinity in {', '.join(bad[:5])}"
+                f"{f' and {len(bad) - 5} more parameters' if len(bad) > 5 else ''}, expected finite weights: "
+                "give a checkpoint without them"
+            )
+
+    def _train(self, state: TrainState, batches: Any, done: int, display: RunDisplay) -> TrainState:
+        train = self.config.train
+        if done == train.steps:
+            return state
+        where = jax.tree.map(lambda x: x.sharding, state)
+        learning_rate = schedule(self.config.optimizer, train.steps)
+        step = make_train_step(self.step_spec, self.optimizer, learning_rate, where)
+        meter = Meter(self.model.spec, self.model.dtype, self.config)
+        display.say(self._headline(done, meter))
+        batch = self._next(batches)
+        for number in range(done + 1, train.steps + 1):
+            state, metrics = step(state, batch)
+            position = batches.get_state()
+            if number < train.steps:  # the next batch is made while the devices compute
+                batch = self._next(batches)
+            figures = meter.after(metrics)
+            self._report(number, number == done + 1, metrics, figures, display)
+            last = number == train.steps
+            if self.data.heldout is not None and (
+                last or (train.eval_every and number % train.eval_every == 0)
+            ):
+                self._evaluate(number, state, display)
+            if last or number % train.checkpoint_every == 0:
+                self.checkpoints.save(number, state, {"data": processes.gather(position)})
+            meter.restart()
+        return state
+
+    def _report(
+        self,
+        number: int,
+        first: bool,
+        metrics: dict[str, Any],
+        figures: dict[str, float],
+        display: RunDisplay,
+    ) -> None:
+        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._diverged(f"step {number} has loss {loss} and gradient norm {norm}", number)
+        if not float(metrics["targets"]):
+            raise UserError(
+                f"data: none of the {self.config.train.batch_size} sequences of step {number} has a token to "
+                "predict, expected documents of two tokens or more: give longer documents, or a tokenizer that "
+                "has an end-of-text token"
+            )
+        line = f"loss {loss:.4f}  {figures['tokens_per_second']:,.0f} tokens/s  MFU {figures['mfu']:.1%}"
+        display.step(number, line)
+        if first:
+            display.say(f"first step after {time.perf_counter() - self._begun:.1f} s, compiling included")
+        if first or number % self.config.train.log_every == 0 or number == self.config.train.steps:
+            display.logged(number, line)
+            scalars = {name: float(value) for name, value in metrics.items() if name != "router"}
+            router = router_metrics(metrics["router"]) if "router" in metrics else {}
+            self.folder.append({"step": number} | scalars | figures | router)
+
+    def _diverged(self, found: str, number: int) -> UserError:
+        self.checkpoints.wait()
+        latest = self.checkpoints.latest()
+        if number == 1:  # the learning rate has not acted yet
+            return UserError(
+                f"{found} before anything was trained: the weights or their activations exceed what "
+                f"{self.model.dtype} holds: set model.dtype=float32, or give another checkpoint"
+            )
+        kept = "no step" if latest is None else f"step {latest}"
+        return UserError(
+            f"training diverged: {found}; lower optimizer.learning_rate or raise optimizer.warmup_steps, in a "
+            f"new output_dir ({kept} is checkpointed)"
+        )
+
+    def _evaluate(self, number: int, state: TrainState, display: RunDisplay) -> None:
+        """Log bits per byte of the held-out text."""
+        evaluation = self.data.evaluation
+        assert evaluation is not None
+        nats = 0.0
+        for batch in evaluation.batches:
+            micro = jax.tree.map(lambda x: x[0], self._to_devices(batch, 1))
+            nats += float(self.eval_step(state.params, micro))
+        bits = nats / math.log(2) / evaluation.num_bytes
+        display.say(f"step {number}: held-out bits per byte {bits:.4f}")
+        self.folder.append({"step": number, "eval/bits_per_byte": bits})
+
+    def _next(self, batches: Any) -> dict[str, jax.Array]:
+        """The next batch on the devices; a process may find a document that it cannot read."""
+        return processes.agree(lambda: self._to_devices(next(batches), self.config.train.accumulation))
+
+    def _to_devices(self, batch: dict[str, np.ndarray], count: int) -> dict[str, jax.Array]:
+        """This host's rows (B, T) → micro-batches (count, B / count, T), sharded over all hosts."""
+
+        def place(array: np.ndarray) -> jax.Array:
+            split = array.reshape(count, -1, *array.shape[1:])
+            return jax.make_array_from_process_local_data(batch_sharding(self.mesh, leading=1), split)
+
+        return {name: place(array) for name, array in batch.items()}
+
+    def _finish(self, state: TrainState) -> Result:
+        config = self.config
+        rows: dict[str, str] = {}
+        result = Result(_last(self.folder, "loss"), None, {}, None)
+        rows["training loss"] = f"{result.loss:.4f} nats per token"
+        if self.data.heldout is not None:
+            bits, baselines = _last(self.folder, "eval/bits_per_byte"), processes.first(self.data.baselines)
+            result = dataclasses.replace(result, bits_per_byte=bits, baselines=baselines)
+            rows["held-out bits per byte"] = f"{bits:.4f}"
+            rows |= {f"  a {name} model of bytes": f"{value:.4f}" for name, value in baselines.items()}
+        if config.train.export:
+            export = self.folder.export
+            result = dataclasses.replace(result, export=export)
+            rows["export"] = str(export)
+            left_out = (
+                []
+                if processes.first(export.exists)
+                else self.model.export(
+                    state.params,
+                    export,
+                    tokenizer_files(config),
+                    quantization=config.train.export_quantization,
+                )
+            )
+            if left_out:
+                rows["not exported"] = f"{', '.join(left_out)}: weights from before training, in other files"
+        if config.sample is not None:
+            rows["sample"] = config.sample.prompt + continue_text(
+                state.params,
+                self.model.spec,
+                self.data.tokenizer,
+                config.sample.prompt,
+                stop=self.data.eos,
+                dtype=self.model.dtype,
+                **config.sample.model_dump(exclude={"prompt"}),
+            )
+        if jax.process_index() == 0:
+            show_table(f"{self.folder.path}: {config.train.steps} steps done", rows)
+        return result
+
+    def _headline(self, done: int, meter: Meter) -> str:
+        return (
+            f"{self.folder.path}: {f'resuming after step {done}' if done else 'starting'}, "
+            f"{len(self.model.spec.layers)} layers, {count(model_params(self.model.spec)):,} parameters, "
+            f"{len(self.data.train):,} documents; MFU against {meter.peak / 1e12:.4g} TFLOP/s per device "
+            f"({meter.peak_origin})"
+        )
+
+
+def _last(folder: RunFolder, name: str) -> float:
+    """The last logged value of a metric; nan where there is none."""
+
+    def find() -> float:
+        if not folder.metrics.exists():
+            return math.nan
+        records = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+        return next((float(record[name]) for record in reversed(records) if name in record), math.nan)
+
+    return processes.first(find)

@@ -1,0 +1,1 @@
+"""What one step computes: state, losses, update."""

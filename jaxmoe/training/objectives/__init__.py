@@ -1,0 +1,1 @@
+"""Objectives: from hidden states and a batch to a loss."""

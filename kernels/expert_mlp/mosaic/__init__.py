@@ -1,0 +1,1 @@
+"""The backend for NVIDIA Hopper, in Pallas' Mosaic GPU."""

@@ -1,0 +1,59 @@
+"""The Mosaic kernels on the device at hand: only where it is of their kind, and where they were found right.
+
+Pallas is imported when the first such device is met: on a CPU nobody waits for it.
+"""
+
+from typing import TYPE_CHECKING
+
+import jax
+
+from jaxmoe.kernels.devices import target_device
+from jaxmoe.kernels.expert_mlp.contract import Call, Grads, OtherDevice
+from jaxmoe.kernels.expert_mlp.dispatch import Dispatch
+from jaxmoe.kernels.expert_mlp.operands import Experts
+from jaxmoe.kernels.expert_mlp.tuning.measured import measured_on
+
+if TYPE_CHECKING:
+    from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
+
+
+def forward(
+    call: Call, x_RD: jax.Array, experts: Experts, weights_RK: jax.Array, dispatch: Dispatch, *, save: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """`Mosaic.forward` on the device at hand.
+
+    Raises:
+        OtherDevice: it is no Hopper GPU.
+        NotImplementedError: the kernels were not found right there yet, or cannot take the operands.
+    """
+    return for_device().forward(call, x_RD, experts, weights_RK, dispatch, save=save)
+
+
+def backward(
+    call: Call,
+    x_RD: jax.Array,
+    experts: Experts,
+    weights_RK: jax.Array,
+    dispatch: Dispatch,
+    pre_Pf: jax.Array,
+    dout_RD: jax.Array,
+    wanted: Grads,
+) -> Grads:
+    """`Mosaic.backward` on the device at hand."""
+    return for_device().backward(call, x_RD, experts, weights_RK, dispatch, pre_Pf, dout_RD, wanted)
+
+
+def for_device() -> "Mosaic":
+    """The kernels of the device at hand; raises as `forward` does."""
+    device = target_device()
+    if not device.hopper:
+        raise OtherDevice(f"the kernels are for NVIDIA Hopper GPUs (H100, H200), this is {device.kind}")
+    known = measured_on(device.kind)
+    if jax.__version__ not in known.checked:
+        raise NotImplementedError(
+            f"the kernels have not been checked on {device.kind} with jax {jax.__version__}: run "
+            "python -m jaxmoe.kernels.tune --check once (a minute), which notes that they are right there"
+        )
+    from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
+
+    return Mosaic(device.multiprocessors, tiles=known.tiles)

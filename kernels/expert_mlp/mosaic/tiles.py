@@ -1,0 +1,154 @@
+"""Tile sizes of the GPU kernels: measured ones where there are any, else a heuristic; and the set to search."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+from jaxmoe.kernels.expert_mlp.tuning.measured import launch_key
+
+Measurements = Mapping[str, Mapping[str, int]]
+
+SHARED_MEMORY_BYTES = 232_448
+"""Of one block on Hopper."""
+
+RESERVED_BYTES = 2048
+"""Of those, for barriers, small vectors and alignment."""
+
+LAG = 2
+"""Stages whose gathered rows are still on their way while the producer goes on."""
+
+FEWEST_STAGES = LAG + 2
+"""A consumer frees a stage when it has the one after it, which comes LAG steps late: with fewer, both would wait."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulTiles:
+    """Of the grouped matmul.
+
+    Attributes:
+        rows: rows of slots in a tile, 64 or 128: what groups are padded to.
+        columns: columns of each part (gate, up) in a tile.
+        stages: steps along the contraction whose operands are in shared memory at once.
+        band: tiles of rows that are worked on together, so that they find their weights in the cache.
+    """
+
+    rows: int
+    columns: int
+    stages: int
+    band: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientTiles:
+    """Of the weight gradient, an (out, in) matrix for each expert.
+
+    Attributes:
+        out: rows of a tile, 64, 128 or 192: one consumer for every 64.
+        columns: columns of a tile.
+        stages: steps of 64 slots whose operands are in shared memory at once.
+    """
+
+    out: int
+    columns: int
+    stages: int
+
+
+def slot_rows(slots: int, groups: int) -> int:
+    """Rows that groups are padded to: 64 where groups are so small that 128 would waste more than it saves."""
+    return 128 if slots >= 192 * groups else 64
+
+
+def stages_that_fit(per_stage: int, fixed: int, most: int = 6) -> int:
+    """As many stages as shared memory holds beside `fixed` bytes."""
+    stages = min(most, (SHARED_MEMORY_BYTES - fixed - RESERVED_BYTES) // per_stage)
+    if stages < FEWEST_STAGES:
+        raise NotImplementedError(
+            f"stages of {per_stage} bytes: only {stages} fit into shared memory beside {fixed}"
+        )
+    return stages
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulLaunch:
+    """What tiles of the grouped matmul depend on.
+
+    Attributes:
+        rows: rows that groups are padded to.
+        columns: N, of one part.
+        contraction: C of the first segment; what LoRA and biases add is short.
+        parts: gate and up, or one.
+        contract_first: whether the weights are contracted over their first axis.
+        kept_parts: parts of the pre-activation that the epilogue reads; 0 for other epilogues.
+    """
+
+    rows: int
+    columns: int
+    contraction: int
+    parts: int = 1
+    contract_first: bool = False
+    kept_parts: int = 0
+
+    @property
+    def key(self) -> str:
+        return launch_key("matmul", **dataclasses.asdict(self))
+
+    def tiles(self, measured: Measurements) -> MatmulTiles:
+        """Measured tiles, or as wide as the accumulators of two warpgroups allow and then as deep as fits.
+
+        Raises:
+            NotImplementedError: no tile divides `columns`.
+        """
+        if self.key in measured:
+            return MatmulTiles(**measured[self.key])
+        return next(self.candidates())
+
+    def candidates(self) -> Iterator[MatmulTiles]:
+        """Tiles to search, the heuristic's choice first."""
+        step = (64 if self.contract_first else 32) * (128 // self.rows)
+        widest_tile = 128 if self.kept_parts else 256 // self.parts
+        widths = [c for c in range(widest_tile // step * step, 0, -step) if self.columns % c == 0]
+        if not widths:
+            raise NotImplementedError(f"{self.columns} columns are no multiple of {step}")
+        for width in widths:
+            per_stage = 128 * (self.rows + self.parts * width)
+            fixed = 4 * 64 * 64 * 2 + 256 * self.kept_parts * width
+            most = stages_that_fit(per_stage, fixed)
+            for stages in range(most, FEWEST_STAGES - 1, -1):
+                for band in (8, 16, 4):
+                    yield MatmulTiles(self.rows, width, stages, band)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientLaunch:
+    """What tiles of the weight gradient depend on: the gradient's shape (out, columns)."""
+
+    out: int
+    columns: int
+
+    @property
+    def key(self) -> str:
+        return launch_key("gradient", **dataclasses.asdict(self))
+
+    def tiles(self, measured: Measurements) -> GradientTiles:
+        """Measured tiles, or the heuristic's.
+
+        Raises:
+            NotImplementedError: a side is no multiple of 64.
+        """
+        if self.key in measured:
+            return GradientTiles(**measured[self.key])
+        return next(self.candidates())
+
+    def candidates(self) -> Iterator[GradientTiles]:
+        """Tiles to search, the heuristic's choice first."""
+        if self.out % 64 or self.columns % 64:
+            raise NotImplementedError(
+                f"a gradient of ({self.out}, {self.columns}): a side is no multiple of 64"
+            )
+        for rows in (128, 192, 64):
+            for across in (256, 192, 128, 64):
+                # Beside three consumers' stores there is room for stages of 128 columns.
+                if self.out % rows or self.columns % across or (rows == 192 and across > 128):
+                    continue
+                most = stages_that_fit(128 * (rows + across), (rows // 64) * 2 * 64 * 64 * 2)
+                for stages in range(most, FEWEST_STAGES - 1, -1):
+                    yield GradientTiles(rows, across, stages)

@@ -1,0 +1,1 @@
+"""Checking the GPU kernels on a device and finding their tile sizes there."""
