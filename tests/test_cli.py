@@ -6,8 +6,8 @@ import time
 import types
 
 import pytest
-import tiny
 import yaml
+from helpers import tiny
 
 from jaxmoe import cli, signals
 from jaxmoe.errors import UserError

@@ -4,7 +4,7 @@ import json
 
 import jax
 import pytest
-import tiny
+from helpers import tiny
 
 from jaxmoe import generate
 from jaxmoe.cli import main as cli

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-import supported
 import yaml
+from helpers import supported
 from pydantic import BaseModel
 
 from jaxmoe.config import RunConfig

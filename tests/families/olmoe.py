@@ -1,4 +1,4 @@
-import tiny
+from helpers import tiny
 
 from families import Case, Preset
 

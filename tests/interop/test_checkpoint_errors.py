@@ -6,7 +6,7 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 
 import jaxmoe
 from jaxmoe import UserError

@@ -7,9 +7,8 @@ import random
 import re
 
 import families
-import published
 import pytest
-import tiny
+from helpers import published, tiny
 
 from jaxmoe import UserError
 from jaxmoe.interop.config_json import read_config

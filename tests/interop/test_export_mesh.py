@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmoe.interop.loading import load_params, open_source

@@ -7,9 +7,8 @@ import families
 import jax
 import jax.numpy as jnp
 import numpy as np
-import parity
 import pytest
-import supported
+from helpers import parity, supported
 
 import jaxmoe
 from jaxmoe.interop.families import FAMILIES

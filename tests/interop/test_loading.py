@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 
 import jaxmoe
 from jaxmoe import UserError

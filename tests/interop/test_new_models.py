@@ -4,8 +4,8 @@ import families
 import jax
 import jax.numpy as jnp
 import numpy as np
-import parity
 import pytest
+from helpers import parity
 
 import jaxmoe
 from jaxmoe.interop.families import FAMILIES

@@ -2,8 +2,8 @@
 
 import families
 import numpy as np
-import parity
 import pytest
+from helpers import parity
 
 pytestmark = pytest.mark.torch
 

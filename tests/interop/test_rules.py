@@ -3,9 +3,8 @@
 import dataclasses
 
 import numpy as np
-import published
 import pytest
-import tiny
+from helpers import published, tiny
 
 from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.rules import Binding, Rule, bind

@@ -8,11 +8,11 @@ import dataclasses
 import functools
 import itertools
 
-import interpreter
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import interpreter
 
 from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, expert_mlp
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch

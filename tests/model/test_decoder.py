@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 
 from jaxmoe.interop.pretrained import from_config
 from jaxmoe.model import decoder

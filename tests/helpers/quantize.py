@@ -11,7 +11,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import tiny
+
+from helpers import tiny
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)

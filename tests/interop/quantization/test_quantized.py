@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import quantize
-import tiny
 import yaml
-from quantize import BF16, FP4, FP8
+from helpers import quantize, tiny
+from helpers.quantize import BF16, FP4, FP8
 
 import jaxmoe
 from jaxmoe import UserError, cli

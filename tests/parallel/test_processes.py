@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import yaml
+from helpers import tiny
 from safetensors.numpy import load_file
 
 from jaxmoe.errors import UserError
