@@ -20,6 +20,7 @@ from jaxmoe.kernels.expert_mlp.contract import Call, Chosen, Grads, OtherDevice
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch, make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic import backend as mosaic
 from jaxmoe.kernels.expert_mlp.operands import Experts
+from jaxmoe.kernels.logs import log_once
 
 if TYPE_CHECKING:  # not needed to run, and not everywhere where kernels are measured
     from jaxtyping import Array, Float, Int
@@ -140,13 +141,8 @@ def _first_forward(
             return name, _BACKENDS[name].forward(call, x, experts, weights, dispatch, save=save)
         except NotImplementedError as error:
             level = logging.INFO if isinstance(error, OtherDevice) else logging.WARNING
-            _log_once(level, f"expert_mlp: backend {name} is not used: {error}")
+            log_once(_logger, level, f"expert_mlp: backend {name} is not used: {error}")
     return last, _BACKENDS[last].forward(call, x, experts, weights, dispatch, save=save)
-
-
-@functools.cache
-def _log_once(level: int, message: str) -> None:
-    _logger.log(level, message)
 
 
 def _check_operands(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
 
 from jaxmoe.kernels.grouped_matmul import reference, xla
+from jaxmoe.kernels.logs import log_once
 
 if TYPE_CHECKING:  # not needed to run, and not everywhere where kernels are measured
     from jaxtyping import Array, Float, Int
@@ -112,13 +113,9 @@ def _call_first(
         try:
             return getattr(_BACKENDS[name], function)(*operands, **options)
         except NotImplementedError as error:
-            _log_once(f"grouped_matmul: backend {name} passes {function} on to {following}: {error}")
+            message = f"grouped_matmul: backend {name} passes {function} on to {following}: {error}"
+            log_once(_logger, logging.WARNING, message)
     return getattr(_BACKENDS[candidates[-1]], function)(*operands, **options)
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    _logger.warning(message)
 
 
 def _vary_alike(*operands: jax.Array) -> list[jax.Array]:

@@ -15,6 +15,7 @@ from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, api, expert_mlp
 from jaxmoe.kernels.expert_mlp.contract import Call, Grads
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic import backend
+from jaxmoe.kernels.logs import log_once
 
 R, D, E, F, K = 29, 12, 5, 7, 2
 ACTIVATIONS = [
@@ -301,10 +302,10 @@ def test_unknown_backend():
 @pytest.fixture
 def logged(caplog):
     """Messages of one test, each of which may be logged anew."""
-    api._log_once.cache_clear()
+    log_once.cache_clear()
     caplog.set_level(logging.INFO, logger=api.__name__)
     yield lambda: [(record.levelname, record.getMessage()) for record in caplog.records]
-    api._log_once.cache_clear()
+    log_once.cache_clear()
 
 
 def on_device(monkeypatch, **changes):
