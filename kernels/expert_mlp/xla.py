@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxmoe.kernels.expert_mlp.contract import Call, Grads
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch, gather_sum, slot_weights, to_slots
 from jaxmoe.kernels.expert_mlp.operands import Experts, Lora
-from jaxmoe.kernels.grouped_matmul.xla import matmul, weight_gradient
+from jaxmoe.kernels.grouped_matmul import matmul, weight_gradient
 
 
 def forward(

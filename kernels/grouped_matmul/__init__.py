@@ -1,5 +1,8 @@
-"""Matrix product of sorted token rows with their experts' weights, and its gradients."""
+"""Matrix product of rows sorted by group with their group's matrix, and the gradient of the matrices.
 
-from jaxmoe.kernels.grouped_matmul.api import grouped_matmul
+Plain XLA, for any device; what is differentiated is the layer made of them (`jaxmoe.kernels.expert_mlp`).
+"""
 
-__all__ = ["grouped_matmul"]
+from jaxmoe.kernels.grouped_matmul.xla import matmul, weight_gradient
+
+__all__ = ["matmul", "weight_gradient"]

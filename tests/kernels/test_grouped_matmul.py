@@ -1,6 +1,6 @@
+"""The grouped matmul and its gradients, one numpy product for each group in float64 beside them."""
+
 import itertools
-import logging
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxmoe.kernels.grouped_matmul import api, grouped_matmul, specs, xla
+from jaxmoe.kernels.grouped_matmul import matmul, specs, weight_gradient, xla
 from jaxmoe.kernels.grouped_matmul.tiles import RowBlocks, choose_row_blocks
 
 
@@ -34,13 +34,16 @@ def exact(x, weights, dy, group_sizes):
     return out, dx, dweights
 
 
-def run(x, weights, dy, group_sizes, backend="xla"):
-    """(out, dx, dweights) of a backend."""
-    out, pull_back = jax.vjp(lambda x, w: grouped_matmul(x, w, group_sizes, backend=backend), x, weights)
-    return out, *pull_back(dy)
+def run(x, weights, dy, group_sizes):
+    """(out, dx, dweights)."""
+    return (
+        matmul(x, weights, group_sizes, transpose=False),
+        matmul(dy, weights, group_sizes, transpose=True),
+        weight_gradient(x, dy, group_sizes),
+    )
 
 
-run_jit = jax.jit(run, static_argnames="backend")
+run_jit = jax.jit(run)
 
 
 def assert_close(actual, expected, tolerance=3e-6):
@@ -52,7 +55,6 @@ def assert_close(actual, expected, tolerance=3e-6):
         )
 
 
-@pytest.mark.parametrize("backend", ["xla", "reference"])
 @pytest.mark.parametrize(
     ("group_sizes", "rows", "d_in", "d_out"),
     [
@@ -67,10 +69,10 @@ def assert_close(actual, expected, tolerance=3e-6):
         ([0, 0], 0, 4, 6),
     ],
 )
-def test_matches_float64(group_sizes, rows, d_in, d_out, backend):
+def test_matches_float64(group_sizes, rows, d_in, d_out):
     operands = make_operands(rows, len(group_sizes), d_in, d_out)
     sizes = np.array(group_sizes, np.int32)
-    assert_close(run_jit(*operands, jnp.asarray(sizes), backend=backend), exact(*operands, sizes))
+    assert_close(run_jit(*operands, jnp.asarray(sizes)), exact(*operands, sizes))
 
 
 @pytest.mark.parametrize("groups", [2, 16, 256])
@@ -82,27 +84,23 @@ def test_matches_float64_for_many_groups(groups, routing):
     assert_close(run_jit(*operands, jnp.asarray(sizes)), exact(*operands, sizes))
 
 
-@pytest.mark.parametrize("backend", ["xla", "reference"])
 @pytest.mark.parametrize("filled", list(itertools.product([0, 1], repeat=4)))
-def test_every_pattern_of_empty_groups(filled, backend):
+def test_every_pattern_of_empty_groups(filled):
     x, weights, dy = make_operands(50, 4, 6, 10)
     sizes = np.array(filled, np.int32) * np.array([9, 17, 3, 21], np.int32)
-    actual = run_jit(x, weights, dy, jnp.asarray(sizes), backend=backend)
+    actual = run_jit(x, weights, dy, jnp.asarray(sizes))
     assert_close(actual, exact(x, weights, dy, sizes))
     assert not np.asarray(actual[2])[sizes == 0].any()
     assert not np.asarray(actual[0])[sizes.sum() :].any()
     assert not np.asarray(actual[1])[sizes.sum() :].any()
 
 
-@pytest.mark.parametrize("backend", ["xla", "reference"])
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
-def test_rows_without_a_group_do_not_leak(garbage, backend):
+def test_rows_without_a_group_do_not_leak(garbage):
     x, weights, dy = make_operands(50, 3, 6, 10)
     sizes = np.array([20, 0, 13], np.int32)
     expected = exact(x, weights, dy, sizes)
-    actual = run_jit(
-        x.at[33:].set(garbage), weights, dy.at[33:].set(garbage), jnp.asarray(sizes), backend=backend
-    )
+    actual = run_jit(x.at[33:].set(garbage), weights, dy.at[33:].set(garbage), jnp.asarray(sizes))
     assert_close(actual, expected)
     assert not np.asarray(actual[0])[33:].any()
     assert not np.asarray(actual[1])[33:].any()
@@ -120,9 +118,6 @@ def test_what_goes_past_the_last_row_is_ignored():
     operands = make_operands(30, 3, 6, 10)
     actual = run_jit(*operands, jnp.array([20, 300, 5], jnp.int32))
     assert_close(actual, exact(*operands, np.array([20, 10, 0])))
-    assert_close(
-        actual, [np.asarray(a) for a in run_jit(*operands, jnp.array([20, 300, 5]), backend="reference")]
-    )
 
 
 def test_float64_is_accumulated_in_float64():
@@ -156,40 +151,35 @@ def test_low_precision_error_is_bounded_by_the_naive_one(dtype):
         assert error(ours, truth) <= 1.05 * error(truth.astype(dtype), truth), name
 
 
-def test_under_scan_and_checkpoint():
+@pytest.mark.parametrize("transpose", [False, True])
+def test_another_pair_is_added(transpose):
+    x, weights, dy = make_operands(50, 4, 6, 10)
+    low, to_out, _ = make_operands(50, 4, 3, 10, seed=1)
+    _, to_in, _ = make_operands(50, 4, 6, 3, seed=2)
+    sizes = np.array([9, 0, 33, 3], np.int32)
+    # weights are (out, in): with `transpose` the low side is the out side.
+    plus, own = (low, to_in if transpose else to_out), (dy if transpose else x)
+    actual = jax.jit(lambda *a: matmul(*a, transpose=transpose, plus=plus))(own, weights, jnp.asarray(sizes))
+    first = exact(x, weights, dy, sizes)[transpose]
+    second = exact(low, to_out, dy, sizes)[0] if not transpose else exact(x, to_in, low, sizes)[1]
+    np.testing.assert_allclose(actual, first + second, atol=1e-5)
+
+
+def test_under_scan():
     layers, rows, groups, width = 3, 70, 4, 11
     x, _, dy = make_operands(rows, groups, width, width)
     weights = jnp.stack([make_operands(rows, groups, width, width, seed=seed)[1] for seed in range(layers)])
     sizes = jnp.array([[40, 0, 13, 7], [1, 2, 3, 64], [0, 0, 70, 0]], jnp.int32)
 
-    def loss(x, weights, backend):
-        layer = lambda x, inputs: (jnp.sin(grouped_matmul(x, *inputs, backend=backend)), None)
-        return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, (weights, sizes))[0] * dy)
+    def layer(x, inputs):
+        out, *gradients = run(x, inputs[0], dy, inputs[1])
+        return jnp.sin(out), (out, *gradients)
 
-    value_and_grad = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)
-    (value, actual), (reference_value, expected) = (
-        value_and_grad(x, weights, b) for b in ("xla", "reference")
-    )
-    np.testing.assert_allclose(value, reference_value, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), actual, expected)
-    assert all(jnp.any(gradient != 0) for gradient in actual)
-
-
-def test_a_frozen_operand_costs_no_gradient():
-    x, weights, dy = make_operands(64, 4, 5, 7)
-    sizes = jnp.array([10, 0, 30, 5], jnp.int32)
-    loss = lambda x, weights: jnp.sum(grouped_matmul(x, weights, sizes) * dy)
-    compiled = lambda f: jax.jit(f).lower(x, weights).compile()
-    loops = lambda f: str(compiled(f).as_text()).count(" while(")
-    forward = loops(loss)
-    assert forward > 0
-    # The loss is linear, so that its gradient alone has no forward pass left.
-    assert loops(jax.grad(loss, 0)) == forward
-    assert loops(jax.grad(loss, 1)) == forward
-    assert loops(jax.grad(loss, (0, 1))) == 2 * forward
-    # Nor is the operand that only the missing gradient needs kept for the backward pass.
-    kept = jax.vjp(lambda x: grouped_matmul(x, weights, sizes), x)[1]
-    assert not any(leaf.shape == x.shape for leaf in jax.tree.leaves(kept))
+    _, actual = jax.jit(lambda x: jax.lax.scan(layer, x, (weights, sizes)))(x)
+    for number in range(layers):
+        expected = exact(x, weights[number], dy, sizes[number])
+        assert_close([array[number] for array in actual], expected, 2e-5)
+        x = np.sin(expected[0])
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -199,31 +189,29 @@ def test_inside_shard_map(axis_type, check_vma):
     mesh = jax.make_mesh((shards,), ("data",), axis_types=(axis_type,))
     x, weights, dy = make_operands(40 * shards, 3, 6, 10)
     sizes = np.tile(np.array([17, 0, 20], np.int32), (shards, 1))
+    sizes[1] = 1, 30, 2
     by_row, replicated = PartitionSpec("data"), PartitionSpec()
 
     def local(x, weights, dy, sizes):
-        step = jax.checkpoint(
-            lambda total, _: (total + jnp.sum(grouped_matmul(x, weights, sizes[0]) * dy), None)
-        )
-        start = jnp.sum(x[:1, :1] * 0)
-        return jax.lax.psum(jax.lax.scan(step, start, None, length=2)[0], "data")
+        out, dx, dweights = run(x, weights, dy, sizes[0])
+        return out, dx, jax.lax.psum(dweights, "data")
 
-    loss = jax.shard_map(
+    run_on_mesh = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(by_row, replicated, by_row, by_row),
-        out_specs=replicated,
+        out_specs=(by_row, by_row, replicated),
         check_vma=check_vma,
     )
     place = lambda value, spec: jax.device_put(value, jax.sharding.NamedSharding(mesh, spec))
     operands = place(x, by_row), place(weights, replicated), place(dy, by_row), place(sizes, by_row)
-    dx, dweights = jax.jit(jax.grad(loss, (0, 1)))(*operands)
+    actual = jax.jit(run_on_mesh)(*operands)
 
     pieces = [
         exact(x[40 * s : 40 * (s + 1)], weights, dy[40 * s : 40 * (s + 1)], sizes[s]) for s in range(shards)
     ]
-    np.testing.assert_allclose(dx, 2 * np.concatenate([piece[1] for piece in pieces]), atol=2e-5)
-    np.testing.assert_allclose(dweights, 2 * np.sum([piece[2] for piece in pieces], axis=0), atol=1e-4)
+    out, dx, dweights = zip(*pieces, strict=True)
+    assert_close(actual, (np.concatenate(out), np.concatenate(dx), np.sum(dweights, axis=0)), 1e-5)
 
 
 def test_temporary_memory():
@@ -238,59 +226,8 @@ def test_eager_calls_compile_once():
     x, weights, _ = make_operands(23, 3, 5, 7)
     before = xla._matmul._cache_size()
     for sizes in ([1, 2, 3], [20, 0, 3]):
-        grouped_matmul(x, weights, jnp.array(sizes, jnp.int32))
+        matmul(x, weights, jnp.array(sizes, jnp.int32), transpose=False)
     assert xla._matmul._cache_size() == before + 1
-
-
-@pytest.mark.parametrize(
-    ("x", "weights", "sizes", "error", "message"),
-    [
-        ((9, 4), (2, 5, 3), 2, ValueError, r"weights \(2, 5, 3\).*3, but.*x \(9, 4\) have 4"),
-        ((9, 4), (2, 5, 4), 3, ValueError, r"hold 2 groups and group_sizes \(3,\) 3"),
-        ((9, 4), (0, 5, 4), 0, ValueError, r"at least one group"),
-        ((9,), (2, 5, 4), 2, ValueError, r"x is \(9,\)"),
-        ((9, 4), (5, 4), 2, ValueError, r"weights \(5, 4\)"),
-    ],
-)
-def test_shapes_are_checked(x, weights, sizes, error, message):
-    with pytest.raises(error, match=message):
-        grouped_matmul(jnp.zeros(x), jnp.zeros(weights), jnp.zeros(sizes, jnp.int32))
-
-
-@pytest.mark.parametrize(
-    ("x", "weights", "sizes", "message"),
-    [
-        ("bfloat16", "float32", "int32", "x is bfloat16 and weights are float32"),
-        ("int32", "int32", "int32", "x is int32"),
-        ("float32", "float32", "int16", "group_sizes are int16; expected int32"),
-    ],
-)
-def test_dtypes_are_checked(x, weights, sizes, message):
-    with pytest.raises(TypeError, match=message):
-        grouped_matmul(jnp.zeros((9, 4), x), jnp.zeros((2, 5, 4), weights), jnp.zeros(2, sizes))
-
-
-def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend is 'cuda'; expected one of reference, xla"):
-        grouped_matmul(jnp.zeros((9, 4)), jnp.zeros((2, 5, 4)), jnp.zeros(2, jnp.int32), backend="cuda")
-
-
-def test_a_backend_that_cannot_is_passed_over_and_logged_once(monkeypatch, caplog):
-    def weight_gradient(x, dy, group_sizes):
-        raise NotImplementedError(f"{x.shape[1]} columns")
-
-    picky = SimpleNamespace(matmul=xla.matmul, weight_gradient=weight_gradient)
-    monkeypatch.setattr(api, "_BACKENDS", {"picky": picky, "xla": xla})
-    operands = make_operands(30, 3, 6, 10)
-    sizes = np.array([4, 0, 20], np.int32)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            assert_close(run(*operands, jnp.asarray(sizes), backend=None), exact(*operands, sizes))
-    assert [record.getMessage() for record in caplog.records] == [
-        "grouped_matmul: backend picky passes weight_gradient on to xla: 6 columns"
-    ]
-    with pytest.raises(NotImplementedError, match="6 columns"):
-        run(*operands, jnp.asarray(sizes), backend="picky")
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 32, 100, 5000])
