@@ -5,8 +5,8 @@
 #
 # Needs Python with jax for CUDA and numpy; torch and tokamax are measured beside if they are there. Nothing is installed
 # or downloaded, and jaxmoe need not be installed. Results go to benchmarks/results/, the check and the tiles to
-# kernels/expert_mlp/measured/; both also to FOLDER if one is given. Run it again on the same day to measure lines that
-# there was no time for. With --dry-run, the same steps on a CPU with tiny shapes; they write only to FOLDER.
+# kernels/expert_mlp/tuning/measured/; both also to FOLDER if one is given. Run it again on the same day to measure
+# lines that there was no time for. With --dry-run, the same steps on a CPU with tiny shapes; they write only to FOLDER.
 #
 # Environment: PYTHON (python3), SECONDS_IN_ALL (480), SECONDS_PER_LAUNCH (5, of the search for tiles).
 set -uo pipefail
@@ -62,7 +62,7 @@ if [ -n "$dry" ]; then
 	tune_tiles=(--rehearse --tiles --seconds 0 --output "$measured")
 	layers=(--quick --output "$results")
 else
-	measured=$repository/kernels/expert_mlp/measured
+	measured=$repository/kernels/expert_mlp/tuning/measured
 	results=$repository/benchmarks/results
 	tune_check=(--check)
 	tune_tiles=(--tiles --model Qwen3-30B-A3B --model Mixtral-8x7B --tokens 8192 --seconds "${SECONDS_PER_LAUNCH:-5}")

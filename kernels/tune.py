@@ -1,7 +1,7 @@
 """Check the Mosaic kernels on the GPU at hand and find their fastest tiles there: python -m jaxmoe.kernels.tune
 
-What is found is written as data beside the kernels (`expert_mlp/measured/`), keyed by device and launch: layers on such
-a device use the kernels once they are checked, and these tiles.
+What is found is written as data into the package (`expert_mlp/tuning/measured/`), keyed by device and launch: layers
+on such a device use the kernels once they are checked, and these tiles.
 """
 
 import argparse

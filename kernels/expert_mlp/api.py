@@ -16,7 +16,7 @@ from jax.custom_derivatives import CustomVJPPrimal
 
 from jaxmoe.kernels.expert_mlp import reference, xla
 from jaxmoe.kernels.expert_mlp.activations import Activation
-from jaxmoe.kernels.expert_mlp.contract import Call, Chosen, Grads, OtherDevice
+from jaxmoe.kernels.expert_mlp.contract import Chosen, Grads, Options, OtherDevice
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch, make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic import backend as mosaic
 from jaxmoe.kernels.expert_mlp.operands import Experts
@@ -81,23 +81,23 @@ def expert_mlp(
     held = experts.down.shape[0]
     dispatch = make_dispatch(chosen, held if num_experts is None else num_experts, first, held)
     candidates = tuple(_BACKENDS) if backend is None else (backend,)
-    return _expert_mlp(Call(activation, lora_scale), candidates, x, experts, weights, dispatch)
+    return _expert_mlp(Options(activation, lora_scale), candidates, x, experts, weights, dispatch)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _expert_mlp(
-    call: Call,
+    options: Options,
     candidates: tuple[str, ...],
     x: jax.Array,
     experts: Experts,
     weights: jax.Array,
     dispatch: Dispatch,
 ) -> jax.Array:
-    return _first_forward(call, candidates, x, experts, weights, dispatch, save=False)[1][0]
+    return _first_forward(options, candidates, x, experts, weights, dispatch, save=False)[1][0]
 
 
 def _forward(
-    call: Call,
+    options: Options,
     candidates: tuple[str, ...],
     x: CustomVJPPrimal,
     experts: Any,
@@ -109,15 +109,15 @@ def _forward(
     wanted = jax.tree.map(lambda leaf: leaf.perturbed, marked, is_leaf=is_primal)
     operands, dispatch = jax.tree.map(lambda leaf: leaf.value, (marked, dispatch), is_leaf=is_primal)
     kept = (operands.x, operands.experts, operands.weights, dispatch)
-    name, (out, saved) = _first_forward(call, candidates, *kept, save=True)
+    name, (out, saved) = _first_forward(options, candidates, *kept, save=True)
     return out, (Chosen(name, wanted), *kept, saved)
 
 
-def _backward(call: Call, candidates: tuple[str, ...], residuals: Any, dout: jax.Array) -> Any:
+def _backward(options: Options, candidates: tuple[str, ...], residuals: Any, dout: jax.Array) -> Any:
     del candidates
     (chosen, x, experts, weights, dispatch, saved) = residuals
     backend = _BACKENDS[chosen.backend]
-    grads = backend.backward(call, x, experts, weights, dispatch, saved, dout, chosen.wanted)
+    grads = backend.backward(options, x, experts, weights, dispatch, saved, dout, chosen.wanted)
     return grads.x, grads.experts, grads.weights, None
 
 
@@ -125,7 +125,7 @@ _expert_mlp.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _first_forward(
-    call: Call,
+    options: Options,
     candidates: tuple[str, ...],
     x: jax.Array,
     experts: Experts,
@@ -138,11 +138,11 @@ def _first_forward(
     *others, last = candidates
     for name in others:
         try:
-            return name, _BACKENDS[name].forward(call, x, experts, weights, dispatch, save=save)
+            return name, _BACKENDS[name].forward(options, x, experts, weights, dispatch, save=save)
         except NotImplementedError as error:
             level = logging.INFO if isinstance(error, OtherDevice) else logging.WARNING
             log_once(_logger, level, f"expert_mlp: backend {name} is not used: {error}")
-    return last, _BACKENDS[last].forward(call, x, experts, weights, dispatch, save=save)
+    return last, _BACKENDS[last].forward(options, x, experts, weights, dispatch, save=save)
 
 
 def _check_operands(

@@ -10,8 +10,13 @@ from jaxmoe.kernels.expert_mlp.operands import Experts
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """All that is known before any array is."""
+class Options:
+    """What is no array and the same in the forward and the backward pass.
+
+    Attributes:
+        activation: between the two matrices.
+        lora_scale: factor of the low-rank updates.
+    """
 
     activation: Activation
     lora_scale: float

@@ -19,13 +19,13 @@ def expert_mlp(
 ) -> jax.Array:
     """See `jaxmoe.kernels.expert_mlp.expert_mlp`. Sends every token through every expert."""
     lora = experts.lora
-    h_EGRF = jnp.einsum("rd,egfd->egrf", x_RD, experts.gate_up)
+    pre_EGRF = jnp.einsum("rd,egfd->egrf", x_RD, experts.gate_up)
     if lora.gate_up_a is not None and lora.gate_up_b is not None:
         low_ERr = jnp.einsum("rd,eld->erl", x_RD, lora.gate_up_a)
-        h_EGRF += lora_scale * jnp.einsum("erl,egfl->egrf", low_ERr, lora.gate_up_b)
+        pre_EGRF += lora_scale * jnp.einsum("erl,egfl->egrf", low_ERr, lora.gate_up_b)
     if experts.gate_up_bias is not None:
-        h_EGRF += experts.gate_up_bias[:, :, None, :]
-    a_ERF = activation.value(tuple(h_EGRF[:, part] for part in range(activation.parts)))
+        pre_EGRF += experts.gate_up_bias[:, :, None, :]
+    a_ERF = activation.value(tuple(pre_EGRF[:, part] for part in range(activation.parts)))
     y_ERD = jnp.einsum("erf,edf->erd", a_ERF, experts.down)
     if lora.down_a is not None and lora.down_b is not None:
         low_ERr = jnp.einsum("erf,elf->erl", a_ERF, lora.down_a)

@@ -5,32 +5,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.kernels.expert_mlp.contract import Call, Grads
+from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch, gather_sum, slot_weights, to_slots
 from jaxmoe.kernels.expert_mlp.operands import Experts, Lora
 from jaxmoe.kernels.grouped_matmul import matmul, weight_gradient
 
 
 def forward(
-    call: Call, x_RD: jax.Array, experts: Experts, weights_RK: jax.Array, dispatch: Dispatch, *, save: bool
-) -> tuple[jax.Array, jax.Array | None]:
-    """The layer's output (R, D), and with `save` the pre-activation (Z, G*F) that `backward` wants."""
-    sizes = dispatch.group_sizes
-    h_Zf = _up(call, to_slots(x_RD, dispatch), experts, dispatch)
-    a_ZF = call.activation.value(_parts(call, h_Zf)).astype(x_RD.dtype)
-    y_ZD = _with_lora(call, a_ZF, experts.down, *_down_lora(experts), sizes)
-    if experts.down_bias is not None:
-        y_ZD += _per_slot(experts.down_bias, dispatch)
-    return gather_sum(y_ZD, dispatch, weights_RK), h_Zf if save else None
-
-
-def backward(
-    call: Call,
+    options: Options,
     x_RD: jax.Array,
     experts: Experts,
     weights_RK: jax.Array,
     dispatch: Dispatch,
-    h_Zf: jax.Array,
+    *,
+    save: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The layer's output (R, D), and with `save` the pre-activation (Z, G*F) that `backward` wants."""
+    sizes = dispatch.group_sizes
+    pre_Zf = _up(options, to_slots(x_RD, dispatch), experts, dispatch)
+    a_ZF = options.activation.value(_parts(options, pre_Zf)).astype(x_RD.dtype)
+    y_ZD = _with_lora(options, a_ZF, experts.down, *_down_lora(experts), sizes)
+    if experts.down_bias is not None:
+        y_ZD += _per_slot(experts.down_bias, dispatch)
+    return gather_sum(y_ZD, dispatch, weights_RK), pre_Zf if save else None
+
+
+def backward(
+    options: Options,
+    x_RD: jax.Array,
+    experts: Experts,
+    weights_RK: jax.Array,
+    dispatch: Dispatch,
+    pre_Zf: jax.Array,
     dout_RD: jax.Array,
     wanted: Grads,
 ) -> Grads:
@@ -42,11 +48,11 @@ def backward(
     # Not yet times the router's weight: the product with the activation is the gradient of that weight.
     dlow_Zr: Any = None
     if down_b is not None:
-        dlow_Zr = matmul(dout_ZD, _scaled(down_b, call), sizes, transpose=True)
+        dlow_Zr = matmul(dout_ZD, _scaled(down_b, options), sizes, transpose=True)
     plus = None if down_a is None else (dlow_Zr, down_a)
     da_ZF = matmul(dout_ZD, experts.down, sizes, transpose=True, plus=plus).astype(jnp.float32)
-    a_ZF, dh_parts = call.activation.value_and_grad(_parts(call, h_Zf), weight_Z[:, None] * da_ZF)
-    dh_Zf = jnp.concatenate(dh_parts, axis=-1).astype(dtype)
+    a_ZF, dpre_parts = options.activation.value_and_grad(_parts(options, pre_Zf), weight_Z[:, None] * da_ZF)
+    dpre_Zf = jnp.concatenate(dpre_parts, axis=-1).astype(dtype)
     # The router's weight goes with the narrower side of the outer products.
     weighted_ZF = (weight_Z[:, None] * a_ZF).astype(dtype)
 
@@ -63,10 +69,10 @@ def backward(
     up_a, up_b = _up_lora(experts)
     dlow_up_Zr: Any = None
     if up_a is not None and up_b is not None:
-        dlow_up_Zr = matmul(dh_Zf, _scaled(up_b, call), sizes, transpose=True)
+        dlow_up_Zr = matmul(dpre_Zf, _scaled(up_b, options), sizes, transpose=True)
     if wanted.x:
         plus = None if up_a is None else (dlow_up_Zr, up_a)
-        dx_RD = gather_sum(matmul(dh_Zf, gate_up, sizes, transpose=True, plus=plus), dispatch)
+        dx_RD = gather_sum(matmul(dpre_Zf, gate_up, sizes, transpose=True, plus=plus), dispatch)
 
     def outer(columns: jax.Array, rows: jax.Array, like: jax.Array) -> jax.Array:
         return weight_gradient(columns, rows, sizes).reshape(like.shape)
@@ -78,21 +84,21 @@ def backward(
     if lora_want.gate_up_a:
         lora["gate_up_a"] = outer(x_ZD, dlow_up_Zr, up_a)
     if lora_want.gate_up_b:
-        low_Zr = matmul(x_ZD, up_a, sizes, transpose=False) * jnp.asarray(call.lora_scale, dtype)
-        lora["gate_up_b"] = outer(low_Zr, dh_Zf, experts.lora.gate_up_b)
+        low_Zr = matmul(x_ZD, up_a, sizes, transpose=False) * jnp.asarray(options.lora_scale, dtype)
+        lora["gate_up_b"] = outer(low_Zr, dpre_Zf, experts.lora.gate_up_b)
     if lora_want.down_a:
         weighted_dlow_Zr = (weight_Z[:, None] * dlow_Zr).astype(dtype)
         lora["down_a"] = outer(a_ZF.astype(dtype), weighted_dlow_Zr, down_a)
     if lora_want.down_b:
-        low_Zr = matmul(weighted_ZF, down_a, sizes, transpose=False) * jnp.asarray(call.lora_scale, dtype)
+        low_Zr = matmul(weighted_ZF, down_a, sizes, transpose=False) * jnp.asarray(options.lora_scale, dtype)
         lora["down_b"] = outer(low_Zr, dout_ZD, down_b)
     return Grads(
         x=dx_RD,
         weights=dweights_RK,
         experts=Experts(
-            gate_up=outer(x_ZD, dh_Zf, experts.gate_up) if want.gate_up else None,
+            gate_up=outer(x_ZD, dpre_Zf, experts.gate_up) if want.gate_up else None,
             down=outer(weighted_ZF, dout_ZD, experts.down) if want.down else None,
-            gate_up_bias=outer(ones_Z1, dh_Zf, experts.gate_up_bias) if want.gate_up_bias else None,
+            gate_up_bias=outer(ones_Z1, dpre_Zf, experts.gate_up_bias) if want.gate_up_bias else None,
             down_bias=outer(weight_Z[:, None].astype(dtype), dout_ZD, experts.down_bias)
             if want.down_bias
             else None,
@@ -101,26 +107,31 @@ def backward(
     )
 
 
-def _up(call: Call, x_ZD: jax.Array, experts: Experts, dispatch: Dispatch) -> jax.Array:
+def _up(options: Options, x_ZD: jax.Array, experts: Experts, dispatch: Dispatch) -> jax.Array:
     """The pre-activation (Z, G*F), parts one after the other."""
     gate_up = experts.gate_up.reshape(experts.gate_up.shape[0], -1, experts.gate_up.shape[-1])
-    h_Zf = _with_lora(call, x_ZD, gate_up, *_up_lora(experts), dispatch.group_sizes)
+    pre_Zf = _with_lora(options, x_ZD, gate_up, *_up_lora(experts), dispatch.group_sizes)
     if experts.gate_up_bias is not None:
-        h_Zf += _per_slot(experts.gate_up_bias.reshape(gate_up.shape[:2]), dispatch)
-    return h_Zf
+        pre_Zf += _per_slot(experts.gate_up_bias.reshape(gate_up.shape[:2]), dispatch)
+    return pre_Zf
 
 
 def _with_lora(
-    call: Call, x: jax.Array, weights: jax.Array, a: jax.Array | None, b: jax.Array | None, sizes: jax.Array
+    options: Options,
+    x: jax.Array,
+    weights: jax.Array,
+    a: jax.Array | None,
+    b: jax.Array | None,
+    sizes: jax.Array,
 ) -> jax.Array:
     plus = None
     if a is not None and b is not None:
-        plus = (matmul(x, a, sizes, transpose=False), _scaled(b, call))
+        plus = (matmul(x, a, sizes, transpose=False), _scaled(b, options))
     return matmul(x, weights, sizes, transpose=False, plus=plus)
 
 
-def _scaled(b: jax.Array, call: Call) -> jax.Array:
-    return b * jnp.asarray(call.lora_scale, b.dtype)
+def _scaled(b: jax.Array, options: Options) -> jax.Array:
+    return b * jnp.asarray(options.lora_scale, b.dtype)
 
 
 def _up_lora(experts: Experts) -> tuple[Any, Any]:
@@ -133,8 +144,8 @@ def _down_lora(experts: Experts) -> tuple[Any, Any]:
     return experts.lora.down_a, experts.lora.down_b
 
 
-def _parts(call: Call, h_Zf: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(jnp.split(h_Zf.astype(jnp.float32), call.activation.parts, axis=-1))
+def _parts(options: Options, pre_Zf: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(jnp.split(pre_Zf.astype(jnp.float32), options.activation.parts, axis=-1))
 
 
 def _per_slot(bias_En: jax.Array, dispatch: Dispatch) -> jax.Array:

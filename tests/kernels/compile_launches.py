@@ -33,7 +33,7 @@ from jax.experimental import topologies
 from jax.experimental.mosaic.gpu import core as mosaic_gpu
 from jax.sharding import SingleDeviceSharding
 
-from jaxmoe.kernels.expert_mlp.contract import Call, Grads
+from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic.epilogues import Activate, ActivationGradient, StoreRows
 from jaxmoe.kernels.expert_mlp.mosaic.gradient import Side, weight_gradient
@@ -156,11 +156,11 @@ def launches(layer: ExpertLayer, tokens: int, rank: int) -> dict[Kernel, tuple[A
     recorder = Recorder(MULTIPROCESSORS)
 
     def both_ways(x: jax.Array, experts: Experts, weights: jax.Array, chosen: jax.Array) -> Any:
-        call, dispatch = Call(layer.activation, 1.0), make_dispatch(chosen, held)
-        alone, _ = recorder.forward(call, x, experts, weights, dispatch, save=False)
-        out, saved = recorder.forward(call, x, experts, weights, dispatch, save=True)
+        options, dispatch = Options(layer.activation, 1.0), make_dispatch(chosen, held)
+        alone, _ = recorder.forward(options, x, experts, weights, dispatch, save=False)
+        out, saved = recorder.forward(options, x, experts, weights, dispatch, save=True)
         assert saved is not None
-        return alone, recorder.backward(call, x, experts, weights, dispatch, saved, out, wanted)
+        return alone, recorder.backward(options, x, experts, weights, dispatch, saved, out, wanted)
 
     weights = struct(tokens, shape.top_k, dtype=jnp.float32)
     jax.eval_shape(

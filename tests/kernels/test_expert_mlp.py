@@ -12,7 +12,7 @@ import pytest
 
 from jaxmoe.kernels import devices
 from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, api, expert_mlp, xla
-from jaxmoe.kernels.expert_mlp.contract import Call, Grads
+from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic import backend
 from jaxmoe.kernels.logs import log_once
@@ -235,11 +235,11 @@ def test_frozen_parameters_cost_nothing():
 def test_backward_returns_none_for_what_is_not_wanted():
     x, experts, chosen, weights, dout = make_operands()
     nothing = Grads(False, False, Experts(False, False, False, False, Lora(False, False, False, False)))
-    dispatch, call = make_dispatch(chosen, E), Call(ACTIVATIONS[0], 0.7)
+    dispatch, options = make_dispatch(chosen, E), Options(ACTIVATIONS[0], 0.7)
 
     def backward(wanted):
-        _, saved = xla.forward(call, x, experts, weights, dispatch, save=True)
-        return xla.backward(call, x, experts, weights, dispatch, saved, dout, wanted)
+        _, saved = xla.forward(options, x, experts, weights, dispatch, save=True)
+        return xla.backward(options, x, experts, weights, dispatch, saved, dout, wanted)
 
     assert jax.tree.leaves(jax.eval_shape(lambda: backward(nothing))) == []
     down_alone = nothing._replace(experts=nothing.experts._replace(down=True))
@@ -354,9 +354,9 @@ def test_operands_that_the_kernels_cannot_take(monkeypatch, logged):
 
 def test_the_backend_of_the_forward_pass_does_the_backward_pass(monkeypatch, logged):
     picky = SimpleNamespace(
-        forward=lambda call, x, *rest, save: xla.forward(call, 2 * x, *rest, save=save),
-        backward=lambda call, x, *rest: jax.tree.map(
-            lambda gradient: 3 * gradient, xla.backward(call, x, *rest)
+        forward=lambda options, x, *rest, save: xla.forward(options, 2 * x, *rest, save=save),
+        backward=lambda options, x, *rest: jax.tree.map(
+            lambda gradient: 3 * gradient, xla.backward(options, x, *rest)
         ),
     )
     monkeypatch.setattr(api, "_BACKENDS", {"picky": picky, "xla": xla})

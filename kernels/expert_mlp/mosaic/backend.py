@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from jaxmoe.kernels.devices import target_device
-from jaxmoe.kernels.expert_mlp.contract import Call, Grads, OtherDevice
+from jaxmoe.kernels.expert_mlp.contract import Grads, Options, OtherDevice
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch
 from jaxmoe.kernels.expert_mlp.operands import Experts
 from jaxmoe.kernels.expert_mlp.tuning.measured import measured_on
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 
 def forward(
-    call: Call, x_RD: jax.Array, experts: Experts, weights_RK: jax.Array, dispatch: Dispatch, *, save: bool
+    options: Options,
+    x_RD: jax.Array,
+    experts: Experts,
+    weights_RK: jax.Array,
+    dispatch: Dispatch,
+    *,
+    save: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
     """`Mosaic.forward` on the device at hand.
 
@@ -26,11 +32,11 @@ def forward(
         OtherDevice: it is no Hopper GPU.
         NotImplementedError: the kernels were not found right there yet, or cannot take the operands.
     """
-    return for_device().forward(call, x_RD, experts, weights_RK, dispatch, save=save)
+    return for_device().forward(options, x_RD, experts, weights_RK, dispatch, save=save)
 
 
 def backward(
-    call: Call,
+    options: Options,
     x_RD: jax.Array,
     experts: Experts,
     weights_RK: jax.Array,
@@ -40,7 +46,7 @@ def backward(
     wanted: Grads,
 ) -> Grads:
     """`Mosaic.backward` on the device at hand."""
-    return for_device().backward(call, x_RD, experts, weights_RK, dispatch, pre_Pf, dout_RD, wanted)
+    return for_device().backward(options, x_RD, experts, weights_RK, dispatch, pre_Pf, dout_RD, wanted)
 
 
 def for_device() -> "Mosaic":

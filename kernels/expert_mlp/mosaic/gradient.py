@@ -1,6 +1,6 @@
 """Weight gradients on Hopper: for each expert, the sum of the outer products of its slots' rows.
 
-One persistent kernel, a producer and consumers as in `mosaic_matmul`; the contraction runs over the slots of an
+One persistent kernel, a producer and consumers as in `mosaic.matmul`; the contraction runs over the slots of an
 expert, which are whole tiles. Padding adds nothing because one operand is zero there; an expert without slots makes
 no step, and its accumulator, which begins at zero, is stored as it is.
 """

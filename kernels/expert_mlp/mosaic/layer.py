@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.kernels.expert_mlp.contract import Call, Grads
+from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch
 from jaxmoe.kernels.expert_mlp.mosaic import tiles as tile_sizes
 from jaxmoe.kernels.expert_mlp.mosaic.epilogues import Activate, ActivationGradient, StoreRows
@@ -40,7 +40,7 @@ class Mosaic:
 
     def forward(
         self,
-        call: Call,
+        options: Options,
         x_RD: jax.Array,
         experts: Experts,
         weights_RK: jax.Array,
@@ -49,14 +49,14 @@ class Mosaic:
         save: bool,
     ) -> tuple[jax.Array, jax.Array | None]:
         """The layer's output (R, D), and with `save` the pre-activation (P, G*F) in padded slots."""
-        layer = _Layer(self, call, x_RD, experts, weights_RK, dispatch)
+        layer = _Layer(self, options, x_RD, experts, weights_RK, dispatch)
         activated_PF, *pre = layer.up(save)
         out_PD = layer.down(activated_PF)
         return sum_choices(out_PD, layer.slots, weights_RK), pre[0] if save else None
 
     def backward(
         self,
-        call: Call,
+        options: Options,
         x_RD: jax.Array,
         experts: Experts,
         weights_RK: jax.Array,
@@ -66,7 +66,7 @@ class Mosaic:
         wanted: Grads,
     ) -> Grads:
         """Gradients of whatever is true in `wanted`; None for the rest."""
-        layer = _Layer(self, call, x_RD, experts, weights_RK, dispatch)
+        layer = _Layer(self, options, x_RD, experts, weights_RK, dispatch)
         return _Backward(layer, pre_Pf, dout_RD.astype(x_RD.dtype)).grads(wanted)
 
     def matmul(
@@ -104,7 +104,7 @@ class _Layer:
     def __init__(
         self,
         backend: Mosaic,
-        call: Call,
+        options: Options,
         x_RD: jax.Array,
         experts: Experts,
         weights_RK: jax.Array,
@@ -112,12 +112,18 @@ class _Layer:
     ) -> None:
         if x_RD.dtype not in (jnp.bfloat16, jnp.float16):
             raise NotImplementedError(f"the tensor cores take bfloat16 and float16, x is {x_RD.dtype}")
-        self.backend, self.call, self.x, self.experts, self.weights = backend, call, x_RD, experts, weights_RK
+        self.backend, self.options, self.x, self.experts, self.weights = (
+            backend,
+            options,
+            x_RD,
+            experts,
+            weights_RK,
+        )
         self.held, self.parts, self.hidden, self.width = experts.gate_up.shape
         for name, size in (("width", self.width), ("hidden width", self.hidden)):
             if size % SLAB:
                 raise NotImplementedError(f"{name} {size} is no multiple of {SLAB}")
-        self.lora = _padded(experts.lora, call.lora_scale)
+        self.lora = _padded(experts.lora, options.lora_scale)
         simple = self.width % 128 == 0 and self.hidden % 128 == 0 and experts.lora == Lora()
         self.rows = tile_sizes.slot_rows(dispatch.order.shape[0], self.held) if simple else 128
         self.slots = make_slots(dispatch, weights_RK, self.rows)
@@ -134,7 +140,7 @@ class _Layer:
             segments.append(Segment(self.up_low(), _flat(self.lora.gate_up_b), gathered=False))
         if self.experts.gate_up_bias is not None:
             segments.append(self._bias(self.experts.gate_up_bias))
-        epilogue = Activate(self.call.activation, self.x.dtype, save)
+        epilogue = Activate(self.options.activation, self.x.dtype, save)
         return self.matmul(segments, epilogue, self.hidden, parts=self.parts)
 
     def up_low(self) -> jax.Array:
@@ -212,7 +218,7 @@ class _Backward:
             segment = Segment(dout_RD, _flat(lora.down_b), gathered=True)
             self.dlow_down = layer.rows_of([segment], lora.down_b.shape[2], contract_first=True)
             segments.append(Segment(self.dlow_down, _flat(lora.down_a), gathered=False))
-        epilogue = ActivationGradient(layer.call.activation, layer.x.dtype, pre_Pf, layer.slots.weight)
+        epilogue = ActivationGradient(layer.options.activation, layer.x.dtype, pre_Pf, layer.slots.weight)
         self.dpre, self.weighted, self.scores = layer.matmul(
             segments, epilogue, layer.hidden, contract_first=True
         )
@@ -272,7 +278,7 @@ class _Backward:
         layer, ranks = self.layer, self.layer.experts.lora
         x, dout = Side(layer.x, gathered=True), Side(self.dout, gathered=True)
         weighted, dpre = Side(self.weighted, gathered=False), Side(self.dpre, gathered=False)
-        scale = jnp.asarray(layer.call.lora_scale, layer.x.dtype)
+        scale = jnp.asarray(layer.options.lora_scale, layer.x.dtype)
         grads: dict[str, jax.Array] = {}
         if want.gate_up_a:
             assert ranks.gate_up_a is not None

@@ -2,7 +2,7 @@
 
 One persistent kernel of three warpgroups per multiprocessor. The producer streams operands into a ring of stages in
 shared memory: weights by the copy engine (TMA), rows of the left operand either so too, or gathered by index with
-cp.async (`mosaic_rows`). The two consumers run the tensor cores (wgmma) and the epilogue. The contraction may run over
+cp.async (`mosaic.rows`). The two consumers run the tensor cores (wgmma) and the epilogue. The contraction may run over
 several segments, each a pair of operands: a low-rank update W + B A is one more segment, [x | x Aᵀ] · [W | B]ᵀ.
 """
 

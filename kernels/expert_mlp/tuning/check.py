@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxmoe.kernels.expert_mlp import reference, xla
 from jaxmoe.kernels.expert_mlp.activations import Activation
-from jaxmoe.kernels.expert_mlp.contract import Call, Grads
+from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch, make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
 from jaxmoe.kernels.expert_mlp.operands import Experts, Lora
@@ -158,14 +158,14 @@ class _Operands:
 def _ratios(backend: Mosaic, case: Case, repeats: int) -> dict[str, float]:
     """Of every result by name: the error over that of the naive computation."""
     operands = _operands(case)
-    call = Call(case.activation, lora_scale=0.75)
-    ours = jax.jit(functools.partial(_results, backend, call, case, twice=True))
+    options = Options(case.activation, lora_scale=0.75)
+    ours = jax.jit(functools.partial(_results, backend, options, case, twice=True))
     arrays = (operands.x, operands.experts, operands.weights, operands.dispatch, operands.dout)
     _poison()
     results = _by_name(jax.block_until_ready(ours(*arrays)))
     runs = [_by_name(jax.block_until_ready(ours(*arrays))) for _ in range(repeats - 1)]
-    naive = _by_name(jax.jit(functools.partial(_results, xla, call, case))(*arrays))
-    right = _by_name(_reference(call, case, operands))
+    naive = _by_name(jax.jit(functools.partial(_results, xla, options, case))(*arrays))
+    right = _by_name(_reference(options, case, operands))
     unused = operands.dispatch.group_sizes == 0
     precision = float(jnp.finfo(case.dtype).eps)
     ratios = {}
@@ -236,7 +236,7 @@ def _wanted(case: Case, experts: Experts) -> Grads:
 
 def _results(
     backend: Any,
-    call: Call,
+    options: Options,
     case: Case,
     x: jax.Array,
     experts: Experts,
@@ -246,14 +246,14 @@ def _results(
     twice: bool = False,
 ) -> dict[str, Any]:
     """What is compared; the forward pass that keeps nothing is another kernel, and run only if `twice`."""
-    out, saved = backend.forward(call, x, experts, weights, dispatch, save=True)
-    alone = backend.forward(call, x, experts, weights, dispatch, save=False)[0] if twice else out
+    out, saved = backend.forward(options, x, experts, weights, dispatch, save=True)
+    alone = backend.forward(options, x, experts, weights, dispatch, save=False)[0] if twice else out
     wanted = _wanted(case, experts)
-    grads = backend.backward(call, x, experts, weights, dispatch, saved, dout, wanted)
+    grads = backend.backward(options, x, experts, weights, dispatch, saved, dout, wanted)
     return {"out": alone, "out, with what is kept": out, "gradient of ": grads._asdict()}
 
 
-def _reference(call: Call, case: Case, operands: _Operands) -> dict[str, Any]:
+def _reference(options: Options, case: Case, operands: _Operands) -> dict[str, Any]:
     """The same in float32, products in full precision."""
     float32 = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
@@ -264,8 +264,8 @@ def _reference(call: Call, case: Case, operands: _Operands) -> dict[str, Any]:
             experts,
             operands.chosen,
             weights,
-            activation=call.activation,
-            lora_scale=call.lora_scale,
+            activation=options.activation,
+            lora_scale=options.lora_scale,
             first=int(case.elsewhere),
         )
         out, pull_back = jax.vjp(function, x, experts, weights)

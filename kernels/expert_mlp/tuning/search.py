@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.kernels.expert_mlp.contract import Call, Grads
+from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic.epilogues import ActivationGradient
 from jaxmoe.kernels.expert_mlp.mosaic.gradient import Side
@@ -104,10 +104,10 @@ def launches(layer: ExpertLayer, tokens: int) -> list[Recorded]:
     wanted = Grads(x=True, weights=True, experts=Experts(True, True))
 
     def both_ways(x: jax.Array, experts: Experts, weights: jax.Array, chosen: jax.Array) -> Any:
-        call, dispatch = Call(layer.activation, 1.0), make_dispatch(chosen, shape.experts)
-        out, saved = recorder.forward(call, x, experts, weights, dispatch, save=True)
+        options, dispatch = Options(layer.activation, 1.0), make_dispatch(chosen, shape.experts)
+        out, saved = recorder.forward(options, x, experts, weights, dispatch, save=True)
         assert saved is not None
-        return recorder.backward(call, x, experts, weights, dispatch, saved, out, wanted)
+        return recorder.backward(options, x, experts, weights, dispatch, saved, out, wanted)
 
     jax.eval_shape(both_ways, struct(tokens, shape.d_model), experts, weights, chosen)
     return list(recorder.noted.values())
