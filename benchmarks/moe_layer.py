@@ -26,7 +26,7 @@ from common import RESULTS, ceilings, print_table, read_results, write_results
 from moe_counts import CPU_TARGETS, GPU_TARGETS, RANK, Line, targets_table
 from moe_peers import Inputs
 
-from jaxmoe.kernels.devices import target_device
+from jaxmoe.kernels.devices import device_at_hand
 from jaxmoe.kernels.expert_mlp import Experts, Lora, expert_mlp
 from jaxmoe.kernels.expert_mlp.specs import LAYERS, ExpertLayer, choose_experts, layer_of
 from jaxmoe.kernels.grouped_matmul.specs import ExpertShape
@@ -188,7 +188,7 @@ class Field:
     def make(self, name: str, weights: str, backward: bool) -> Contestant:
         activation, inputs = self.line.layer.activation, self.inputs
         if name in ("ours", "portable"):
-            chosen_backend = "mosaic" if target_device().hopper else None
+            chosen_backend = "mosaic" if device_at_hand().hopper else None
             backend = "xla" if name == "portable" else chosen_backend
             ours = partial(expert_mlp, activation=activation, lora_scale=SCALE, backend=backend)
             return compiled(

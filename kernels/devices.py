@@ -1,4 +1,4 @@
-"""Which device a computation is traced for."""
+"""Devices, those at hand and those that a program is only compiled for."""
 
 import dataclasses
 
@@ -7,32 +7,49 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A kind of device.
+    """What kernels have to know of a device.
 
     Attributes:
         kind: its name, such as "NVIDIA H200".
         platform: "gpu", "cpu" or "tpu".
         multiprocessors: of a GPU, 0 elsewhere.
-        hopper: whether it has the instructions of compute capability 9.0.
+        capability: compute capability of an NVIDIA GPU, such as (9, 0).
+        present: whether this process, with those that it works with, can run on it; false for one that is only
+            described.
     """
 
     kind: str
     platform: str
     multiprocessors: int
-    hopper: bool
+    capability: tuple[int, int] | None
+    present: bool
+
+    @property
+    def hopper(self) -> bool:
+        """Whether it has the instructions of compute capability 9.0."""
+        return self.capability == (9, 0)
 
 
-def target_device() -> Device:
-    """The device of the enclosing mesh if that says one (compiling for devices that are not there), else the first."""
-    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if described is not None:
-        kind, cores = described.device_kind, described.num_cores or 0
-        is_gpu = "NVIDIA" in kind
-        hopper = is_gpu and any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200"))
-        return Device(kind, "gpu" if is_gpu else "other", cores, hopper)
-    device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", ""))
-    cores = getattr(device, "core_count", 0) or 0
+def describe(device: jax.Device) -> Device:
+    """A device at hand, or one of a topology (`jax.experimental.topologies`), which is not present."""
+    cores = getattr(device, "core_count", None) or 0
+    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
     return Device(
-        device.device_kind, device.platform, cores, device.platform == "gpu" and capability == "9.0"
+        kind=device.device_kind,
+        platform=device.platform,
+        multiprocessors=cores if device.platform == "gpu" else 0,
+        capability=(int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None,
+        present=_is_present(device),
     )
+
+
+def device_at_hand() -> Device:
+    """The first of those that jax computes on by default."""
+    return describe(jax.devices()[0])
+
+
+def _is_present(device: jax.Device) -> bool:
+    try:
+        return device in jax.devices(device.platform)
+    except RuntimeError:  # there is no device of that platform
+        return False

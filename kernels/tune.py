@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from jaxmoe.kernels.devices import target_device
+from jaxmoe.kernels.devices import device_at_hand
 from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
 from jaxmoe.kernels.expert_mlp.specs import LAYERS, ExpertLayer, layer_of
 from jaxmoe.kernels.expert_mlp.tuning import check as checks
@@ -141,7 +141,7 @@ def _tune(
 
 
 def _machine_at_hand() -> Machine:
-    device = target_device()
+    device = device_at_hand()
     if not device.hopper or not device.multiprocessors:
         raise NotImplementedError(
             f"the kernels are for NVIDIA Hopper GPUs (H100, H200) and this is {device.kind}: nothing to check or tune"

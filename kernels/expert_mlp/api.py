@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
 
+from jaxmoe.kernels.devices import Device, device_at_hand
 from jaxmoe.kernels.expert_mlp import reference, xla
 from jaxmoe.kernels.expert_mlp.activations import Activation
 from jaxmoe.kernels.expert_mlp.contract import Chosen, Grads, Options, OtherDevice
@@ -42,6 +43,7 @@ def expert_mlp(
     num_experts: int | None = None,
     first: jax.Array | int = 0,
     backend: str | None = None,
+    device: Device | None = None,
 ) -> Float[Array, "R D"]:
     """out[r] = Σ_k weights[r, k] · down_e · activation(gate_up_e · x[r]) with e = chosen[r, k].
 
@@ -61,6 +63,8 @@ def expert_mlp(
         first: number of the first expert held here.
         backend: "mosaic" (NVIDIA Hopper), "xla", or "reference" (slow, for tests); by default the first one of
             these that takes the call.
+        device: what the result is to run on, which decides about the backend and its tiles; by default the first
+            device at hand. One that is not present takes a kernel as right that was not checked on its kind.
 
     Returns:
         (R, D) in x's dtype; products are accumulated in float32.
@@ -81,7 +85,8 @@ def expert_mlp(
     held = experts.down.shape[0]
     dispatch = make_dispatch(chosen, held if num_experts is None else num_experts, first, held)
     candidates = tuple(_BACKENDS) if backend is None else (backend,)
-    return _expert_mlp(Options(activation, lora_scale), candidates, x, experts, weights, dispatch)
+    options = Options(activation, lora_scale, device or device_at_hand())
+    return _expert_mlp(options, candidates, x, experts, weights, dispatch)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

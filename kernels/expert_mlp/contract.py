@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxmoe.kernels.devices import Device
 from jaxmoe.kernels.expert_mlp.activations import Activation
 from jaxmoe.kernels.expert_mlp.operands import Experts
 
@@ -16,10 +17,12 @@ class Options:
     Attributes:
         activation: between the two matrices.
         lora_scale: factor of the low-rank updates.
+        device: what the layer is to run on.
     """
 
     activation: Activation
     lora_scale: float
+    device: Device
 
 
 class Grads(NamedTuple):

@@ -33,6 +33,7 @@ from jax.experimental import topologies
 from jax.experimental.mosaic.gpu import core as mosaic_gpu
 from jax.sharding import SingleDeviceSharding
 
+from jaxmoe.kernels.devices import Device, describe
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic.epilogues import Activate, ActivationGradient, StoreRows
@@ -50,7 +51,7 @@ from jaxmoe.kernels.expert_mlp.mosaic.tiles import (
 from jaxmoe.kernels.expert_mlp.operands import Experts, Lora
 from jaxmoe.kernels.expert_mlp.specs import LAYERS, ExpertLayer, layer_of
 
-MULTIPROCESSORS = 132
+H200 = Device("NVIDIA H200", "gpu", multiprocessors=132, capability=(9, 0), present=False)
 DTYPE = jnp.bfloat16
 TARGET = Path(__file__).parent / "h200.textproto"
 
@@ -88,7 +89,7 @@ class Recorder(Mosaic):
             now = epilogue
             if isinstance(epilogue, ActivationGradient):
                 now = ActivationGradient(epilogue.activation, epilogue.dtype, pre, slots.weight)
-            return grouped_matmul(given, slots, now, geometry, multiprocessors=MULTIPROCESSORS)
+            return grouped_matmul(given, slots, now, geometry, multiprocessors=H200.multiprocessors)
 
         operands = " + ".join("gathered" if is_so else "rows" for is_so in gathered)
         if launch.contract_first:
@@ -106,7 +107,9 @@ class Recorder(Mosaic):
 
         def run(out_rows: Any, column_rows: Any, slots: Slots) -> Any:
             sides = Side(out_rows, out.gathered), Side(column_rows, columns.gathered)
-            return weight_gradient(*sides, slots, tiles, tile_rows=tile_rows, multiprocessors=MULTIPROCESSORS)
+            return weight_gradient(
+                *sides, slots, tiles, tile_rows=tile_rows, multiprocessors=H200.multiprocessors
+            )
 
         operands = " x ".join("gathered" if side.gathered else "rows" for side in (out, columns))
         kernel = Kernel("weight gradient", operands, tiles)
@@ -153,10 +156,10 @@ def launches(layer: ExpertLayer, tokens: int, rank: int) -> dict[Kernel, tuple[A
     )
     trained = jax.tree.map(lambda _: not rank, experts._replace(lora=Lora()))
     wanted = Grads(x=True, weights=True, experts=trained._replace(lora=jax.tree.map(lambda _: True, lora)))
-    recorder = Recorder(MULTIPROCESSORS)
+    recorder = Recorder(H200.multiprocessors)
 
     def both_ways(x: jax.Array, experts: Experts, weights: jax.Array, chosen: jax.Array) -> Any:
-        options, dispatch = Options(layer.activation, 1.0), make_dispatch(chosen, held)
+        options, dispatch = Options(layer.activation, 1.0, H200), make_dispatch(chosen, held)
         alone, _ = recorder.forward(options, x, experts, weights, dispatch, save=False)
         out, saved = recorder.forward(options, x, experts, weights, dispatch, save=True)
         assert saved is not None
@@ -193,6 +196,8 @@ class Compiler:
         (device,) = topologies.get_topology_desc(
             "", "cuda", target_config=TARGET.read_text(), topology="1x1x1"
         ).devices
+        if describe(device) != H200:
+            raise RuntimeError(f"expected the topology to be of {H200}, found {describe(device)}")
         self.sharding = SingleDeviceSharding(device)
         self.shared_memory = 0
         size_of = mosaic_gpu._smem_tree_size

@@ -1,6 +1,8 @@
 """The expert layer: what it computes, through the public function and the portable backend, against float64."""
 
 import collections
+import dataclasses
+import functools
 import itertools
 import logging
 from types import SimpleNamespace
@@ -10,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.kernels import devices
+from jaxmoe.kernels.devices import Device, device_at_hand
 from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, api, expert_mlp, xla
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic import backend
+from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
+from jaxmoe.kernels.expert_mlp.tuning.measured import Measured
 from jaxmoe.kernels.logs import log_once
 
 R, D, E, F, K = 29, 12, 5, 7, 2
@@ -235,7 +239,7 @@ def test_frozen_parameters_cost_nothing():
 def test_backward_returns_none_for_what_is_not_wanted():
     x, experts, chosen, weights, dout = make_operands()
     nothing = Grads(False, False, Experts(False, False, False, False, Lora(False, False, False, False)))
-    dispatch, options = make_dispatch(chosen, E), Options(ACTIVATIONS[0], 0.7)
+    dispatch, options = make_dispatch(chosen, E), Options(ACTIVATIONS[0], 0.7, device_at_hand())
 
     def backward(wanted):
         _, saved = xla.forward(options, x, experts, weights, dispatch, save=True)
@@ -308,44 +312,86 @@ def logged(caplog):
     log_once.cache_clear()
 
 
-def on_device(monkeypatch, **changes):
-    fields = {"kind": "NVIDIA H200", "platform": "gpu", "multiprocessors": 132, "hopper": True} | changes
-    monkeypatch.setattr(backend, "target_device", lambda: devices.Device(**fields))
+H200 = Device("NVIDIA H200", "gpu", 132, (9, 0), present=True)
+A100 = dataclasses.replace(H200, kind="NVIDIA A100", multiprocessors=108, capability=(8, 0))
 
 
-def test_elsewhere_the_portable_backend_is_used_and_a_line_says_so_once(monkeypatch, logged):
-    on_device(monkeypatch, kind="NVIDIA A100", hopper=False)
+def measured(monkeypatch, checked, **tiles):
+    """On every kind of device."""
+    monkeypatch.setattr(backend, "measured_on", lambda kind: Measured(kind, checked, tiles))
+
+
+def test_elsewhere_the_portable_backend_is_used_and_a_line_says_so_once(logged):
     *operands, _ = make_operands()
     for _ in range(2):
-        np.testing.assert_array_equal(expert_mlp(*operands), expert_mlp(*operands, backend="xla"))
+        on_device = expert_mlp(*operands, device=A100)
+        np.testing.assert_array_equal(on_device, expert_mlp(*operands, backend="xla"))
     message = (
         "expert_mlp: backend mosaic is not used: the kernels are for NVIDIA Hopper GPUs (H100, H200), "
         "this is NVIDIA A100"
     )
     assert logged() == [("INFO", message)]
     with pytest.raises(NotImplementedError, match="this is NVIDIA A100"):
+        expert_mlp(*operands, backend="mosaic", device=A100)
+    with pytest.raises(NotImplementedError, match="this is cpu"):
         expert_mlp(*operands, backend="mosaic")
 
 
-def test_kernels_that_were_not_checked_are_not_used(monkeypatch, logged):
-    on_device(monkeypatch, kind="NVIDIA H200 of another world")
-    expert_mlp(*make_operands()[:4])
+def launches_of_kernels(device):
+    """How many Mosaic kernels are in a forward pass, and in one with its gradients, that a CUDA device would run."""
+    struct = lambda *sizes, dtype="bfloat16": jax.ShapeDtypeStruct(sizes, dtype)
+    experts = Experts(struct(3, 2, 64, 128), struct(3, 128, 64))
+    weights, chosen = struct(20, 2, dtype="float32"), struct(20, 2, dtype="int32")
+
+    def layer(x, experts, weights, chosen):
+        return expert_mlp(x, experts, chosen, weights, device=device)
+
+    def both_ways(x, experts, weights, chosen):
+        out, pull_back = jax.vjp(lambda *trained: layer(*trained, chosen), x, experts, weights)
+        return out, pull_back(out)
+
+    def count(function):
+        traced = jax.jit(function).trace(struct(20, 128), experts, weights, chosen)
+        return traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu")
+
+    return count(layer), count(both_ways)
+
+
+def test_kernels_are_taken_as_checked_where_nothing_runs(logged):
+    assert launches_of_kernels(dataclasses.replace(H200, present=False)) == (2, 6)
+    assert logged() == []
+
+
+def test_kernels_that_were_not_checked_are_not_used(logged):
+    other_kind = dataclasses.replace(H200, kind="NVIDIA H200 of another world")
+    assert launches_of_kernels(other_kind) == (0, 0)
     ((level, message),) = logged()
     assert level == "WARNING"
     assert "have not been checked on NVIDIA H200 of another world" in message
     assert "--check" in message
 
 
+def test_kernels_that_were_checked_are_used(monkeypatch, logged):
+    measured(monkeypatch, {jax.__version__: 1.0})
+    assert launches_of_kernels(H200) == (2, 6)
+    assert logged() == []
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_kernels_have_the_tiles_and_the_size_of_their_device(monkeypatch, present):
+    tiles = {"a launch": {"out": 64}}
+    measured(monkeypatch, {jax.__version__: 1.0}, **tiles)
+    device = dataclasses.replace(H200, multiprocessors=114, present=present)
+    assert backend.kernels_for(device) == Mosaic(multiprocessors=114, tiles=tiles)
+
+
 def test_operands_that_the_kernels_cannot_take(monkeypatch, logged):
-    on_device(monkeypatch)
-    monkeypatch.setattr(
-        backend, "measured_on", lambda _: SimpleNamespace(checked={jax.__version__: 1.0}, tiles={})
-    )
+    measured(monkeypatch, {jax.__version__: 1.0})
     for dtype, reason in ((jnp.float32, "x is float32"), (jnp.bfloat16, "width 12 is no multiple of 64")):
         *operands, _ = make_operands(dtype=dtype)
         with pytest.raises(NotImplementedError, match=reason):
-            expert_mlp(*operands, backend="mosaic")
-        jax.eval_shape(expert_mlp, *operands)
+            expert_mlp(*operands, backend="mosaic", device=H200)
+        jax.eval_shape(functools.partial(expert_mlp, device=H200), *operands)
     assert [(level, message.split(": ")[-1]) for level, message in logged()] == [
         ("WARNING", "the tensor cores take bfloat16 and float16, x is float32"),
         ("WARNING", "width 12 is no multiple of 64"),

@@ -1,5 +1,6 @@
-"""The Mosaic kernels on the device at hand: only where it is of their kind, and where they were found right.
+"""The Mosaic kernels, where the device is of their kind and they were found right on it.
 
+Where a program is only compiled for a device nothing runs that could be wrong: there they are taken as checked.
 Pallas is imported when the first such device is met: on a CPU nobody waits for it.
 """
 
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from jaxmoe.kernels.devices import target_device
+from jaxmoe.kernels.devices import Device
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options, OtherDevice
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch
 from jaxmoe.kernels.expert_mlp.operands import Experts
@@ -26,13 +27,14 @@ def forward(
     *,
     save: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`Mosaic.forward` on the device at hand.
+    """`Mosaic.forward` for the device of the options.
 
     Raises:
         OtherDevice: it is no Hopper GPU.
         NotImplementedError: the kernels were not found right there yet, or cannot take the operands.
     """
-    return for_device().forward(options, x_RD, experts, weights_RK, dispatch, save=save)
+    kernels = kernels_for(options.device)
+    return kernels.forward(options, x_RD, experts, weights_RK, dispatch, save=save)
 
 
 def backward(
@@ -45,17 +47,17 @@ def backward(
     dout_RD: jax.Array,
     wanted: Grads,
 ) -> Grads:
-    """`Mosaic.backward` on the device at hand."""
-    return for_device().backward(options, x_RD, experts, weights_RK, dispatch, pre_Pf, dout_RD, wanted)
+    """`Mosaic.backward` for the device of the options."""
+    kernels = kernels_for(options.device)
+    return kernels.backward(options, x_RD, experts, weights_RK, dispatch, pre_Pf, dout_RD, wanted)
 
 
-def for_device() -> "Mosaic":
-    """The kernels of the device at hand; raises as `forward` does."""
-    device = target_device()
+def kernels_for(device: Device) -> "Mosaic":
+    """The kernels with what was measured on such a device; raises as `forward` does."""
     if not device.hopper:
         raise OtherDevice(f"the kernels are for NVIDIA Hopper GPUs (H100, H200), this is {device.kind}")
     known = measured_on(device.kind)
-    if jax.__version__ not in known.checked:
+    if device.present and jax.__version__ not in known.checked:
         raise NotImplementedError(
             f"the kernels have not been checked on {device.kind} with jax {jax.__version__}: run "
             "python -m jaxmoe.kernels.tune --check once (a minute), which notes that they are right there"

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmoe.kernels.devices import device_at_hand
 from jaxmoe.kernels.expert_mlp import reference, xla
 from jaxmoe.kernels.expert_mlp.activations import Activation
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options
@@ -158,7 +159,7 @@ class _Operands:
 def _ratios(backend: Mosaic, case: Case, repeats: int) -> dict[str, float]:
     """Of every result by name: the error over that of the naive computation."""
     operands = _operands(case)
-    options = Options(case.activation, lora_scale=0.75)
+    options = Options(case.activation, lora_scale=0.75, device=device_at_hand())
     ours = jax.jit(functools.partial(_results, backend, options, case, twice=True))
     arrays = (operands.x, operands.experts, operands.weights, operands.dispatch, operands.dout)
     _poison()

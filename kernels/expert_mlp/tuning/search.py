@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jaxmoe.kernels.devices import device_at_hand
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic.epilogues import ActivationGradient
@@ -104,7 +105,10 @@ def launches(layer: ExpertLayer, tokens: int) -> list[Recorded]:
     wanted = Grads(x=True, weights=True, experts=Experts(True, True))
 
     def both_ways(x: jax.Array, experts: Experts, weights: jax.Array, chosen: jax.Array) -> Any:
-        options, dispatch = Options(layer.activation, 1.0), make_dispatch(chosen, shape.experts)
+        options, dispatch = (
+            Options(layer.activation, 1.0, device_at_hand()),
+            make_dispatch(chosen, shape.experts),
+        )
         out, saved = recorder.forward(options, x, experts, weights, dispatch, save=True)
         assert saved is not None
         return recorder.backward(options, x, experts, weights, dispatch, saved, out, wanted)
