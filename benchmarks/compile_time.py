@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from common import print_table, write_results
 
 from jaxmoe.config import OptimizerConfig
-from jaxmoe.interop.pretrained import read_blueprint
-from jaxmoe.model.spec import model_params
+from jaxmoe.interop.source import config_source
 from jaxmoe.optim import build_optimizer, schedule
 from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import roles
@@ -35,9 +34,9 @@ CONFIG = {
 
 def measure(depth: int, optimizer_name: str) -> dict[str, Any]:
     """Seconds to trace and to compile a step of `depth` layers; nothing is allocated or run."""
-    spec = read_blueprint({**CONFIG, "num_hidden_layers": depth}).spec
+    spec = config_source({**CONFIG, "num_hidden_layers": depth}).spec
     config = OptimizerConfig(name=optimizer_name, learning_rate=1e-3)
-    optimizer = build_optimizer(config, roles(model_params(spec)), 100)
+    optimizer = build_optimizer(config, roles(spec.declared), 100)
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         state = abstract_state(optimizer, spec, mesh)

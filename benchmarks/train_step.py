@@ -23,7 +23,6 @@ from common import print_table, write_results
 
 from jaxmoe.config import OptimizerConfig
 from jaxmoe.interop.torch_bridge import from_torch
-from jaxmoe.model.spec import model_params
 from jaxmoe.optim import build_optimizer, schedule
 from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import roles
@@ -102,7 +101,7 @@ def jax_step(model: Any, tokens: np.ndarray) -> Callable[[], float]:
     """The same in jaxmoe."""
     mine = from_torch(model)
     config = OptimizerConfig(learning_rate=RATE, schedule="constant")
-    optimizer = build_optimizer(config, roles(model_params(mine.spec)), 1000)
+    optimizer = build_optimizer(config, roles(mine.spec.declared), 1000)
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         state = init_state(jax.tree.map(jnp.array, mine.pure_params()), optimizer, mine.spec, 0, mesh)

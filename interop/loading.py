@@ -1,10 +1,6 @@
 """Loading: a checkpoint folder → parameters on their devices, reading what they need once."""
 
-import dataclasses
-import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -13,30 +9,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmoe.errors import UserError
-from jaxmoe.files import why_unusable
-from jaxmoe.interop.config_json import read_config
-from jaxmoe.interop.families import family_of
-from jaxmoe.interop.families.family import Family
-from jaxmoe.interop.quantization.folder import Files, open_files, split_config
-from jaxmoe.interop.rules import Binding, Bindings, bind
-from jaxmoe.interop.storage.format import DTYPES, TensorInfo, raise_problems
+from jaxmoe.interop.rules import Binding, Bindings
+from jaxmoe.interop.source import COMPUTE_DTYPES, FLOATS, Source, check_copies
+from jaxmoe.interop.storage.format import DTYPES
 from jaxmoe.interop.storage.slices import Box, pieces
-from jaxmoe.model.spec import ModelSpec, model_params
+from jaxmoe.model.spec import ModelSpec
 from jaxmoe.parallel.sharding import shardings
-from jaxmoe.params import Param, Tree, named
+from jaxmoe.params import Param, Tree, dtypes, named
 
-_FLOATS = ("BF16", "F16", "F32", "F64")
 _ALIGNMENT = 64
 """Bytes; jax takes a host array so aligned as a CPU buffer without copying it."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
-
-
 PIECE_ELEMENTS = 8 << 20
 """A tensor is read in pieces of at most so many numbers."""
-
-COMPUTE_DTYPES = ("bfloat16", "float32", "float16")
 
 
 class TensorReader(Protocol):
@@ -44,74 +29,6 @@ class TensorReader(Protocol):
 
     def read_box(self, name: str, sizes: Sequence[int], box: Sequence[slice]) -> np.ndarray:
         """The part `box` of tensor `name` seen with axes `sizes`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A checkpoint folder, read as far as its config and the headers of its files.
-
-    Attributes:
-        folder: the Hugging Face folder.
-        family: of its model_type.
-        raw: config.json as it is.
-        spec: the model that it describes.
-        files: the safetensors files; of a quantised folder, as if they were stored in bfloat16.
-        bindings: which tensor holds which part of which parameter.
-    """
-
-    folder: Path
-    family: Family
-    raw: Mapping[str, Any]
-    spec: ModelSpec
-    files: Files
-    bindings: Bindings
-
-
-def resolve_folder(path_or_hub_id: str | Path) -> Path:
-    """A local folder, or the local snapshot of a hub repository (downloaded if need be; safetensors only).
-
-    Raises:
-        UserError: neither.
-    """
-    if bad := why_unusable(path_or_hub_id):
-        raise UserError(f"{bad}; give a folder with config.json, or a hub id like org/name")
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_file():
-        raise UserError(f"{path}: is a file, expected a folder with config.json; give {path.parent}")
-    if path.exists():
-        return path
-    if not _HUB_ID.fullmatch(str(path_or_hub_id)):
-        raise UserError(
-            f"model folder {path} does not exist: give a folder with config.json, or a hub id like org/name"
-        )
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(str(path_or_hub_id), allow_patterns=list(_HUB_FILES)))
-    except Exception as error:  # the hub client's own errors, and those of three network libraries
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path_or_hub_id!r} is no folder here, and could not be downloaded from the hub: {reason}"
-        ) from error
-
-
-def open_source(path_or_hub_id: str | Path) -> Source:
-    """Open a checkpoint and check that it is whole: every tensor there, of the right shape, and none unknown.
-
-    Raises:
-        UserError: whatever is wrong with it, all missing, surplus and misshapen tensors listed once.
-    """
-    folder = resolve_folder(path_or_hub_id)
-    raw = read_config(folder / "config.json")
-    family = family_of(raw, str(folder / "config.json"))
-    plain, quantization = split_config(raw, str(folder / "config.json"))
-    spec = family.spec(plain, str(folder / "config.json"))
-    problems: list[str] = []
-    files = open_files(folder, quantization, problems)
-    shapes = {name: info.shape for name, info in files.tensors.items()}
-    bindings = bind(family.rules(spec), spec, shapes, family.ignored)
-    raise_problems(folder, problems + _problems(bindings, files))
-    return Source(folder, family, raw, spec, files, bindings)
 
 
 def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> Tree:
@@ -122,30 +39,34 @@ def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> Tree:
 
     Args:
         source: an open checkpoint.
-        dtype: of the arrays.
+        dtype: of the arrays but those kept in float32, or a tree with that of each.
         mesh: shards them by `jaxmoe.parallel.sharding`; by default they are whole, on the first device.
 
     Raises:
         UserError: a file could not be read, a tied copy differs, a value overflows `dtype`, or the mesh does not
             divide a dimension.
     """
+    _, files = source.opened
     check_copies(source)
-    return read_params(source.files, source.spec, source.bindings, dtype, mesh)
+    return read_params(files, source.spec, source.bindings, dtype, mesh)
 
 
 def read_params(
     reader: TensorReader, spec: ModelSpec, bindings: Bindings, dtype: Any, mesh: Mesh | None = None
 ) -> Tree:
     """`load_params` from any reader of tensors."""
-    tree = model_params(spec)
+    tree = spec.declared
     placements = (
         jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), tree)
         if mesh is None
         else shardings(tree, mesh)
     )
     arrays = []
-    for (name, declared), placement in zip(named(tree), jax.tree.leaves(placements), strict=True):
-        shards = LocalShards(declared, placement, np.dtype(declared.dtype(dtype)))
+    kinds = jax.tree.leaves(dtypes(tree, dtype))
+    for (name, declared), placement, kind in zip(
+        named(tree), jax.tree.leaves(placements), kinds, strict=True
+    ):
+        shards = LocalShards(declared, placement, np.dtype(kind))
         for part in bindings.of_parameter[name]:
             shards.fill(part, reader)
         # Waiting keeps a host from holding a second parameter while the first is on its way to its devices.
@@ -261,36 +182,6 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[offset : offset + size].view(dtype).reshape(shape)
 
 
-def _problems(bindings: Bindings, files: Files) -> list[str]:
-    problems = [f"tensor {name} is missing" for name in bindings.missing]
-    problems += [f"tensor {name} is not part of the model" for name in bindings.surplus]
-    for name, binding in bindings.of_tensor.items():
-        info: TensorInfo | None = files.tensors.get(name)
-        if info is None:
-            continue
-        if tuple(info.shape) != binding.shape:
-            problems.append(f"tensor {name} has shape {list(info.shape)}, expected {list(binding.shape)}")
-        if info.dtype not in _FLOATS:
-            problems.append(f"tensor {name} has dtype {info.dtype}, expected one of {', '.join(_FLOATS)}")
-    return problems
-
-
-def check_copies(source: Source) -> None:
-    """Compare tensors that the config ties to others with those; reads nothing where there are none.
-
-    Raises:
-        UserError: they differ.
-    """
-    for copy, original in source.bindings.copies.items():
-        chunks = itertools.zip_longest(source.files.iter_bytes(copy), source.files.iter_bytes(original))
-        same = source.files.tensors[copy].dtype == source.files.tensors[original].dtype
-        if not same or any(a != b for a, b in chunks):
-            raise UserError(
-                f"{source.folder}: the config ties {copy} to {original} but the file holds different values; "
-                "set tie_word_embeddings to false, or drop the copy"
-            )
-
-
 class ArrayReader:
     """Reads from arrays in memory."""
 
@@ -306,17 +197,5 @@ def numpy_dtype(name: str) -> np.dtype:
     """The numpy dtype of a safetensors dtype such as "BF16"."""
     dtype = DTYPES[name].numpy
     if dtype is None:
-        raise UserError(f"dtype {name} has no array form; expected one of {', '.join(_FLOATS)}")
+        raise UserError(f"dtype {name} has no array form; expected one of {', '.join(FLOATS)}")
     return dtype
-
-
-def compute_dtype(name: Any) -> Any:
-    """The dtype called "bfloat16", "float32" or "float16".
-
-    Raises:
-        UserError: anything else.
-    """
-    text = name if isinstance(name, str) else jnp.dtype(name).name
-    if text not in COMPUTE_DTYPES:
-        raise UserError(f"dtype {text!r} is not supported: expected one of {', '.join(COMPUTE_DTYPES)}")
-    return jnp.dtype(text)

@@ -1,6 +1,5 @@
 """The public way in and out: Hugging Face folder ↔ `MoEModel`."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,52 +7,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxmoe.errors import UserError
-from jaxmoe.interop.config_json import read_config
-from jaxmoe.interop.families import family_of
-from jaxmoe.interop.families.family import Family
-from jaxmoe.interop.loading import compute_dtype, load_params, open_source
-from jaxmoe.interop.quantization.folder import split_config
-from jaxmoe.interop.rules import Bindings, bind
-from jaxmoe.interop.saving import export_like_source, export_new
+from jaxmoe.interop.loading import load_params
+from jaxmoe.interop.saving import write_folder
+from jaxmoe.interop.source import compute_dtype, config_source, open_source
 from jaxmoe.model.module import MoEModel
-from jaxmoe.model.spec import ModelSpec, model_params
 from jaxmoe.parallel.sharding import shardings
 from jaxmoe.params import initialize
-
-
-@dataclasses.dataclass(frozen=True)
-class Blueprint:
-    """A model known by its config alone, without weights.
-
-    Attributes:
-        raw: the config.json, without ``quantization_config``.
-        family: of its model_type.
-        spec: the model.
-        bindings: of the family's first layout.
-    """
-
-    raw: Mapping[str, Any]
-    family: Family
-    spec: ModelSpec
-    bindings: Bindings
-
-
-def read_blueprint(config: str | Path | Mapping[str, Any]) -> Blueprint:
-    """Read a config.json file, or take it as a mapping.
-
-    Raises:
-        UserError: it is missing, malformed or not supported.
-    """
-    raw, file = (
-        (config, "model.config") if isinstance(config, Mapping) else (read_config(Path(config)), str(config))
-    )
-    if not isinstance(raw.get("model_type"), str):
-        raise UserError(f"{file}: expected a string 'model_type', got {raw.get('model_type')!r}")
-    family = family_of(raw, file)
-    raw, _ = split_config(raw, file)
-    spec = family.spec(raw, file)
-    return Blueprint(raw, family, spec, bind(family.rules(spec), spec))
 
 
 def from_pretrained(
@@ -89,14 +48,14 @@ def from_config(
         seed: of the weights.
 
     Raises:
-        UserError: as `read_blueprint`.
+        UserError: as `jaxmoe.interop.source.config_source`.
     """
     dtype = compute_dtype(dtype)
-    blueprint = read_blueprint(config)
-    tree = model_params(blueprint.spec)
-    placement = None if mesh is None else shardings(tree, mesh)
-    params = initialize(tree, jax.random.key(seed), blueprint.spec.init_std, dtype, placement)
-    return MoEModel(blueprint.spec, params, dtype, mesh, blueprint)
+    source = config_source(config)
+    declared = source.spec.declared
+    placement = None if mesh is None else shardings(declared, mesh)
+    params = initialize(declared, jax.random.key(seed), source.spec.init_std, dtype, placement)
+    return MoEModel(source.spec, params, dtype, mesh, source)
 
 
 def save_pretrained(
@@ -105,28 +64,24 @@ def save_pretrained(
     """Write a model as a Hugging Face folder; see `jaxmoe.interop.saving` for what it repeats of its source.
 
     Args:
-        model: from `from_pretrained` or `from_config`.
+        model: from `from_pretrained`, `from_config` or `jaxmoe.interop.torch_bridge.from_torch`.
         folder: a new or empty folder.
         overwrite: replace an existing checkpoint folder as a whole.
         quantization: "none": what the source has quantised is written in bfloat16; "source": as the source has it.
 
     Raises:
+        ValueError: the model was made by hand and nothing says what its tensors are called.
         UserError: the folder cannot be written, or the model has no source whose format it could have.
     """
-    if isinstance(model.source, Blueprint):
-        if quantization != "none":
-            raise UserError(
-                f"quantization {quantization!r}: the model has random weights and no source; expected 'none'"
-            )
-        export_new(
-            model.pure_params(),
-            model.source.bindings,
-            model.source.raw,
-            folder,
-            dtype=model.dtype,
-            overwrite=overwrite,
+    if model.source is None:
+        raise ValueError(
+            "this model has no source: make it with source=jaxmoe.interop.source.config_source(its config.json)"
         )
-    else:
-        export_like_source(
-            model.pure_params(), model.source, folder, overwrite=overwrite, quantization=quantization
-        )
+    write_folder(
+        model.pure_params(),
+        model.source,
+        folder,
+        dtype=model.dtype,
+        overwrite=overwrite,
+        quantization=quantization,
+    )

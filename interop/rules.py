@@ -23,7 +23,7 @@ from typing import NamedTuple
 import einops
 import numpy as np
 
-from jaxmoe.model.spec import ModelSpec, model_params
+from jaxmoe.model.spec import ModelSpec
 from jaxmoe.params import Param, named
 
 _FIELD = re.compile(r"\{([A-Z])(?::([^}]*))?\}")
@@ -187,7 +187,7 @@ class _Part(NamedTuple):
 
 def _parts(spec: ModelSpec) -> Iterator[_Part]:
     inside: dict[tuple[int, int], list[tuple[str, Param]]] = {}
-    for name, declared in named(model_params(spec)):
+    for name, declared in named(spec.declared):
         if name.startswith("groups."):
             _, group, place, _ = name.split(".", 3)
             inside.setdefault((int(group), int(place)), []).append((name, declared))

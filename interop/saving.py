@@ -21,9 +21,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmoe.errors import UserError
-from jaxmoe.interop.loading import Source, numpy_dtype
+from jaxmoe.interop.loading import numpy_dtype
 from jaxmoe.interop.quantization.folder import FIELD, Files, QuantizedFolder, StoredOrder
 from jaxmoe.interop.rules import Binding, Bindings
+from jaxmoe.interop.source import Source
 from jaxmoe.interop.storage.format import INDEX_FILE, Shard, TensorInfo, dtype_name
 from jaxmoe.interop.storage.slices import Box, pieces
 from jaxmoe.interop.storage.writer import FolderWriter, index_json, plan_shards
@@ -57,6 +58,52 @@ _OTHER_WEIGHTS = frozenset(
 """Suffixes of weight files: copies of the weights before training would contradict the ones exported."""
 
 
+def write_folder(
+    params: Tree,
+    source: Source,
+    folder: str | Path,
+    *,
+    dtype: Any,
+    replaced_files: Mapping[str, Path | None] | None = None,
+    overwrite: bool = False,
+    quantization: str = "none",
+) -> list[str]:
+    """Write `params` as a Hugging Face folder: as `source` is laid out, or as a new one where it has no folder.
+
+    Args:
+        params: the tree of `ModelSpec.declared`.
+        source: where the model comes from.
+        folder: a new folder, or with `overwrite` an existing checkpoint that is replaced as a whole.
+        dtype: of every tensor of a new folder but those kept in float32.
+        replaced_files, overwrite, quantization: as in `export_like_source`.
+
+    Returns:
+        Files of the source that were left out: weights in other formats.
+
+    Raises:
+        UserError: as `export_like_source`, or the source's format is asked for and there is none.
+    """
+    if source.folder is not None:
+        return export_like_source(
+            params,
+            source,
+            folder,
+            replaced_files=replaced_files,
+            overwrite=overwrite,
+            quantization=quantization,
+        )
+    if quantization != "none":
+        raise UserError(
+            f"quantization {quantization!r}: the model was not loaded from a folder whose format it could have; "
+            "expected 'none'"
+        )
+    present = {name: path for name, path in (replaced_files or {}).items() if path is not None}
+    export_new(
+        params, source.bindings, source.raw, folder, dtype=dtype, extra_files=present, overwrite=overwrite
+    )
+    return []
+
+
 def export_like_source(
     params: Tree,
     source: Source,
@@ -71,7 +118,7 @@ def export_like_source(
     On several hosts all must call it; the first one writes.
 
     Args:
-        params: the tree of `jaxmoe.model.spec.model_params`.
+        params: the tree of `ModelSpec.declared`.
         source: the checkpoint that they were loaded from; its folder must still be there.
         folder: a new folder, or with `overwrite` an existing checkpoint that is replaced as a whole.
         replaced_files: files that take the place of the source's of those names, such as another tokenizer's;
@@ -85,23 +132,14 @@ def export_like_source(
     Raises:
         UserError: the folder is not empty, the disk is full, or a value does not fit the tensor's dtype.
     """
+    origin, files = source.opened
     shards = exported_shards(source, quantization)
     tensors = (
-        _QuantizedTensors(params, source.bindings, source.files)
-        if isinstance(source.files, QuantizedFolder) and quantization == "source"
-        else _Tensors(params, source.bindings, source.files)
+        _QuantizedTensors(params, source.bindings, files)
+        if isinstance(files, QuantizedFolder) and quantization == "source"
+        else _Tensors(params, source.bindings, files)
     )
-    if source.folder.resolve() == Path(folder).resolve():
-        raise UserError(f"{folder}: is the folder that the model was loaded from; export to another one")
-    if Path(folder).resolve().is_relative_to(source.folder.resolve()):
-        raise UserError(
-            f"{folder}: lies inside {source.folder}, all of which is exported; choose a folder outside of it"
-        )
-    if source.folder.resolve().is_relative_to(Path(folder).resolve()):
-        raise UserError(
-            f"{folder}: holds {source.folder}, which the model was loaded from and which replacing it would delete; "
-            "choose another folder"
-        )
+    _refuse_overlap(origin, Path(folder))
     if jax.process_index() != 0:
         tensors.take_part(shards)
         return []
@@ -114,8 +152,8 @@ def export_like_source(
             writer.file(name, data)
         written = {shard.file for shard in exported_shards(source, "source")} | rewritten.keys()
         written |= (replaced_files or {}).keys()
-        for path in sorted(source.folder.rglob("*")):
-            name = path.relative_to(source.folder).as_posix()
+        for path in sorted(origin.rglob("*")):
+            name = path.relative_to(origin).as_posix()
             if not path.is_file() or name in written or name.startswith((".cache/", ".git/")):
                 continue
             if path.suffix in _OTHER_WEIGHTS:
@@ -128,6 +166,22 @@ def export_like_source(
     return left_out
 
 
+def _refuse_overlap(origin: Path, folder: Path) -> None:
+    """Raise UserError where an export would read what it writes."""
+    there, here = origin.resolve(), folder.resolve()
+    if there == here:
+        raise UserError(f"{folder}: is the folder that the model was loaded from; export to another one")
+    if here.is_relative_to(there):
+        raise UserError(
+            f"{folder}: lies inside {origin}, all of which is exported; choose a folder outside of it"
+        )
+    if there.is_relative_to(here):
+        raise UserError(
+            f"{folder}: holds {origin}, which the model was loaded from and which replacing it would delete; "
+            "choose another folder"
+        )
+
+
 def exported_shards(source: Source, quantization: str) -> Sequence[Shard]:
     """The files of tensors that `export_like_source` writes.
 
@@ -136,7 +190,7 @@ def exported_shards(source: Source, quantization: str) -> Sequence[Shard]:
     """
     if quantization not in QUANTIZATIONS:
         raise UserError(f"quantization {quantization!r}: expected {' or '.join(map(repr, QUANTIZATIONS))}")
-    files = source.files
+    _, files = source.opened
     return (
         files.stored.shards
         if isinstance(files, QuantizedFolder) and quantization == "source"
@@ -172,7 +226,7 @@ def export_new(
     """Write a model that was not loaded from a folder, in the first layout that its family's rules give.
 
     Args:
-        params: the tree of `jaxmoe.model.spec.model_params`.
+        params: the tree of `ModelSpec.declared`.
         bindings: of the family's rules to the model.
         config: the config.json; its dtype field is set to `dtype`.
         folder: as in `export_like_source`.

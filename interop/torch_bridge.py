@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
-from jaxmoe.interop.families import family_of
 from jaxmoe.interop.loading import ArrayReader, read_params
 from jaxmoe.interop.rules import bind
+from jaxmoe.interop.source import config_source
 from jaxmoe.model.module import MoEModel
 from jaxmoe.params import Tree
 
@@ -23,15 +23,19 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def from_torch(model: Any, dtype: Any = "float32") -> MoEModel:
-    """The same model in jaxmoe.
+    """The same model in jaxmoe; `jaxmoe.save_pretrained` writes it as a new folder.
 
     Args:
         model: a transformers model of a supported family.
         dtype: of parameters and computation.
+
+    Raises:
+        UserError: its config is not supported.
+        KeyError: a tensor is missing.
     """
-    raw = model.config.to_dict()
-    spec = family_of(raw, "config").spec(raw, "config")
-    return MoEModel(spec, params_from_tensors(model, model.state_dict(), dtype), dtype)
+    source = config_source(_config_json(model))
+    params = params_from_tensors(model, model.state_dict(), dtype)
+    return MoEModel(source.spec, params, dtype, source=source)
 
 
 def params_from_tensors(model: Any, tensors: dict[str, torch.Tensor], dtype: Any = "float32") -> Tree:
@@ -45,14 +49,16 @@ def params_from_tensors(model: Any, tensors: dict[str, torch.Tensor], dtype: Any
     Raises:
         KeyError: a tensor is missing.
     """
-    raw = model.config.to_dict()
-    family = family_of(raw, "config")
-    spec = family.spec(raw, "config")
+    source = config_source(_config_json(model))
     # As transformers would write them: the layouts of its models in memory are of no checkpoint.
     stored = {name: to_numpy(tensor) for name, tensor in revert_weight_conversion(model, tensors).items()}
-    bindings = bind(
-        family.rules(spec), spec, {name: array.shape for name, array in stored.items()}, family.ignored
-    )
+    shapes = {name: array.shape for name, array in stored.items()}
+    bindings = bind(source.family.rules(source.spec), source.spec, shapes, source.family.ignored)
     if bindings.missing:
         raise KeyError(f"tensors missing: {', '.join(bindings.missing)}")
-    return read_params(ArrayReader(stored), spec, bindings, dtype)
+    return read_params(ArrayReader(stored), source.spec, bindings, dtype)
+
+
+def _config_json(model: Any) -> dict[str, Any]:
+    """What transformers would write as config.json."""
+    return model.config.to_dict()

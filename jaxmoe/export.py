@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 import jax
-from jax.sharding import AxisType
 
 from jaxmoe.cli import ArgumentParser, run_command
 from jaxmoe.config import RunConfig, load_config
@@ -33,13 +32,12 @@ def main(argv: list[str]) -> None:
     if not (run / "config.yaml").exists():
         raise UserError(f"{run}: found no config.yaml, expected the folder of a run")
     # Imported only now: a wrong folder is reported without waiting for it.
-    from jaxmoe.model.spec import model_params
-    from jaxmoe.optim import build_optimizer
-    from jaxmoe.parallel.sharding import MESH_AXES
-    from jaxmoe.params import roles
+    from jaxmoe.parallel.sharding import make_mesh
+    from jaxmoe.params import split
+    from jaxmoe.run.assemble import assemble
     from jaxmoe.run.data import tokenizer_files
-    from jaxmoe.run.model import open_model
-    from jaxmoe.training.step import abstract_state
+    from jaxmoe.run.model import export_model, initial_weights, open_model
+    from jaxmoe.training.state import Saved
 
     config = load_config(run / "config.yaml").model_copy(update={"output_dir": str(run)})
     checkpoints = Checkpoints(run / "checkpoints", None)
@@ -47,23 +45,25 @@ def main(argv: list[str]) -> None:
     if step is None:
         raise UserError(f"{run}: the run has no checkpoint yet")
     try:
-        model = open_model(config.model)
+        source = open_model(config.model)
         _check_tokenizer(config)
     except UserError as error:
         raise UserError(f"{error}{_hint(run, config)}") from None
     # Whatever mesh the run has: the weights alone, spread over the devices that are here.
-    usable = math.gcd(jax.device_count(), model.spec.width)
-    mesh = jax.make_mesh(
-        (1, usable, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:usable]
-    )
-    optimizer = build_optimizer(config.optimizer, roles(model_params(model.spec)), config.train.steps)
-    state = abstract_state(optimizer, model.spec, mesh)
-    unread = jax.tree.map(lambda _: ..., state)
-    state, _ = checkpoints.restore(step, unread._replace(params=state.params))
-    left_out = model.export(
-        state.params,
+    usable = math.gcd(jax.device_count(), source.spec.width)
+    assembled = assemble(config, make_mesh(fsdp=usable, devices=jax.devices()[:usable]), source=source)
+    state = assembled.state
+    if jax.tree.leaves(state.frozen):
+        weights = initial_weights(assembled.source, assembled.dtypes, assembled.mesh, config.train.seed)
+        state = state._replace(frozen=split(weights, assembled.mask)[1])
+    unread = jax.tree.map(lambda _: ..., state.saved)
+    saved, _ = checkpoints.restore(step, unread._replace(params=state.trainable))
+    left_out = export_model(
+        assembled.source,
+        state.restored(Saved(*saved)).params,
         folder,
-        tokenizer_files(config),
+        dtype=assembled.dtype,
+        tokenizer_files=tokenizer_files(config),
         overwrite=options.overwrite,
         quantization=options.quantization or config.train.export_quantization,
     )

@@ -7,10 +7,9 @@ from rich.table import Table
 
 from jaxmoe.cli import ArgumentParser, run_command
 from jaxmoe.files import path_argument
-from jaxmoe.model.feed_forward.mlp import MLPSpec
-from jaxmoe.model.spec import DenseMoESpec, LayerSpec, ModelSpec, model_params
+from jaxmoe.model.cost import active_params
+from jaxmoe.model.spec import ModelSpec
 from jaxmoe.params import count, named
-from jaxmoe.run.meter import active_params
 
 
 def main(argv: list[str]) -> None:
@@ -22,16 +21,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("model", type=path_argument, help="folder, hub id, or config.json file")
     parser.add_argument("--parameters", action="store_true", help="list every parameter and its tensors")
     options = parser.parse_args(argv)
-    from jaxmoe.interop.loading import open_source
-    from jaxmoe.interop.pretrained import read_blueprint
+    from jaxmoe.interop.source import config_source, open_source
 
     path = Path(options.model)
-    origin = read_blueprint(path) if path.is_file() else open_source(options.model)
+    origin = config_source(path) if path.is_file() else open_source(options.model)
     console = Console(highlight=False, markup=False)
     console.print(_summary(origin.family.model_type, origin.spec))
     if options.parameters:
         table = Table("parameter", "dimensions", "shape", "tensors", "first tensor")
-        for name, declared in named(model_params(origin.spec)):
+        for name, declared in named(origin.spec.declared):
             parts = origin.bindings.of_parameter[name]
             shape = " x ".join(map(str, declared.shape))
             table.add_row(name, declared.dims, shape, str(len(parts)), parts[0].source)
@@ -41,30 +39,14 @@ def main(argv: list[str]) -> None:
 def _summary(model_type: str, spec: ModelSpec) -> Table:
     table = Table(show_header=False)
     table.add_row("family", model_type)
-    table.add_row("parameters", f"{count(model_params(spec)):,}")
+    table.add_row("parameters", f"{count(spec.declared):,}")
     table.add_row("active per token", f"{active_params(spec):,} (output head included)")
     table.add_row(
         "width, vocabulary", f"{spec.width:,}, {spec.vocab_size:,}{', tied' if spec.tie_embeddings else ''}"
     )
     for group in spec.groups:
-        table.add_row(f"layers x {group.repeats}", "\n".join(_layer(layer) for layer in group.pattern))
+        table.add_row(f"layers x {group.repeats}", "\n".join(layer.describe() for layer in group.pattern))
     return table
-
-
-def _layer(layer: LayerSpec) -> str:
-    mixer = layer.mixer
-    window = "" if mixer.window is None else f", window {mixer.window}"
-    attention = f"attention {mixer.num_heads}/{mixer.num_kv_heads} heads of {mixer.head_dim}{window}"
-    parts = [attention]
-    if isinstance(layer.ffn, MLPSpec | DenseMoESpec):
-        dense = layer.ffn.dense if isinstance(layer.ffn, DenseMoESpec) else layer.ffn
-        parts.append(f"dense {dense.hidden}")
-    if layer.moe is not None:
-        router = layer.moe.router
-        parts.append(f"{router.num_experts} experts of {layer.moe.hidden}, top {router.top_k}")
-        if layer.moe.shared is not None:
-            parts.append(f"shared {layer.moe.shared.mlp.hidden}")
-    return "; ".join(parts)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,18 @@ Dimension letters, used for every tensor of the code base:
     W  value width, M times a value's            K  experts chosen per token
     P  attended width, N times a value's
     H  head width
+    A  latent width of queries
+    C  latent width of keys and values
+    X  channels of a recurrent mixer
+    Y  state of one of its channels
     E  experts                                   Z  slots, that is (token, choice) pairs: Z = R*K
     G  gate and up, 2; without a gate 1
     J  1, of a gate that is one number per token
     F  hidden width of one expert
     I  hidden width of a dense feed-forward
+
+Lower-case letters are of arrays that a single place works with: r the rank of a low-rank pair, c the taps of a
+convolution, and those of `jaxmoe.kernels`.
 
 A parameter keeps the orientation of Hugging Face checkpoints, (out, in): the last two axes are one matrix,
 every axis before them is a batch of matrices.
@@ -34,7 +41,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-Role = Literal["matrix", "router", "embedding", "vector", "constant"]
+Role = Literal["matrix", "router", "embedding", "convolution", "vector", "decay", "constant"]
 Init = Literal["normal", "ones", "zeros"]
 Tree = Any
 """Nested dicts and tuples; the leaves are `Param`, arrays or what was derived from them."""
@@ -49,7 +56,9 @@ class Param:
         shape: one size per letter.
         init: how random weights begin; "normal" has the model's ``initializer_range`` as its deviation.
         role: "matrix" (the last two axes are a linear map), "router", "embedding" (also the output head),
-            "vector" (norm scales and biases, never decayed) or "constant" (no gradient step changes it).
+            "convolution" (a filter per channel: no linear map between its axes), "vector" (norm scales and biases,
+            never decayed), "decay" (rates and steps of a recurrence, never decayed) or "constant" (no gradient
+            step changes it).
         num_heads: N, where a dimension is made of query heads, each of which stays whole on one device.
         float32: kept in float32 whatever the model computes in.
     """
@@ -83,25 +92,11 @@ def stacked(tree: Tree, repeats: int) -> Tree:
     return jax.tree.map(lambda p: dataclasses.replace(p, dims="L" + p.dims, shape=(repeats, *p.shape)), tree)
 
 
-def abstract(tree: Tree, dtype: Any) -> Tree:
-    """`jax.ShapeDtypeStruct` for every declared parameter."""
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype(dtype)), tree)
-
-
-def for_compute(tree: Tree, values: Tree, dtype: Any) -> Tree:
-    """Arrays in `dtype`, but for those kept in float32; constants without gradient.
-
-    Args:
-        tree: declarations.
-        values: arrays in the same structure.
-        dtype: compute dtype.
-    """
-
-    def prepare(declared: Param, value: jax.Array) -> jax.Array:
-        value = value.astype(declared.dtype(dtype))
-        return jax.lax.stop_gradient(value) if declared.role == "constant" else value
-
-    return jax.tree.map(prepare, tree, values)
+def dtypes(tree: Tree, dtype: Any) -> Tree:
+    """The dtype of every declared parameter in a model of `dtype`; a tree of dtypes stays as it is."""
+    if jax.tree.structure(dtype) == jax.tree.structure(tree):
+        return dtype
+    return jax.tree.map(lambda p: p.dtype(dtype), tree)
 
 
 def count(tree: Tree) -> int:
@@ -117,7 +112,24 @@ def roles(tree: Tree) -> Tree:
 def named(tree: Tree) -> Iterator[tuple[str, Any]]:
     """Every leaf with its dotted name, such as ``groups.0.1.experts.down``, in the order of the tree."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        yield ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf
+        yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
+
+
+def split(tree: Tree, mask: Tree) -> tuple[Tree, Tree]:
+    """Two trees of the structure of `tree`: the leaves where `mask` is true, and the others; None for those missing.
+
+    `mask` has a boolean where `tree` has a leaf. jax takes None for a subtree without leaves.
+    """
+    chosen = jax.tree.map(lambda wanted, leaf: leaf if wanted else None, mask, tree)
+    others = jax.tree.map(lambda wanted, leaf: None if wanted else leaf, mask, tree)
+    return chosen, others
+
+
+def joined(chosen: Tree, others: Tree) -> Tree:
+    """The tree that `split` took apart."""
+    return jax.tree.map(
+        lambda one, other: other if one is None else one, chosen, others, is_leaf=lambda leaf: leaf is None
+    )
 
 
 def initialize(tree: Tree, key: jax.Array, std: float, dtype: Any, shardings: Tree | None = None) -> Tree:
@@ -127,20 +139,22 @@ def initialize(tree: Tree, key: jax.Array, std: float, dtype: Any, shardings: Tr
         tree: declarations.
         key: a PRNG key; each parameter draws from its own fold, so adding one changes no other.
         std: the model's ``initializer_range``.
-        dtype: dtype of the arrays but those kept in float32; values are drawn in float32.
+        dtype: dtype of the arrays but those kept in float32, or a tree with that of each; values are drawn in
+            float32.
         shardings: an optional tree of the same structure; each device then makes only its own shard.
     """
 
-    def draw(key: jax.Array, index: int, declared: Param) -> jax.Array:
+    def draw(key: jax.Array, index: int, declared: Param, dtype: Any) -> jax.Array:
         if declared.init == "normal":
             values = std * jax.random.normal(jax.random.fold_in(key, index), declared.shape)
-            return values.astype(declared.dtype(dtype))
-        return jnp.full(declared.shape, 1.0 if declared.init == "ones" else 0.0, declared.dtype(dtype))
+            return values.astype(dtype)
+        return jnp.full(declared.shape, 1.0 if declared.init == "ones" else 0.0, dtype)
 
     leaves, structure = jax.tree.flatten(tree)
+    kinds = jax.tree.leaves(dtypes(tree, dtype))
 
     def draw_all(key: jax.Array) -> Tree:
-        drawn = [draw(key, index, leaf) for index, leaf in enumerate(leaves)]
+        drawn = [draw(key, index, *each) for index, each in enumerate(zip(leaves, kinds, strict=True))]
         return jax.tree.unflatten(structure, drawn)
 
     return jax.jit(draw_all, out_shardings=shardings)(key)

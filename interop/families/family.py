@@ -7,7 +7,7 @@ from typing import Any
 from jaxmoe.errors import UserError
 from jaxmoe.interop.config_json import ConfigReader, text_config
 from jaxmoe.interop.rules import Rule
-from jaxmoe.model.spec import LayerSpec, ModelSpec
+from jaxmoe.model.spec import ModelSpec
 
 TRUNK = "model."
 
@@ -59,8 +59,8 @@ class Family:
         config = ConfigReader(raw, file, self.unused_fields)
         spec = self.read_spec(config)
         config.finish()
-        for layer in {layer for group in spec.groups for layer in group.pattern}:
-            _check_layer(layer, file)
+        for problem in spec.problems():
+            raise UserError(f"{file}: {problem}")
         return spec
 
     def rules(self, spec: ModelSpec) -> tuple[Rule, ...]:
@@ -79,42 +79,4 @@ class Family:
             )
             for prefix in self.prefixes
             for rule in self.named_rules(spec)
-        )
-
-
-def _check_layer(layer: LayerSpec, file: str) -> None:
-    heads, kv_heads, window = layer.mixer.num_heads, layer.mixer.num_kv_heads, layer.mixer.window
-    if heads % kv_heads:
-        raise UserError(
-            f"{file}: num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}"
-        )
-    if window is not None and (isinstance(window, bool) or window < 1):
-        raise UserError(f"{file}: sliding_window = {window}: expected a positive integer or null")
-    if layer.mixer.width_of_value > layer.mixer.head_dim:
-        raise UserError(
-            f"{file}: values of width {layer.mixer.width_of_value} are wider than keys, {layer.mixer.head_dim}: "
-            "that is not supported"
-        )
-    if layer.moe is None:
-        return
-    router = layer.moe.router
-    chosen, experts, groups = router.top_k, router.num_experts, router.groups
-    if chosen > experts:
-        raise UserError(f"{file}: num_experts_per_tok {chosen} is more than the {experts} experts")
-    if groups is None:
-        return
-    if experts % groups.count or groups.keep > groups.count:
-        raise UserError(
-            f"{file}: n_group {groups.count} and topk_group {groups.keep}: expected groups that divide the {experts} "
-            "experts, and no more kept than there are"
-        )
-    size = experts // groups.count
-    if size < 2 and groups.rank_by == "top2":
-        raise UserError(
-            f"{file}: n_group {groups.count} leaves {size} expert per group: expected two or more"
-        )
-    if chosen > groups.keep * size:
-        raise UserError(
-            f"{file}: num_experts_per_tok {chosen} is more than the {groups.keep * size} experts of {groups.keep} "
-            "groups"
         )

@@ -12,11 +12,11 @@ from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.kernels.expert_mlp import Activation
 from jaxmoe.model.feed_forward.mlp import MLPSpec
-from jaxmoe.model.feed_forward.moe import MoESpec
+from jaxmoe.model.feed_forward.moe import DenseMoESpec, MoESpec
 from jaxmoe.model.feed_forward.router import InputScale, RouterSpec
 from jaxmoe.model.mixers.grouped_query import AttentionSpec, QKNorm
 from jaxmoe.model.norms import NormSpec
-from jaxmoe.model.spec import DenseMoESpec, LayerSpec, ModelSpec
+from jaxmoe.model.spec import LayerSpec, ModelSpec
 
 # Of the smaller, dense models: per-layer embeddings, layers that reuse keys and values, and what goes with them.
 _WITHOUT = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "use_double_wide_mlp": False}

@@ -28,6 +28,7 @@ from jaxmoe.config.sections import (
     PathText,
     SampleConfig,
     Section,
+    Text,
     TrainConfig,
     TrainTokenizer,
 )
@@ -49,6 +50,16 @@ class RunConfig(Section):
     mesh: MeshConfig = Field(default=MeshConfig(), description=MeshConfig.__doc__)
     train: TrainConfig = Field(description=TrainConfig.__doc__)
     sample: SampleConfig | None = Field(default=None, description=SampleConfig.__doc__)
+    trainable: Items[Text] | None = Field(
+        default=None,
+        description="Regular expressions, searched in the names of the checkpoint's tensors: what is trained. "
+        "null: all.",
+    )
+    frozen: Items[Text] = Field(
+        default=(),
+        description="The same: what stays as it is, also where `trainable` matches. It is held in model.dtype and has "
+        "no gradient and no optimiser state.",
+    )
     output_dir: PathText = Field(description="Folder of the run.")
     then: Items[dict[str, Any]] = Field(
         default=(),

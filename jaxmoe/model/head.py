@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmoe.model.linear import in_dtype, linear
+
 
 @dataclasses.dataclass(frozen=True)
 class LogitSpec:
@@ -33,7 +35,7 @@ class Head:
     """The output head, or its gradients.
 
     Attributes:
-        weight: (V, D).
+        weight: (V, D), any weight of `jaxmoe.model.linear`.
         bias: (V,), or None where there is none.
     """
 
@@ -43,6 +45,6 @@ class Head:
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """(B, T, V) in float32; the weight is multiplied in hidden's dtype."""
-        weight_VD = self.weight.astype(hidden_BTD.dtype)
-        raw = jnp.einsum("btd,vd->btv", hidden_BTD, weight_VD, preferred_element_type=jnp.float32)
-        return self.spec.value(raw if self.bias is None else raw + self.bias.astype(jnp.float32))
+        weight_VD = in_dtype(self.weight, hidden_BTD.dtype)
+        bias = None if self.bias is None else self.bias.astype(jnp.float32)
+        return self.spec.value(linear(hidden_BTD, weight_VD, bias, out_dtype=jnp.float32))

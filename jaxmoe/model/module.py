@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoe.model import decoder
+from jaxmoe.model.batch import Batch, make_batch
 from jaxmoe.model.spec import ModelSpec
 from jaxmoe.params import Tree
 
@@ -19,10 +20,10 @@ class MoEModel(nnx.Module):
 
     Attributes:
         spec: its `ModelSpec`.
-        params: the parameter tree of `jaxmoe.model.spec.model_params`, each leaf an `nnx.Param`.
+        params: the parameter tree of `ModelSpec.declared`, each leaf an `nnx.Param`.
         dtype: compute dtype.
         mesh: the mesh that the parameters are sharded on, or None.
-        source: where the weights were read from (a `jaxmoe.interop.loading.Source`); export follows it.
+        source: where the weights were read from (a `jaxmoe.interop.source.Source`); export follows it.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class MoEModel(nnx.Module):
         Returns:
             (B, T, V) float32.
         """
-        batch = decoder.make_batch(
+        batch = make_batch(
             jnp.asarray(tokens),
             None if positions is None else jnp.asarray(positions),
             None if segment_ids is None else jnp.asarray(segment_ids),
@@ -64,6 +65,6 @@ class MoEModel(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "dtype"))
-def _logits(params: Tree, spec: ModelSpec, batch: decoder.Batch, dtype: Any) -> jax.Array:
+def _logits(params: Tree, spec: ModelSpec, batch: Batch, dtype: Any) -> jax.Array:
     hidden, _ = decoder.hidden_states(params, spec, batch, dtype=dtype)
     return decoder.logits(params, spec, hidden)

@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jaxmoe.model.linear import add_bias, along_last
 from jaxmoe.params import Param, Tree, param
 
 
@@ -53,7 +54,8 @@ def apply_norm(
     normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + spec.eps)
     if scale is None:
         return normal.astype(x.dtype)
+    scale = along_last(scale, x)
     if spec.kind == "rms":
         return scale.astype(x.dtype) * normal.astype(x.dtype)
     scaled = normal * scale.astype(jnp.float32)
-    return (scaled if bias is None else scaled + bias.astype(jnp.float32)).astype(x.dtype)
+    return (scaled if bias is None else add_bias(scaled, bias.astype(jnp.float32))).astype(x.dtype)

@@ -1,31 +1,19 @@
 """`ModelSpec`: a decoder described by data. Code never asks for a model's name."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from jaxmoe.model.feed_forward.mlp import MLPSpec, mlp_params
-from jaxmoe.model.feed_forward.moe import MoESpec, moe_params
-from jaxmoe.model.mixers.grouped_query import AttentionSpec, attention_params
+from jaxmoe.model.blocks import FeedForward, Mixer
 from jaxmoe.model.mixers.rope import RopeSpec
 from jaxmoe.model.norms import NormSpec, norm_params
 from jaxmoe.params import Tree, param, stacked
 
+Placement = Literal["pre", "post", "sandwich", "parallel", "normed"]
 
-@dataclasses.dataclass(frozen=True)
-class DenseMoESpec:
-    """A dense feed-forward and experts side by side, their outputs normed apart and added (Gemma 4).
-
-    The dense one sees what the layer's norm gives. The router sees the residual stream itself, and the experts
-    a norm of their own of it.
-
-    Attributes:
-        norm: of all three further norms: what the dense one gives, what experts see, what they give.
-    """
-
-    dense: MLPSpec
-    moe: MoESpec
-    norm: NormSpec
+_BEFORE = ("pre", "sandwich", "parallel", "normed")
+_AFTER = ("post", "sandwich")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,26 +26,87 @@ class LayerSpec:
     | post | x + norm(f(x)), for one and then the other |
     | sandwich | x + norm(f(norm(x))), for one and then the other |
     | parallel | x + mixer(norm(x)) + ffn(norm(x)), with one norm |
+    | normed | norm(x) + f(norm(x)), for one and then the other |
 
     Attributes:
+        mixer: None in a layer that is a feed-forward alone.
+        ffn: None in a layer that is a mixer alone.
         norm: of all norms of the layer.
-        residual_scale: factor of what is added to x.
+        residual_scale: factor of what f gives.
         output_scale: the layer's output is multiplied by a constant that the checkpoint holds.
     """
 
-    mixer: AttentionSpec
-    ffn: MoESpec | MLPSpec | DenseMoESpec
+    mixer: Mixer | None
+    ffn: FeedForward | None
     norm: NormSpec
-    placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
+    placement: Placement = "pre"
     residual_scale: float = 1.0
     output_scale: bool = False
 
     @property
-    def moe(self) -> MoESpec | None:
-        """Its experts; None where the feed-forward is dense."""
-        if isinstance(self.ffn, MLPSpec):
-            return None
-        return self.ffn.moe if isinstance(self.ffn, DenseMoESpec) else self.ffn
+    def blocks(self) -> tuple[Mixer | FeedForward, ...]:
+        """The mixer and the feed-forward, as far as they are there."""
+        return tuple(block for block in (self.mixer, self.ffn) if block is not None)
+
+    @property
+    def normed_before(self) -> bool:
+        """Whether f sees norm(x)."""
+        return self.placement in _BEFORE
+
+    @property
+    def normed_after(self) -> bool:
+        """Whether what f gives is normed."""
+        return self.placement in _AFTER
+
+    @property
+    def from_normed(self) -> bool:
+        """Whether norm(x) takes the place of x."""
+        return self.placement == "normed"
+
+    @property
+    def one_norm(self) -> bool:
+        """Whether mixer and feed-forward see the same norm(x)."""
+        return self.placement == "parallel"
+
+    def params(self, width: int) -> Tree:
+        """Declarations of one layer, not stacked."""
+        tree: dict[str, Any] = {}
+        for block in self.blocks:
+            tree |= block.params(width)
+        for name, block in (("attention", self.mixer), ("ffn", self.ffn)):
+            if block is None:
+                continue
+            if self.normed_before and not (self.one_norm and block is self.ffn and self.mixer is not None):
+                tree |= norm_params(f"{name}_norm", self.norm, width)
+            if self.normed_after:
+                tree |= norm_params(f"{name}_post_norm", self.norm, width)
+        if self.output_scale:
+            tree["output_scale"] = param("J", {"J": 1}, role="constant", init="ones")
+        return tree
+
+    def problems(self) -> Iterator[str]:
+        """What contradicts itself, in the words of config.json."""
+        if not self.blocks:
+            yield "a layer has neither a token mixer nor a feed-forward"
+        for block in self.blocks:
+            yield from block.problems()
+
+    def describe(self) -> str:
+        """What it is made of, in a line."""
+        return "; ".join(block.describe() for block in self.blocks)
+
+    def traits(self) -> Iterator[str]:
+        """What of the layer itself is not the plainest."""
+        told = {
+            "norms after": self.placement == "post",
+            "norms before and after": self.placement == "sandwich",
+            "attention beside feed-forward": self.placement == "parallel",
+            "residuals from the norm": self.placement == "normed",
+            "scaled residuals": self.residual_scale != 1.0,
+            "layer scale": self.output_scale,
+            "LayerNorm": self.norm.kind == "layer",
+        }
+        yield from (text for text, holds in told.items() if holds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +151,27 @@ class ModelSpec:
         return tuple(layer for group in self.groups for layer in group.pattern * group.repeats)
 
     @property
-    def ropes(self) -> set[RopeSpec]:
+    def rotations(self) -> frozenset[RopeSpec]:
         """The distinct rotations of all layers."""
-        ropes = {layer.mixer.rope for group in self.groups for layer in group.pattern}
-        return {rope for rope in ropes if rope is not None}
+        mixers = {layer.mixer for group in self.groups for layer in group.pattern if layer.mixer is not None}
+        return frozenset(rope for mixer in mixers for rope in mixer.rotations())
+
+    @functools.cached_property
+    def declared(self) -> Tree:
+        """Declarations of all parameters: {"embed", "groups": (group: (place: layer)), "norm", "lm_head"}."""
+        sizes = {"V": self.vocab_size, "D": self.width}
+        tree: dict[str, Any] = {
+            "embed": param("VD", sizes, role="embedding"),
+            "groups": tuple(
+                tuple(stacked(layer.params(self.width), group.repeats) for layer in group.pattern)
+                for group in self.groups
+            ),
+        } | norm_params("norm", self.norm, self.width)
+        if not self.tie_embeddings:
+            tree["lm_head"] = param("VD", sizes, role="embedding")
+        if self.head_bias:
+            tree["lm_head_bias"] = param("V", sizes, role="vector", init="zeros")
+        return tree
 
     def locate(self, layer: int) -> tuple[int, int, int]:
         """Group, place in its pattern and repeat of layer number `layer`."""
@@ -117,67 +183,45 @@ class ModelSpec:
             first += len(group.pattern) * group.repeats
         raise IndexError(f"layer {layer} past the last of {len(self.layers)}")
 
+    def problems(self) -> Iterator[str]:
+        """What contradicts itself, in the words of config.json."""
+        for layer in dict.fromkeys(layer for group in self.groups for layer in group.pattern):
+            yield from layer.problems()
+
+    def traits(self) -> Iterator[str]:
+        """What of embedding and head is not the plainest."""
+        told = {
+            "tied": self.tie_embeddings,
+            "scaled embedding": self.embedding_scale != 1.0,
+            "scaled logits": self.logit_scale != 1.0,
+            "logit softcap": self.logit_softcap is not None,
+            "head bias": self.head_bias,
+        }
+        yield from (text for text, holds in told.items() if holds)
+
 
 def group_layers(layers: Sequence[LayerSpec]) -> tuple[LayerGroup, ...]:
-    """Write a list of layers as repeated patterns, longest coverage first, so that each scan is long.
+    """Write a list of layers as repeated patterns: three dense layers and 58 sparse ones become [dense] x 3,
+    [sparse] x 58."""
+    return tuple(LayerGroup(pattern, repeats) for pattern, repeats in repeated(layers))
 
-    Three dense layers and 58 sparse ones become [dense] x 3, [sparse] x 58; an alternation of a and b becomes
-    [a, b] x n.
+
+def repeated(items: Sequence[Any]) -> Iterator[tuple[tuple[Any, ...], int]]:
+    """Write a list as patterns and how often each is repeated, longest coverage first, so that each scan is long.
+
+    An alternation of a and b becomes (a, b), n.
     """
-    groups: list[LayerGroup] = []
     start = 0
-    while start < len(layers):
+    while start < len(items):
         best_period, best_repeats = 1, 1
-        for period in range(1, (len(layers) - start) // 2 + 1):
+        for period in range(1, (len(items) - start) // 2 + 1):
             repeats = 1
             while (
-                layers[start : start + period]
-                == layers[start + repeats * period : start + (repeats + 1) * period]
+                items[start : start + period]
+                == items[start + repeats * period : start + (repeats + 1) * period]
             ):
                 repeats += 1
             if repeats > 1 and period * repeats > best_period * best_repeats:
                 best_period, best_repeats = period, repeats
-        groups.append(LayerGroup(tuple(layers[start : start + best_period]), best_repeats))
+        yield tuple(items[start : start + best_period]), best_repeats
         start += best_period * best_repeats
-    return tuple(groups)
-
-
-def layer_params(layer: LayerSpec, width: int) -> Tree:
-    """Declarations of one layer, not stacked."""
-    tree: dict[str, Any] = {"attention": attention_params(layer.mixer, width)}
-    norms = {
-        "pre": ("attention_norm", "ffn_norm"),
-        "post": ("attention_post_norm", "ffn_post_norm"),
-        "sandwich": ("attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm"),
-        "parallel": ("attention_norm",),
-    }[layer.placement]
-    for name in norms:
-        tree |= norm_params(name, layer.norm, width)
-    if isinstance(layer.ffn, DenseMoESpec):
-        for name in ("dense_post_norm", "experts_norm", "experts_post_norm"):
-            tree |= norm_params(name, layer.ffn.norm, width)
-        tree["mlp"] = mlp_params(layer.ffn.dense, width)
-    elif isinstance(layer.ffn, MLPSpec):
-        tree["mlp"] = mlp_params(layer.ffn, width)
-    if layer.moe is not None:
-        tree |= moe_params(layer.moe, width)
-    if layer.output_scale:
-        tree["output_scale"] = param("J", {"J": 1}, role="constant", init="ones")
-    return tree
-
-
-def model_params(spec: ModelSpec) -> Tree:
-    """Declarations of a whole model: {"embed", "groups": (group: (place in pattern: layer))), "norm", "lm_head"}."""
-    sizes = {"V": spec.vocab_size, "D": spec.width}
-    tree: dict[str, Any] = {
-        "embed": param("VD", sizes, role="embedding"),
-        "groups": tuple(
-            tuple(stacked(layer_params(layer, spec.width), group.repeats) for layer in group.pattern)
-            for group in spec.groups
-        ),
-    } | norm_params("norm", spec.norm, spec.width)
-    if not spec.tie_embeddings:
-        tree["lm_head"] = param("VD", sizes, role="embedding")
-    if spec.head_bias:
-        tree["lm_head_bias"] = param("V", sizes, role="vector", init="zeros")
-    return tree

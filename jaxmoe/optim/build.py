@@ -1,5 +1,6 @@
 """From a configuration and the roles of parameters to one optimiser."""
 
+import contextlib
 from typing import Any, get_args
 
 import jax
@@ -11,6 +12,7 @@ from jaxmoe.optim.muon import muon
 from jaxmoe.params import Role, named
 
 ROLES = get_args(Role)
+_LINEAR = ("matrix", "router", "embedding")
 
 
 def schedule(config: OptimizerConfig, total_steps: int, peak: float | None = None) -> optax.Schedule:
@@ -52,7 +54,8 @@ def build_optimizer(config: OptimizerConfig, roles: Any, total_steps: int) -> op
     | matrix | AdamW | Muon | yes |
     | router | AdamW | ``router:`` muon or adamw | yes |
     | embedding (and output head) | AdamW | AdamW | yes |
-    | vector | AdamW | AdamW | no |
+    | convolution | AdamW | AdamW | yes |
+    | vector, decay | AdamW | AdamW | no |
     | constant | none | none | no |
 
     A matrix with a side of one has a single singular value and goes to AdamW. State is float32, whatever the
@@ -60,7 +63,8 @@ def build_optimizer(config: OptimizerConfig, roles: Any, total_steps: int) -> op
 
     Args:
         config: the ``optimizer`` section of a run.
-        roles: a tree of role names with the structure of the parameters (`jaxmoe.params.roles`).
+        roles: a tree of role names with the structure of the parameters (`jaxmoe.params.roles`). Where the
+            optimiser is given None for a parameter, that one is frozen and has no state.
         total_steps: length of the run in optimiser steps, for the schedule.
 
     Returns:
@@ -103,20 +107,23 @@ def _adamw(
 def _labels(config: OptimizerConfig, roles: Any, params: optax.Params) -> Any:
     """The group of every parameter: "muon", "decayed", "plain" or "none", as a tree of the same structure."""
     structure: Any = jax.tree.structure(params)
+    given = roles
+    with contextlib.suppress(ValueError):  # what differs in more than what is frozen is told below
+        roles = jax.tree.map(lambda role, param: None if param is None else role, roles, params)
     if jax.tree.structure(roles) != structure:
-        ours, theirs = ({name for name, _ in named(tree)} for tree in (roles, params))
+        ours, theirs = ({name for name, _ in named(tree)} for tree in (given, params))
         raise ValueError(
             "roles and parameters differ in structure; "
             f"without a role: {sorted(theirs - ours)}; without a parameter: {sorted(ours - theirs)}"
         )
     for (name, role), param in zip(named(roles), jax.tree.leaves(params), strict=True):
-        if role not in ("vector", "constant") and param.ndim < 2:
+        if role in _LINEAR and param.ndim < 2:
             raise ValueError(f"{name}: the role {role!r} needs (..., out, in), found shape {param.shape}")
     orthogonalized = {"matrix"} if config.router == "adamw" else {"matrix", "router"}
 
     def label(role: str, param: Any) -> str:
-        if role in ("vector", "constant"):
-            return "plain" if role == "vector" else "none"
+        if role in ("vector", "decay", "constant"):
+            return "none" if role == "constant" else "plain"
         if config.name == "muon" and role in orthogonalized and min(param.shape[-2:]) > 1:
             return "muon"
         return "decayed"

@@ -1,51 +1,81 @@
-"""One table from dimension letters to mesh axes, and the mesh it speaks of.
+"""One table from dimension letters to mesh axes, for parameters and activations alike, and the mesh it speaks of.
 
-The mesh has four axes. ``data`` replicates parameters, ``fsdp`` shards them along the model width,
+The mesh has five axes. ``data`` replicates parameters, ``fsdp`` shards them along the model width,
 ``expert`` along the experts, ``tensor`` along heads, hidden widths and vocabulary. The batch is split over
-the first three.
+those three first ones, and ``context``, whose size is 1 for now, would split its sequences.
 """
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe.errors import UserError
 from jaxmoe.params import Param, Tree, named
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
-MESH_AXIS_OF = {
+MESH_AXIS_OF: Mapping[str, str] = {
     "V": "tensor",
     "D": "fsdp",
     "Q": "tensor",
     "U": "tensor",
     "W": "tensor",
     "P": "tensor",
+    "X": "tensor",
     "E": "expert",
     "F": "tensor",
     "I": "tensor",
 }
+"""Of parameters."""
+
+_AXES_OF: Mapping[str, tuple[str, ...]] = {
+    **{letter: (axis,) for letter, axis in MESH_AXIS_OF.items()},
+    "B": BATCH_AXES,
+    "R": BATCH_AXES,
+    "T": ("context",),
+    "N": ("tensor",),
+    "M": ("tensor",),
+}
+"""Of whatever has letters."""
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+    data: int = 1,
+    fsdp: int = 1,
+    expert: int = 1,
+    tensor: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
     """A mesh over all devices of the run, in the order that jax finds best for its links.
+
+    Args:
+        data, fsdp, expert, tensor: sizes of the axes.
+        devices: others, such as those of `jax.experimental.topologies`, in the order that they have there.
 
     Raises:
         UserError: the product of the sizes is not the number of devices.
     """
-    shape = (data, fsdp, expert, tensor)
-    if math.prod(shape) != jax.device_count():
-        sizes = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
+    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "context": 1, "tensor": tensor}
+    count = jax.device_count() if devices is None else len(devices)
+    if math.prod(sizes.values()) != count:
+        told = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if axis != "context")
+        kind = jax.default_backend() if devices is None else devices[0].device_kind
         raise UserError(
-            f"mesh: {sizes} needs {math.prod(shape)} devices but this run has {jax.device_count()} "
-            f"({jax.default_backend()}): make their product {jax.device_count()}"
+            f"mesh: {told} needs {math.prod(sizes.values())} devices but this run has {count} ({kind}): make their "
+            f"product {count}"
         )
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if devices is None:
+        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types)
+    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), MESH_AXES, axis_types=types)
 
 
-def partition_spec(declared: Param, axis_of: dict[str, str] | None = None) -> PartitionSpec:
+def partition_spec(declared: Param, axis_of: Mapping[str, str] | None = None) -> PartitionSpec:
     """Mesh axes of a parameter, one letter at a time; vectors are small and stay whole.
 
     Args:
@@ -55,7 +85,7 @@ def partition_spec(declared: Param, axis_of: dict[str, str] | None = None) -> Pa
     Raises:
         ValueError: two letters of one parameter would share a mesh axis.
     """
-    if declared.role in ("vector", "constant"):
+    if declared.role in ("vector", "decay", "constant"):
         return PartitionSpec()
     axes = [(MESH_AXIS_OF if axis_of is None else axis_of).get(letter) for letter in declared.dims]
     used = [axis for axis in axes if axis is not None]
@@ -92,8 +122,8 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Sharding of a batch (…, B, T): rows over `BATCH_AXES`, with `leading` unsharded axes before B."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * leading, BATCH_AXES))
+    """Sharding of a batch (…, B, T), with `leading` unsharded axes before B."""
+    return NamedSharding(mesh, spec_of("." * leading + "BT", mesh.axis_names))
 
 
 def axis_size(axis: str) -> int:
@@ -108,8 +138,25 @@ def current_mesh() -> Any | None:
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
-def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Ask for a sharding of an activation, axis by axis; does nothing without a mesh."""
-    if current_mesh() is None:
+def spec_of(letters: str, axes: Iterable[str] = MESH_AXES) -> PartitionSpec:
+    """Mesh axes of an array by its dimension letters; the first of several letters that want an axis gets it.
+
+    Args:
+        letters: one per axis, such as "BTD"; one that the table does not have, such as ".", is not split.
+        axes: those that the mesh has.
+    """
+    free = set(axes)
+    parts: list[tuple[str, ...] | str | None] = []
+    for letter in letters:
+        own = tuple(axis for axis in _AXES_OF.get(letter, ()) if axis in free)
+        free -= set(own)
+        parts.append(own if len(own) > 1 else own[0] if own else None)
+    return PartitionSpec(*parts)
+
+
+def constrain(x: jax.Array, letters: str) -> jax.Array:
+    """Ask for the sharding of an activation, or of a weight at hand, by its letters; does nothing without a mesh."""
+    mesh = current_mesh()
+    if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+    return jax.lax.with_sharding_constraint(x, spec_of(letters, mesh.axis_names))

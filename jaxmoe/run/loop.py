@@ -12,33 +12,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmoe.config import RunConfig
 from jaxmoe.errors import UserError
 from jaxmoe.files import why_unusable
-from jaxmoe.generate import continue_text
-from jaxmoe.interop.loading import Source, check_copies
-from jaxmoe.model.spec import model_params
-from jaxmoe.optim import build_optimizer, schedule
+from jaxmoe.interop.source import check_copies
+from jaxmoe.model.batch import Batch, learning_batch
+from jaxmoe.model.sampling import continue_text
 from jaxmoe.parallel import processes
-from jaxmoe.parallel.sharding import batch_sharding, make_mesh, shardings
-from jaxmoe.params import Tree, count, named, roles
+from jaxmoe.parallel.sharding import batch_sharding, make_mesh
+from jaxmoe.params import Tree, count, named, split
+from jaxmoe.run.assemble import Assembled, assemble
 from jaxmoe.run.checkpoints import Checkpoints
 from jaxmoe.run.data import RunData, open_data, tokenizer_files
 from jaxmoe.run.display import RunDisplay, show_table
 from jaxmoe.run.folder import RunFolder
 from jaxmoe.run.meter import Meter
-from jaxmoe.run.model import RunModel, open_model
-from jaxmoe.training.step import (
-    StepSpec,
-    TrainState,
-    abstract_state,
-    init_state,
-    make_eval_step,
-    make_train_step,
-    router_metrics,
-)
+from jaxmoe.run.model import export_model, initial_weights
+from jaxmoe.training.balance import router_metrics
+from jaxmoe.training.state import Saved, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +60,10 @@ def run(config: RunConfig) -> Result:
         UserError: anything that the user can mend; nothing half-written is left behind.
     """
     _check_devices()
-    mesh, model, data = processes.agree(lambda: _open(config))
-    with RunFolder.open(config) as folder, jax.set_mesh(mesh):
+    assembled, data = processes.agree(lambda: _open(config))
+    with RunFolder.open(config) as folder, jax.set_mesh(assembled.mesh):
         data.keep_tokenizer()
-        return Trainer(config, folder, model, data, mesh).run()
+        return Trainer(assembled, folder, data).run()
 
 
 def _check_devices() -> None:
@@ -88,7 +81,7 @@ def _check_devices() -> None:
         ) from error
 
 
-def _open(config: RunConfig) -> tuple[Mesh, RunModel, RunData]:
+def _open(config: RunConfig) -> tuple[Assembled, RunData]:
     """Everything that can be checked while nothing has been written yet."""
     if bad := why_unusable(config.output_dir):
         raise UserError(f"output_dir: {bad}; give another one")
@@ -98,44 +91,28 @@ def _open(config: RunConfig) -> tuple[Mesh, RunModel, RunData]:
             f"mesh.tensor = {config.mesh.tensor} does not divide the {jax.local_device_count()} devices of a host: "
             "tensor parallelism must stay within a host"
         )
-    model = open_model(config.model)
-    if model.folder is not None and Path(config.output_dir).resolve().is_relative_to(model.folder.resolve()):
+    assembled = assemble(config, mesh)
+    origin = assembled.source.folder
+    if origin is not None and Path(config.output_dir).resolve().is_relative_to(origin.resolve()):
         raise UserError(
-            f"output_dir: {config.output_dir} lies inside the model's folder {model.folder}, all of which is "
+            f"output_dir: {config.output_dir} lies inside the model's folder {origin}, all of which is "
             "exported; choose a folder outside of it"
         )
-    shardings(model_params(model.spec), mesh)
-    if isinstance(model.origin, Source):
-        check_copies(model.origin)
-    data = open_data(config, model.folder, model.spec.vocab_size)
+    check_copies(assembled.source)
+    data = open_data(config, origin, assembled.spec.vocab_size)
     _ = data.evaluation  # it may have nothing to predict, and is read only here
-    return mesh, model, data
+    return assembled, data
 
 
 class Trainer:
     """One run in progress."""
 
-    def __init__(
-        self, config: RunConfig, folder: RunFolder, model: RunModel, data: RunData, mesh: Mesh
-    ) -> None:
-        self.config = config
+    def __init__(self, assembled: Assembled, folder: RunFolder, data: RunData) -> None:
+        self.assembled = assembled
+        self.config = assembled.config
         self.folder = folder
-        self.model = model
         self.data = data
-        self.mesh = mesh
-        self.checkpoints = Checkpoints(folder.checkpoints, config.train.keep_checkpoints)
-        self.optimizer = build_optimizer(
-            config.optimizer, roles(model_params(model.spec)), config.train.steps
-        )
-        self.step_spec = StepSpec(
-            model.spec,
-            model.dtype,
-            config.model.remat,
-            config.balance.aux_loss,
-            config.balance.z_loss,
-            packed=config.data.packing,
-        )
-        self.eval_step = make_eval_step(self.step_spec)
+        self.checkpoints = Checkpoints(folder.checkpoints, self.config.train.keep_checkpoints)
         self._begun = time.perf_counter()
 
     def run(self) -> Result:
@@ -157,15 +134,17 @@ class Trainer:
 
     def _start(self, batches: Any) -> TrainState:
         """The newest checkpoint, or the state before the first step."""
+        assembled, source = self.assembled, self.assembled.source
         latest = self.checkpoints.latest()
         self.folder.truncate_metrics(latest or 0)
+        if latest is None or jax.tree.leaves(assembled.state.frozen):
+            weights = processes.agree(
+                lambda: initial_weights(source, assembled.dtypes, assembled.mesh, self.config.train.seed)
+            )
         if latest is None:
-            weights = processes.agree(lambda: self.model.weights(self.mesh, self.config.train.seed))
             self._check_finite(weights)
-            return init_state(weights, self.optimizer, self.model.spec, self.config.train.seed, self.mesh)
-        state, extra = self.checkpoints.restore(
-            latest, abstract_state(self.optimizer, self.model.spec, self.mesh)
-        )
+            return assembled.begin(weights)
+        saved, extra = self.checkpoints.restore(latest, assembled.state.saved)
         positions = extra["data"]
         if len(positions) != jax.process_count():
             raise UserError(
@@ -173,19 +152,20 @@ class Trainer:
                 f"{jax.process_count()}: start it with as many as before, or export it and begin another run"
             )
         processes.agree(lambda: batches.set_state(positions[jax.process_index()]))
-        return TrainState(*state)
+        _, frozen = split(weights, assembled.mask)
+        return assembled.state._replace(frozen=frozen).restored(Saved(*saved))
 
     def _check_finite(self, weights: Tree) -> None:
         """Every process finds the same."""
-        whole = NamedSharding(self.mesh, PartitionSpec())
+        whole = NamedSharding(self.assembled.mesh, PartitionSpec())
         all_finite = jax.jit(
             lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree), out_shardings=whole
         )
-        found = zip(named(model_params(self.model.spec)), jax.tree.leaves(all_finite(weights)), strict=True)
+        found = zip(named(self.assembled.spec.declared), jax.tree.leaves(all_finite(weights)), strict=True)
         bad = [name for (name, _), finite in found if not finite]
         if bad:
             raise UserError(
-                f"{self.model.folder or 'model.config'}: found nan or infinity in {', '.join(bad[:5])}"
+                f"{self.assembled.source.folder or 'model.config'}: found nan or infinity in {', '.join(bad[:5])}"
                 f"{f' and {len(bad) - 5} more parameters' if len(bad) > 5 else ''}, expected finite weights: "
                 "give a checkpoint without them"
             )
@@ -194,10 +174,8 @@ class Trainer:
         train = self.config.train
         if done == train.steps:
             return state
-        where = jax.tree.map(lambda x: x.sharding, state)
-        learning_rate = schedule(self.config.optimizer, train.steps)
-        step = make_train_step(self.step_spec, self.optimizer, learning_rate, where)
-        meter = Meter(self.model.spec, self.model.dtype, self.config)
+        step = self.assembled.train_step
+        meter = Meter(self.assembled)
         display.say(self._headline(done, meter))
         batch = self._next(batches)
         for number in range(done + 1, train.steps + 1):
@@ -213,7 +191,7 @@ class Trainer:
             ):
                 self._evaluate(number, state, display)
             if last or number % train.checkpoint_every == 0:
-                self.checkpoints.save(number, state, {"data": processes.gather(position)})
+                self.checkpoints.save(number, state.saved, {"data": processes.gather(position)})
             meter.restart()
         return state
 
@@ -250,7 +228,7 @@ class Trainer:
         if number == 1:  # the learning rate has not acted yet
             return UserError(
                 f"{found} before anything was trained: the weights or their activations exceed what "
-                f"{self.model.dtype} holds: set model.dtype=float32, or give another checkpoint"
+                f"{self.assembled.dtype} holds: set model.dtype=float32, or give another checkpoint"
             )
         kept = "no step" if latest is None else f"step {latest}"
         return UserError(
@@ -265,23 +243,25 @@ class Trainer:
         nats = 0.0
         for batch in evaluation.batches:
             micro = jax.tree.map(lambda x: x[0], self._to_devices(batch, 1))
-            nats += float(self.eval_step(state.params, micro))
+            nats += float(self.assembled.eval_step(state.params, micro))
         bits = nats / math.log(2) / evaluation.num_bytes
         display.say(f"step {number}: held-out bits per byte {bits:.4f}")
         self.folder.append({"step": number, "eval/bits_per_byte": bits})
 
-    def _next(self, batches: Any) -> dict[str, jax.Array]:
+    def _next(self, batches: Any) -> Batch:
         """The next batch on the devices; a process may find a document that it cannot read."""
         return processes.agree(lambda: self._to_devices(next(batches), self.config.train.accumulation))
 
-    def _to_devices(self, batch: dict[str, np.ndarray], count: int) -> dict[str, jax.Array]:
-        """This host's rows (B, T) → micro-batches (count, B / count, T), sharded over all hosts."""
+    def _to_devices(self, rows: dict[str, np.ndarray], count: int) -> Batch:
+        """This process's rows (B, T) → micro-batches (count, B / count, T), sharded over all processes."""
 
         def place(array: np.ndarray) -> jax.Array:
             split = array.reshape(count, -1, *array.shape[1:])
-            return jax.make_array_from_process_local_data(batch_sharding(self.mesh, leading=1), split)
+            return jax.make_array_from_process_local_data(
+                batch_sharding(self.assembled.mesh, leading=1), split
+            )
 
-        return {name: place(array) for name, array in batch.items()}
+        return jax.tree.map(place, learning_batch(**rows))
 
     def _finish(self, state: TrainState) -> Result:
         config = self.config
@@ -300,10 +280,12 @@ class Trainer:
             left_out = (
                 []
                 if processes.first(export.exists)
-                else self.model.export(
+                else export_model(
+                    self.assembled.source,
                     state.params,
                     export,
-                    tokenizer_files(config),
+                    dtype=self.assembled.dtype,
+                    tokenizer_files=tokenizer_files(config),
                     quantization=config.train.export_quantization,
                 )
             )
@@ -312,11 +294,11 @@ class Trainer:
         if config.sample is not None:
             rows["sample"] = config.sample.prompt + continue_text(
                 state.params,
-                self.model.spec,
+                self.assembled.spec,
                 self.data.tokenizer,
                 config.sample.prompt,
                 stop=self.data.eos,
-                dtype=self.model.dtype,
+                dtype=self.assembled.dtype,
                 **config.sample.model_dump(exclude={"prompt"}),
             )
         if jax.process_index() == 0:
@@ -324,9 +306,12 @@ class Trainer:
         return result
 
     def _headline(self, done: int, meter: Meter) -> str:
+        spec = self.assembled.spec
+        trained = sum(leaf.size for leaf in jax.tree.leaves(self.assembled.state.trainable))
+        of_these = "" if trained == count(spec.declared) else f" ({trained:,} trained)"
         return (
             f"{self.folder.path}: {f'resuming after step {done}' if done else 'starting'}, "
-            f"{len(self.model.spec.layers)} layers, {count(model_params(self.model.spec)):,} parameters, "
+            f"{len(spec.layers)} layers, {count(spec.declared):,} parameters{of_these}, "
             f"{len(self.data.train):,} documents; MFU against {meter.peak / 1e12:.4g} TFLOP/s per device "
             f"({meter.peak_origin})"
         )

@@ -1,4 +1,4 @@
-"""Model FLOPs, and the peak that they are measured against."""
+"""Tokens per second, and the share of the devices' peak that the model's FLOPs are."""
 
 import time
 from typing import Any
@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.config import RunConfig
-from jaxmoe.model.feed_forward.moe import moe_params
-from jaxmoe.model.spec import LayerSpec, ModelSpec, layer_params
-from jaxmoe.params import count
+from jaxmoe.kernels.devices import Device
+from jaxmoe.model.cost import train_flops_per_token
+from jaxmoe.run.assemble import Assembled
 
 PEAK_TFLOPS = {
     "GB300": 2500.0,
@@ -31,52 +30,28 @@ The first name that is part of the device's is taken, so longer ones stand befor
 """
 
 
-def active_params(spec: ModelSpec) -> int:
-    """Parameters that one token is multiplied with: K of E experts, the output head, no embedding lookup."""
-    per_layer: dict[LayerSpec, int] = {}
-    for layer in spec.layers:
-        if layer not in per_layer:
-            total = count(layer_params(layer, spec.width))
-            if layer.moe is not None:
-                experts = moe_params(layer.moe, spec.width)["experts"]
-                router = layer.moe.router
-                total -= count(experts) * (router.num_experts - router.top_k) // router.num_experts
-            per_layer[layer] = total
-    return sum(per_layer[layer] for layer in spec.layers) + spec.vocab_size * spec.width
-
-
-def train_flops_per_token(spec: ModelSpec, sequence_length: int) -> float:
-    """FLOPs of forward and backward for one token: 6 per active parameter, plus causal attention.
-
-    Attention costs 6 N (H + H_v) t per layer, with H and H_v the widths of a key's and a value's head, and t the
-    mean number of keys that a query sees: half the sequence, or the window (PaLM, arXiv 2204.02311, appendix B,
-    halved for causality). Recomputation is not counted.
-    """
-    attention = 0.0
-    for layer in spec.layers:
-        window = layer.mixer.window or sequence_length
-        keys = (
-            sequence_length / 2
-            if window >= sequence_length
-            else window * (1 - window / (2 * sequence_length))
-        )
-        mixer = layer.mixer
-        attention += 6.0 * mixer.num_heads * (mixer.head_dim + mixer.width_of_value) * keys
-    return 6.0 * active_params(spec) + attention
-
-
-def peak_flops(dtype: jnp.dtype) -> tuple[float, str]:
+def peak_flops(dtype: jnp.dtype, device: Device) -> tuple[float, str]:
     """Peak of one device in FLOPs per second, and where the number is from.
 
     By the device's name for 16-bit computation on GPUs; for anything else (CPUs above all) the best of a few
     matmuls timed on the spot, so that utilisation is at least against something real.
+
+    Args:
+        dtype: of the computation.
+        device: the one at hand, or with a known name any.
+
+    Raises:
+        ValueError: nothing is known of the device, and it is not there to be measured.
     """
-    kind = jax.devices()[0].device_kind
     if jnp.dtype(dtype).itemsize == 2:
         for name, tflops in PEAK_TFLOPS.items():
-            if name in kind:
-                return tflops * 1e12, f"{kind}, datasheet"
-    size = 1024 if jax.default_backend() == "cpu" else 8192
+            if name in device.kind:
+                return tflops * 1e12, f"{device.kind}, datasheet"
+    if not device.present:
+        raise ValueError(
+            f"no peak is known of {device.kind} in {jnp.dtype(dtype).name}, and it is not here to measure"
+        )
+    size = 1024 if device.platform == "cpu" else 8192
     x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
     product = jax.jit(lambda x: x @ x)
     product(x).block_until_ready()
@@ -85,7 +60,7 @@ def peak_flops(dtype: jnp.dtype) -> tuple[float, str]:
         start = time.perf_counter()
         product(x).block_until_ready()
         best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best, f"{kind}, measured matmul"
+    return 2.0 * size**3 / best, f"{device.kind}, measured matmul"
 
 
 class Meter:
@@ -96,12 +71,14 @@ class Meter:
         peak_origin: where that number is from.
     """
 
-    def __init__(self, spec: ModelSpec, dtype: jnp.dtype, config: RunConfig) -> None:
+    def __init__(self, assembled: Assembled) -> None:
+        config = assembled.config
         if config.train.peak_tflops is None:
-            self.peak, self.peak_origin = peak_flops(dtype)
+            self.peak, self.peak_origin = peak_flops(assembled.dtype, assembled.device)
         else:
             self.peak, self.peak_origin = config.train.peak_tflops * 1e12, "configured"
-        self._flops_per_token = train_flops_per_token(spec, config.data.sequence_length)
+        self._flops_per_token = train_flops_per_token(assembled.spec, config.data.sequence_length)
+        self._devices = assembled.mesh.size
         self.restart()
 
     def restart(self) -> None:
@@ -113,5 +90,5 @@ class Meter:
         tokens = float(metrics["tokens"])
         seconds = time.perf_counter() - self._start
         rate = tokens / seconds
-        mfu = rate * self._flops_per_token / (self.peak * jax.device_count())
+        mfu = rate * self._flops_per_token / (self.peak * self._devices)
         return {"seconds": seconds, "tokens_per_second": rate, "mfu": mfu}

@@ -9,12 +9,12 @@ from transformers import AutoConfig
 
 from jaxmoe.interop import families as package
 from jaxmoe.interop.families import FAMILIES
-from jaxmoe.interop.pretrained import read_blueprint
-from jaxmoe.model.feed_forward.moe import MoESpec
+from jaxmoe.interop.source import config_source
+from jaxmoe.model.feed_forward.moe import DenseMoESpec, MoESpec
 from jaxmoe.model.feed_forward.router import RouterSpec
 from jaxmoe.model.mixers.grouped_query import AttentionSpec
 from jaxmoe.model.mixers.rope import RopeSpec
-from jaxmoe.model.spec import DenseMoESpec, ModelSpec, model_params
+from jaxmoe.model.spec import ModelSpec
 from jaxmoe.params import count
 
 FOLDER = Path(package.__file__).parent
@@ -51,9 +51,9 @@ def _row(model_type: str) -> tuple[str, ...]:
     case = families.case_of(model_type)
     specs, sizes = [], []
     for name, preset in case.presets.items():
-        spec = read_blueprint(preset_config(model_type, preset).to_dict()).spec
+        spec = config_source(preset_config(model_type, preset).to_dict()).spec
         specs.append(spec)
-        sizes.append(f"{name} ({count(model_params(spec)) / 1e9:.1f}B)")
+        sizes.append(f"{name} ({count(spec.declared) / 1e9:.1f}B)")
     configs = 1 + len(case.variants)
     balance = ", balance loss" if case.balance else ""
     return (

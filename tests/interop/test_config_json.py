@@ -13,7 +13,8 @@ from helpers import published, tiny
 from jaxmoe import UserError
 from jaxmoe.interop.config_json import read_config
 from jaxmoe.interop.families import FAMILIES
-from jaxmoe.interop.pretrained import from_config, read_blueprint
+from jaxmoe.interop.pretrained import from_config
+from jaxmoe.interop.source import config_source
 from jaxmoe.model.feed_forward.mlp import MLPSpec
 from jaxmoe.model.feed_forward.moe import MoESpec
 from jaxmoe.model.feed_forward.router import RouterSpec
@@ -130,7 +131,7 @@ class TestPublished:
         config = published.CONFIGS[name]
         path = tmp_path / "config.json"
         path.write_text(json.dumps(config))
-        blueprint = read_blueprint(path)
+        blueprint = config_source(path)
         assert (blueprint.spec, blueprint.raw) == (PUBLISHED_SPECS[name], config)
 
     @pytest.mark.torch
@@ -496,7 +497,7 @@ class TestRefused:
 class TestFiles:
     def refusal(self, path):
         with pytest.raises(UserError) as caught:
-            read_blueprint(path)
+            config_source(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
         return str(caught.value)

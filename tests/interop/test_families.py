@@ -12,11 +12,10 @@ from helpers import parity, supported
 
 import jaxmoe
 from jaxmoe.interop.families import FAMILIES
-from jaxmoe.interop.pretrained import read_blueprint
 from jaxmoe.interop.rules import bind
+from jaxmoe.interop.source import config_source
 from jaxmoe.model import decoder
 from jaxmoe.model.module import MoEModel
-from jaxmoe.model.spec import model_params
 from jaxmoe.params import count, named
 
 pytestmark = pytest.mark.torch
@@ -119,7 +118,7 @@ def check_round_trip(name, theirs, tmp_path):
             if declared.role == "constant"
             else value + 0.1 * noise.standard_normal(value.shape).astype(np.float32)
         ),
-        model_params(mine.spec),
+        mine.spec.declared,
         jax.tree.map(np.asarray, mine.pure_params()),
     )
     changed = jax.tree.map(jnp.asarray, changed)
@@ -168,12 +167,12 @@ def test_full_size(name, preset):
     case = families.case_of(name)
     wanted = case.presets[preset]
     config = supported.preset_config(name, wanted)
-    blueprint = read_blueprint(config.to_dict())
+    blueprint = config_source(config.to_dict())
     with torch.device("meta"):
         model = getattr(transformers, case.architecture)(config)
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     buffers = sum(tensor.numel() for n, tensor in model.state_dict().items() if n not in parameters)
-    assert count(model_params(blueprint.spec)) == wanted.parameters + buffers
+    assert count(blueprint.spec.declared) == wanted.parameters + buffers
     stored = {n: tuple(t.shape) for n, t in revert_weight_conversion(model, model.state_dict()).items()}
     bindings = bind(blueprint.family.rules(blueprint.spec), blueprint.spec, stored, blueprint.family.ignored)
     assert (bindings.missing, bindings.surplus) == ((), ())

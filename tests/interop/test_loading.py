@@ -12,7 +12,6 @@ import jaxmoe
 from jaxmoe import UserError
 from jaxmoe.interop import loading
 from jaxmoe.interop.loading import LocalShards, load_params, open_source, pieces
-from jaxmoe.model.spec import model_params
 from jaxmoe.parallel.sharding import make_mesh, shardings
 from jaxmoe.params import named
 
@@ -60,7 +59,7 @@ def test_every_byte_is_read_once(folder, monkeypatch, mesh, layout):
 
 def placement_of(source, mesh, devices):
     """The sharding of `GATE_UP` as a process sees it that holds some of the devices only."""
-    declared = dict(named(model_params(source.spec)))[GATE_UP]
+    declared = dict(named(source.spec.declared))[GATE_UP]
     sharding = shardings({GATE_UP: declared}, mesh)[GATE_UP]
     indices = sharding.devices_indices_map(declared.shape)
     local = {device: indices[device] for device in mesh.devices.flat[list(devices)]}

@@ -9,10 +9,9 @@ from helpers import parity
 
 import jaxmoe
 from jaxmoe.interop.families import FAMILIES
-from jaxmoe.interop.pretrained import read_blueprint
+from jaxmoe.interop.source import config_source
 from jaxmoe.model import decoder
 from jaxmoe.model.module import MoEModel
-from jaxmoe.model.spec import model_params
 from jaxmoe.parallel.sharding import make_mesh, shardings
 from jaxmoe.params import named
 
@@ -28,8 +27,8 @@ def random_params(declared, dtype):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_new_model_comes_back(name, tmp_path):
     """In bfloat16, but for what is kept in float32."""
-    dtype, blueprint = jnp.dtype("bfloat16"), read_blueprint(families.config_json(name))
-    params = random_params(model_params(blueprint.spec), dtype)
+    dtype, blueprint = jnp.dtype("bfloat16"), config_source(families.config_json(name))
+    params = random_params(blueprint.spec.declared, dtype)
     new = MoEModel(blueprint.spec, params, dtype, source=blueprint)
     jaxmoe.save_pretrained(new, tmp_path / "new")
     again = jaxmoe.from_pretrained(tmp_path / "new", dtype)
@@ -50,8 +49,8 @@ ON_A_MESH = ("gpt_oss", "gemma4_text", "ernie4_5_moe", "mimo_v2_flash")
 
 @pytest.mark.parametrize("name", ON_A_MESH)
 def test_a_mesh_changes_nothing(name):
-    spec = read_blueprint(families.config_json(name)).spec
-    declared = model_params(spec)
+    spec = config_source(families.config_json(name)).spec
+    declared = spec.declared
     params = random_params(declared, jnp.float32)
     tokens = np.random.default_rng(1).integers(3, spec.vocab_size, (8, 20))
     segments = np.ones((8, 20), np.int32)

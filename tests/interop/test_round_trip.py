@@ -13,8 +13,9 @@ from helpers import tiny
 
 import jaxmoe
 from jaxmoe import UserError
-from jaxmoe.interop.pretrained import from_config, read_blueprint
+from jaxmoe.interop.pretrained import from_config
 from jaxmoe.interop.saving import export_like_source, export_new
+from jaxmoe.interop.source import config_source
 from jaxmoe.interop.storage.reader import CheckpointFolder
 from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import named
@@ -377,8 +378,8 @@ class TestNewModel:
         """A config.json file does as well as its content, and its other fields are written again."""
         path = folders.export.parent / "config.json"
         path.write_text(json.dumps(tiny.config_json("mixtral") | {"torch_dtype": "float16"}))
-        blueprint = read_blueprint(path)
-        assert blueprint == read_blueprint(json.loads(path.read_text()))
+        blueprint = config_source(path)
+        assert blueprint == config_source(json.loads(path.read_text()))
         model = new_model("mixtral")
         export_new(model.pure_params(), blueprint.bindings, blueprint.raw, folders.export, dtype="float32")
         assert json.loads((folders.export / "config.json").read_text()) == tiny.config_json("mixtral") | {

@@ -8,7 +8,7 @@ from helpers import published, tiny
 
 from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.rules import Binding, Rule, bind
-from jaxmoe.model.spec import LayerGroup, model_params
+from jaxmoe.model.spec import LayerGroup
 from jaxmoe.params import Param, count, named
 
 PUBLISHED = list(published.CONFIGS)
@@ -38,7 +38,7 @@ def shapes_of(bindings):
 
 def assert_covered(bindings, spec):
     """Every parameter's bindings hold distinct parts of it that add up to the whole."""
-    declared = dict(named(model_params(spec)))
+    declared = dict(named(spec.declared))
     assert bindings.of_parameter.keys() == declared.keys()
     for name, parts in bindings.of_parameter.items():
         assert len({tuple(sorted(part.index.items())) for part in parts}) == len(parts), name
@@ -49,7 +49,7 @@ def assert_covered(bindings, spec):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_count(name):
     spec, _ = spec_and_rules(published.CONFIGS[name])
-    assert count(model_params(spec)) == published.PARAMETERS[name]
+    assert count(spec.declared) == published.PARAMETERS[name]
 
 
 @pytest.mark.parametrize("layout", ["experts", "fused"])
@@ -103,7 +103,7 @@ def test_every_element_is_covered_once_and_comes_back(variant, layout):
     spec, rules = spec_and_rules(config)
     bindings = bind(rules, spec, expected)
     assert (bindings.missing, bindings.surplus) == ((), ())
-    declared = dict(named(model_params(spec)))
+    declared = dict(named(spec.declared))
     written = {}
     for name, parts in bindings.of_parameter.items():
         numbers = np.arange(declared[name].size).reshape(declared[name].shape)

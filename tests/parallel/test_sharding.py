@@ -11,7 +11,6 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxmoe import UserError, params
 from jaxmoe.config import OptimizerConfig
 from jaxmoe.interop.pretrained import from_config
-from jaxmoe.model.spec import model_params
 from jaxmoe.optim import build_optimizer
 from jaxmoe.parallel import sharding
 from jaxmoe.params import named
@@ -57,7 +56,7 @@ def trained(mesh, steps=2, name="muon"):
     model = from_config(tiny.config_json("qwen3_moe"), "float32", seed=5)
     spec = model.spec
     config = OptimizerConfig(name=name, learning_rate=0.01, warmup_steps=1)
-    optimizer = build_optimizer(config, params.roles(model_params(spec)), 10)
+    optimizer = build_optimizer(config, params.roles(spec.declared), 10)
     # clip_norm divides by a norm over all shards; muon orthogonalises matrices that are split over devices.
     step_spec = StepSpec(spec, jnp.dtype("float32"), True, aux_loss=0.02, z_loss=0.01)
     rng = np.random.default_rng(0)
@@ -67,7 +66,7 @@ def trained(mesh, steps=2, name="muon"):
     segments[:, 5, 17:] = 0
     positions = np.where(segments == 2, np.arange(21) - 13, np.arange(21)).astype(np.int32)
     with jax.set_mesh(mesh):
-        weights = jax.device_put(model.pure_params(), sharding.shardings(model_params(spec), mesh))
+        weights = jax.device_put(model.pure_params(), sharding.shardings(spec.declared, mesh))
         state = init_state(weights, optimizer, spec, 0, mesh)
         where = jax.tree.map(lambda x: x.sharding, state)
         assert jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, spec, mesh)) == where

@@ -9,8 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from jaxmoe.config import load_config
-from jaxmoe.interop.pretrained import read_blueprint
-from jaxmoe.model.spec import model_params
+from jaxmoe.interop.source import config_source
 from jaxmoe.optim import build_optimizer
 from jaxmoe.parallel.sharding import MESH_AXES
 from jaxmoe.params import count, roles
@@ -99,15 +98,15 @@ def test_is_a_valid_run(file):
 def test_mesh_divides_the_model_and_holds_it(file):
     config = load_config(file)
     published, raw = PUBLISHED[config.model.path]
-    spec = read_blueprint(raw).spec
-    assert count(model_params(spec)) == published
+    spec = config_source(raw).spec
+    assert count(spec.declared) == published
     assert config.data.sequence_length <= raw["max_position_embeddings"]
 
     sizes = config.mesh.model_dump()
     devices = config.mesh.batch_shards * config.mesh.tensor
     assert devices % DEVICES_PER_NODE == 0
     mesh = AbstractMesh(tuple(sizes[axis] for axis in MESH_AXES), MESH_AXES)
-    optimizer = build_optimizer(config.optimizer, roles(model_params(spec)), config.train.steps)
+    optimizer = build_optimizer(config.optimizer, roles(spec.declared), config.train.steps)
     state = abstract_state(optimizer, spec, mesh)  # a UserError if the mesh does not divide the model
     # Gradients are float32 like the weights; with micro-batches, their sum is held beside those of one.
     gradients = shard_bytes(state.params) * (1 if config.train.accumulation == 1 else 2)

@@ -1,14 +1,12 @@
 """The mixture-of-experts feed-forward: route, dispatch, experts, combine."""
 
 import dataclasses
-import functools
-import math
+from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from jaxmoe.kernels.expert_mlp import Activation, Experts, expert_mlp
+from jaxmoe.kernels.expert_mlp import Activation
+from jaxmoe.model.blocks import FeedForward
 from jaxmoe.model.feed_forward.mlp import MLPSpec, mlp, mlp_params
 from jaxmoe.model.feed_forward.router import (
     RouterSpec,
@@ -18,8 +16,11 @@ from jaxmoe.model.feed_forward.router import (
     router_params,
     router_stats,
 )
-from jaxmoe.parallel.sharding import BATCH_AXES, current_mesh
-from jaxmoe.params import Param, Tree, param
+from jaxmoe.model.linear import linear
+from jaxmoe.model.mixers.context import Context
+from jaxmoe.model.norms import NormSpec, norm, norm_params
+from jaxmoe.parallel.experts import experts_on_mesh
+from jaxmoe.params import Param, Tree, count, param
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class SharedSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class MoESpec:
+class MoESpec(FeedForward):
     """E experts of hidden width F behind a router.
 
     Attributes:
@@ -52,107 +53,142 @@ class MoESpec:
     bias: bool = False
     shared: SharedSpec | None = None
 
+    def params(self, width: int) -> Tree:
+        """{"router": …, "experts": …, "shared": …}."""
+        tree: dict[str, dict[str, Param]] = {
+            "router": router_params(self.router, width),
+            "experts": _expert_params(self, width),
+        }
+        if self.shared is not None:
+            tree["shared"] = mlp_params(self.shared.mlp, width)
+            if self.shared.gated:
+                tree["shared"]["gate"] = param("JD", {"J": 1, "D": width})
+        return tree
 
-def moe_params(spec: MoESpec, width: int) -> Tree:
-    """Declarations of router, experts and shared expert for a model of `width`."""
-    sizes = {"D": width, "E": spec.router.num_experts, "F": spec.hidden, "G": spec.activation.parts, "J": 1}
+    def apply(
+        self, params: Tree, x_BTD: jax.Array, stream_BTD: jax.Array, context: Context
+    ) -> tuple[jax.Array, RouterStats]:
+        """x (B, T, D) → (B, T, D) and the layer's router statistics."""
+        del stream_BTD
+        return moe(params, self, x_BTD, context)
+
+    def idle_params(self, width: int) -> int:
+        """Those of the experts that a token is not sent to."""
+        router = self.router
+        return count(_expert_params(self, width)) * (router.num_experts - router.top_k) // router.num_experts
+
+    def problems(self) -> Iterator[str]:
+        """Of the router."""
+        return self.router.problems()
+
+    def describe(self) -> str:
+        """Experts, how many are chosen, and the shared one."""
+        shared = "" if self.shared is None else f"; shared {self.shared.mlp.hidden}"
+        return f"{self.router.num_experts} experts of {self.hidden}, top {self.router.top_k}{shared}"
+
+    def traits(self) -> Iterator[str]:
+        """In the order of the table of models in the README."""
+        yield f"top {self.router.top_k} of {self.router.num_experts}"
+        yield from self.router.traits()
+        if self.activation.name != "silu":
+            yield self.activation.name
+        if self.bias:
+            yield "biases"
+        if self.shared is not None:
+            yield "gated shared expert" if self.shared.gated else "shared expert"
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseMoESpec(FeedForward):
+    """A dense feed-forward and experts side by side, their outputs normed apart and added (Gemma 4).
+
+    The dense one sees what the layer's norm gives. The router sees the residual stream itself, and the experts
+    a norm of their own of it.
+
+    Attributes:
+        norm: of all three further norms: what the dense one gives, what experts see, what they give.
+    """
+
+    dense: MLPSpec
+    moe: MoESpec
+    norm: NormSpec
+
+    def params(self, width: int) -> Tree:
+        """Those of both, and the norms."""
+        tree = self.dense.params(width) | self.moe.params(width)
+        for name in ("dense_post_norm", "experts_norm", "experts_post_norm"):
+            tree |= norm_params(name, self.norm, width)
+        return tree
+
+    def apply(
+        self, params: Tree, x_BTD: jax.Array, stream_BTD: jax.Array, context: Context
+    ) -> tuple[jax.Array, RouterStats]:
+        """x and the residual stream (B, T, D) → (B, T, D) and the layer's router statistics."""
+        dense_BTD = norm(params, "dense_post_norm", self.norm, mlp(params["mlp"], self.dense, x_BTD))
+        experts_see = norm(params, "experts_norm", self.norm, stream_BTD)
+        out, stats = moe(params, self.moe, experts_see, context, router_sees=stream_BTD)
+        return dense_BTD + norm(params, "experts_post_norm", self.norm, out), stats
+
+    def idle_params(self, width: int) -> int:
+        """Those of the experts that a token is not sent to."""
+        return self.moe.idle_params(width)
+
+    def problems(self) -> Iterator[str]:
+        """Of the experts."""
+        return self.moe.problems()
+
+    def describe(self) -> str:
+        """Both."""
+        return f"{self.dense.describe()}; {self.moe.describe()}"
+
+    def traits(self) -> Iterator[str]:
+        """Those of the experts, and that there is a dense one."""
+        yield from self.moe.traits()
+        yield "dense beside experts"
+
+
+def _expert_params(spec: MoESpec, width: int) -> dict[str, Param]:
+    sizes = {"D": width, "E": spec.router.num_experts, "F": spec.hidden, "G": spec.activation.parts}
     experts = {"gate_up": param("EGFD", sizes), "down": param("EDF", sizes)}
     if spec.bias:
         experts["gate_up_bias"] = param("EGF", sizes, role="vector", init="zeros")
         experts["down_bias"] = param("ED", sizes, role="vector", init="zeros")
-    params: dict[str, dict[str, Param]] = {"router": router_params(spec.router, width), "experts": experts}
-    if spec.shared is not None:
-        params["shared"] = mlp_params(spec.shared.mlp, width)
-        if spec.shared.gated:
-            params["shared"]["gate"] = param("JD", sizes)
-    return params
+    return experts
 
 
 def moe(
     params: Tree,
     spec: MoESpec,
     x_BTD: jax.Array,
-    valid_BT: jax.Array | None,
-    key: jax.Array | None,
+    context: Context,
     router_sees: jax.Array | None = None,
 ) -> tuple[jax.Array, RouterStats]:
     """x (B, T, D) → (B, T, D) and the layer's router statistics.
 
     Args:
-        params: as declared by `moe_params`.
+        params: as declared by `MoESpec.params`.
         spec: the layer.
         x_BTD: activations.
-        valid_BT: (B, T) bool, false for padding; padding is computed but counted nowhere.
-        key: PRNG key for router jitter, given in training only.
+        context: of the batch; padding is computed but counted nowhere.
         router_sees: (B, T, D), by default x.
     """
-    if key is not None and spec.router.jitter:
-        x_BTD = jitter(x_BTD, spec.router.jitter, key)
+    if context.key is not None and spec.router.jitter:
+        x_BTD = jitter(x_BTD, spec.router.jitter, context.key)
     width = x_BTD.shape[-1]
     x_RD = x_BTD.reshape(-1, width)
     routing = route(
         params["router"], spec.router, x_RD if router_sees is None else router_sees.reshape(-1, width)
     )
-    stats = router_stats(spec.router, routing, None if valid_BT is None else valid_BT.reshape(-1))
-    out_RD = _experts_on_mesh(params["experts"], spec.activation, x_RD, routing.experts, routing.weights)
+    stats = router_stats(routing, None if context.valid is None else context.valid.reshape(-1))
+    out_RD = experts_on_mesh(
+        params["experts"], spec.activation, x_RD, routing.experts, routing.weights, context.device
+    )
     out_BTD = out_RD.reshape(x_BTD.shape)
     if spec.shared is not None:
         shared_BTD = mlp(params["shared"], spec.shared.mlp, x_BTD)
         if spec.shared.gated:
-            gate_BT1 = jnp.einsum("btd,jd->btj", x_BTD, params["shared"]["gate"])
-            shared_BTD = shared_BTD * jax.nn.sigmoid(gate_BT1)
+            shared_BTD = shared_BTD * jax.nn.sigmoid(linear(x_BTD, params["shared"]["gate"]))
         out_BTD = out_BTD + shared_BTD
         if spec.shared.averaged:
             out_BTD = out_BTD / 2
     return out_BTD, stats
-
-
-def _experts_on_mesh(
-    params: Tree, activation: Activation, x_RD: jax.Array, experts_RK: jax.Array, weights_RK: jax.Array
-) -> jax.Array:
-    """`expert_mlp` where the mesh shards it.
-
-    Tokens are gathered along the expert axis, each device computes its own experts and its own slice of the
-    hidden width, and the partial sums are scattered back: two collectives per layer. Everything between is
-    local, so each device sorts and multiplies only what it holds.
-    """
-    mesh = current_mesh()
-    if mesh is None:
-        return expert_mlp(x_RD, Experts(**params), experts_RK, weights_RK, activation=activation)
-    num_experts = params["down"].shape[0]
-
-    def local(params: Tree, x_RD: jax.Array, experts_RK: jax.Array, weights_RK: jax.Array) -> jax.Array:
-        gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
-        if "down_bias" in params:  # the partial sums over slices of the hidden width add it up once
-            first = jax.lax.axis_index("tensor") == 0
-            params = params | {"down_bias": jnp.where(first, params["down_bias"], 0)}
-        partial_RD = expert_mlp(
-            gather(x_RD),
-            Experts(**params),
-            gather(experts_RK),
-            gather(weights_RK),
-            activation=activation,
-            num_experts=num_experts,
-            first=jax.lax.axis_index("expert") * params["down"].shape[0],
-        )
-        wide_RD = jax.lax.psum(partial_RD.astype(jnp.float32), "tensor")
-        return jax.lax.psum_scatter(wide_RD, "expert", tiled=True).astype(x_RD.dtype)
-
-    # shard_map wants equal parts; a single prompt may have any number of rows. Those added weigh nothing.
-    missing = -x_RD.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    padded = (jnp.pad(x, ((0, missing), (0, 0))) for x in (x_RD, experts_RK, weights_RK))
-    parts = {
-        "gate_up": P("expert", None, "tensor", None),
-        "down": P("expert", None, "tensor"),
-        "gate_up_bias": P("expert", None, "tensor"),
-        "down_bias": P("expert"),
-    }
-    rows = P(BATCH_AXES)
-    out_RD = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=({name: parts[name] for name in params}, rows, rows, rows),
-        out_specs=rows,
-        check_vma=False,
-    )(params, *padded)
-    return out_RD[: x_RD.shape[0]]

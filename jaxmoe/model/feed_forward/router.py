@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 
 from jaxmoe.model.feed_forward.sparsemixer import sparsemixer
+from jaxmoe.model.linear import add_bias, along_last, in_dtype, linear
 from jaxmoe.model.norms import NormSpec, apply_norm
 from jaxmoe.params import Param, Tree, param
 
@@ -87,10 +89,41 @@ class RouterSpec:
     jitter: float = 0.0
     threshold: float = 0.0
 
-    @property
-    def by_logits(self) -> bool:
-        """Whether a token always goes to the experts of its K highest logits."""
-        return self.correction == "none" and self.groups is None and self.score != "sparsemixer"
+    def problems(self) -> Iterator[str]:
+        """More experts than there are, groups that do not divide them."""
+        chosen, experts, groups = self.top_k, self.num_experts, self.groups
+        if chosen > experts:
+            yield f"num_experts_per_tok {chosen} is more than the {experts} experts"
+            return
+        if groups is None:
+            return
+        if experts % groups.count or groups.keep > groups.count:
+            yield (
+                f"n_group {groups.count} and topk_group {groups.keep}: expected groups that divide the {experts} "
+                "experts, and no more kept than there are"
+            )
+            return
+        size = experts // groups.count
+        if size < 2 and groups.rank_by == "top2":
+            yield f"n_group {groups.count} leaves {size} expert per group: expected two or more"
+        elif chosen > groups.keep * size:
+            yield (
+                f"num_experts_per_tok {chosen} is more than the {groups.keep * size} experts of {groups.keep} groups"
+            )
+
+    def traits(self) -> Iterator[str]:
+        """In the order of the table of models in the README."""
+        yield "softmax of the chosen" if self.score == "logits" else self.score
+        told = {
+            "renormalised": self.renormalize,
+            "bias": self.bias,
+            "correction bias": self.correction != "none",
+            "groups": self.groups is not None and self.groups.count > 1,
+            "scaled weights": self.scale != 1.0,
+            "scale per expert": self.expert_scale,
+            "normed input": self.input_scale is not None,
+        }
+        yield from (text for text, holds in told.items() if holds)
 
 
 class Routing(NamedTuple):
@@ -108,15 +141,12 @@ class RouterStats(NamedTuple):
 
     Attributes:
         load: (E,) float32, how often each expert was chosen; sums to K * tokens.
-        top_load: (E,) float32, how often each expert's raw logit was among the K highest, which is what the
-            balance loss of transformers counts; the load itself where the choice depends on nothing else.
         probability: (E,) float32, sum of the softmax over the raw logits; the only differentiable balance path.
         z: () float32, sum of logsumexp(logits)².
         tokens: () float32, number of valid tokens.
     """
 
     load: jax.Array
-    top_load: jax.Array
     probability: jax.Array
     z: jax.Array
     tokens: jax.Array
@@ -156,13 +186,14 @@ def route(params: Tree, spec: RouterSpec, x_RD: jax.Array) -> Routing:
 
 
 def _logits(params: Tree, spec: RouterSpec, x_RD: jax.Array) -> jax.Array:
-    weight_ED = params["weight"]
     if spec.input_scale is not None:
         normal_RD = apply_norm(spec.input_scale.norm, x_RD, None)
-        x_RD = normal_RD * params["input_scale"] * jnp.asarray(x_RD.shape[-1] ** -0.5, x_RD.dtype)
+        x_RD = along_last(params["input_scale"], normal_RD) * normal_RD
+        x_RD = x_RD * jnp.asarray(x_RD.shape[-1] ** -0.5, x_RD.dtype)
     dtype = jnp.float32 if spec.logits_dtype == "float32" else x_RD.dtype
-    logits_RE = jnp.matmul(x_RD.astype(dtype), weight_ED.astype(dtype).T, precision=Precision.HIGHEST)
-    return logits_RE + params["bias"] if spec.bias else logits_RE
+    weight_ED = in_dtype(params["weight"], dtype)
+    logits_RE = linear(x_RD.astype(dtype), weight_ED, precision=Precision.HIGHEST)
+    return add_bias(logits_RE, params["bias"]) if spec.bias else logits_RE
 
 
 def _choose(params: Tree, spec: RouterSpec, logits_RE: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -174,7 +205,7 @@ def _choose(params: Tree, spec: RouterSpec, logits_RE: jax.Array) -> tuple[jax.A
         scores_RE = jax.nn.sigmoid(wide_RE) if spec.score == "sigmoid" else jax.nn.softmax(wide_RE, axis=-1)
     ranks_RE = jax.lax.stop_gradient(wide_RE if spec.correction == "logit" else scores_RE)
     if spec.correction != "none":
-        ranks_RE = ranks_RE + params["correction"]
+        ranks_RE = add_bias(ranks_RE, params["correction"])
     if spec.groups is not None:
         kept_RE = _in_best_groups(spec.groups, ranks_RE)
         ranks_RE = jnp.where(kept_RE, ranks_RE, spec.groups.masked)
@@ -197,11 +228,10 @@ def _in_best_groups(groups: Groups, ranks_RE: jax.Array) -> jax.Array:
     return jnp.repeat(is_kept, per_group.shape[-1], axis=1)
 
 
-def router_stats(spec: RouterSpec, routing: Routing, valid_R: jax.Array | None) -> RouterStats:
+def router_stats(routing: Routing, valid_R: jax.Array | None) -> RouterStats:
     """Sum up a layer's routing.
 
     Args:
-        spec: the router.
         routing: of R tokens.
         valid_R: (R,) bool, false for padding, which counts nowhere; None when every token is valid.
     """
@@ -209,19 +239,12 @@ def router_stats(spec: RouterSpec, routing: Routing, valid_R: jax.Array | None) 
     weight_R = jnp.ones((rows,), jnp.float32) if valid_R is None else valid_R.astype(jnp.float32)
     # One-hot products instead of a scatter-add: deterministic on every device. HIGHEST: never rounded to TF32.
     total = functools.partial(jnp.matmul, weight_R, precision=Precision.HIGHEST)
-
-    def load(experts_RK: jax.Array) -> jax.Array:
-        return total(jax.nn.one_hot(experts_RK, num_experts, dtype=jnp.float32).sum(axis=1))
-
-    chosen = jax.lax.stop_gradient(load(routing.experts))
+    chosen_RE = jax.nn.one_hot(routing.experts, num_experts, dtype=jnp.float32).sum(axis=1)
     # The dtype that the logits have: the balance loss of transformers takes its softmax there.
     probabilities_RE = jax.nn.softmax(routing.logits, axis=-1).astype(jnp.float32)
     lse_R = jax.nn.logsumexp(routing.logits.astype(jnp.float32), axis=-1)
     return RouterStats(
-        load=chosen,
-        top_load=chosen
-        if spec.by_logits
-        else jax.lax.stop_gradient(load(jax.lax.top_k(routing.logits, spec.top_k)[1])),
+        load=jax.lax.stop_gradient(total(chosen_RE)),
         probability=total(probabilities_RE),
         z=total(lse_R * lse_R),
         tokens=weight_R.sum(),

@@ -27,5 +27,5 @@ def sparsemixer(logits_RE: jax.Array, top_k: int, threshold: float) -> tuple[jax
         shares = jax.nn.softmax(jnp.where(jax.lax.stop_gradient(far), -jnp.inf, left), axis=-1)
         experts.append(chosen)
         weights.append(jnp.take_along_axis(shares, chosen, axis=-1))
-        left = jnp.where(jnp.arange(left.shape[-1]) == chosen, -jnp.inf, left)
+        left = jnp.where(jnp.arange(left.shape[-1])[None] == chosen, -jnp.inf, left)
     return jnp.concatenate(experts, axis=-1).astype(jnp.int32), jnp.concatenate(weights, axis=-1)

@@ -2,22 +2,22 @@
 
 import dataclasses
 import functools
-import logging
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.model.mixers.blockwise import blockwise_attention
-from jaxmoe.model.mixers.rope import RopeSpec, apply_rope, rope_tables
+from jaxmoe.model.blocks import Mixer
+from jaxmoe.model.linear import linear, on_rows
+from jaxmoe.model.mixers.attend import attend
+from jaxmoe.model.mixers.context import Context
+from jaxmoe.model.mixers.rope import RopeSpec, apply_rope
 from jaxmoe.model.norms import NormSpec, apply_norm
 from jaxmoe.model.precision import scaled
-from jaxmoe.parallel.sharding import BATCH_AXES, axis_size, constrain, current_mesh
+from jaxmoe.parallel.sharding import axis_size, constrain
 from jaxmoe.params import Param, Tree, param
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class QKNorm:
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionSpec:
+class AttentionSpec(Mixer):
     """Causal grouped-query attention.
 
     Attributes:
@@ -80,36 +80,82 @@ class AttentionSpec:
         """Width of a value's head."""
         return self.value_dim or self.head_dim
 
+    def params(self, width: int) -> Tree:
+        """{"attention": …}."""
+        return {"attention": _declared(self, width)}
 
-@dataclasses.dataclass(frozen=True)
-class Sequence:
-    """What attention needs to know of the batch, computed once and shared by all layers.
+    def apply(self, params: Tree, x_BTD: jax.Array, context: Context) -> jax.Array:
+        """x (B, T, D) → (B, T, D)."""
+        params = params["attention"]
+        q_BTNH, k_BTMH, v_BTMH = _project(_repeat_kv_heads(params, self, x_BTD.dtype), self, x_BTD, context)
+        out_BTNH = attend(
+            constrain(q_BTNH, "BTNH"),
+            constrain(k_BTMH, "BTMH"),
+            constrain(v_BTMH, "BTMH"),
+            context.mask,
+            scale=self.head_dim**-0.5 if self.scale is None else self.scale,
+            window=self.window,
+            sinks=params.get("sinks"),
+            device=context.device,
+        )
+        out_BTP = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
+        if self.gated:
+            out_BTP = out_BTP * jax.nn.sigmoid(linear(x_BTD, params["gate_proj"]))
+        return linear(out_BTP, params["o_proj"], params["o_bias"] if self.output_bias else None)
 
-    Attributes:
-        mask: (B, 1, T, S) bool, true within one document; None when every row begins with its only document.
-            Its memory grows with the square of T. cuDNN takes it as a bias in the compute dtype of 2·T² bytes
-            per row, 2 GiB at 32k tokens and 32 GiB at 131k, and jax 0.10.2 has its backward pass write as many
-            for a gradient of the bias that nobody asks for. No public function of jax hands cuDNN the ends of
-            documents instead.
-        rope: cos and sin tables per distinct rotation.
-    """
+    def rotations(self) -> frozenset[RopeSpec]:
+        """Of queries and keys."""
+        return frozenset() if self.rope is None else frozenset({self.rope})
 
-    mask: jax.Array | None
-    rope: dict[RopeSpec, tuple[jax.Array, jax.Array]]
+    def mixing_flops(self, length: int) -> float:
+        """2 N (H + H_v) t, with H and H_v the widths of a key's and a value's head and t the mean number of keys that
+        a query sees: half the sequence, or the window (PaLM, arXiv 2204.02311, appendix B, halved for causality)."""
+        window = self.window or length
+        keys = length / 2 if window >= length else window * (1 - window / (2 * length))
+        return 2.0 * self.num_heads * (self.head_dim + self.width_of_value) * keys
+
+    def problems(self) -> Iterator[str]:
+        """Heads that do not divide, windows that are none, values that are too wide."""
+        heads, kv_heads, window = self.num_heads, self.num_kv_heads, self.window
+        if heads % kv_heads:
+            yield f"num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}"
+        if window is not None and (isinstance(window, bool) or window < 1):
+            yield f"sliding_window = {window}: expected a positive integer or null"
+        if self.width_of_value > self.head_dim:
+            yield (
+                f"values of width {self.width_of_value} are wider than keys, {self.head_dim}: that is not supported"
+            )
+
+    def describe(self) -> str:
+        """Heads and window."""
+        window = "" if self.window is None else f", window {self.window}"
+        return f"attention {self.num_heads}/{self.num_kv_heads} heads of {self.head_dim}{window}"
+
+    def traits(self) -> Iterator[str]:
+        """In the order of the table of models in the README."""
+        if self.qk_norm is not None:
+            where = " after rope" if self.qk_norm.after_rope else ""
+            yield f"q/k norm per head{where}" if self.qk_norm.over == "head" else f"q/k norm in full{where}"
+            if self.qk_norm.values:
+                yield "value norm"
+        told = {
+            "biases": self.bias or self.output_bias,
+            "windows": self.window is not None,
+            "clipped": self.clip_qkv is not None,
+            "sinks": self.sinks,
+            "gate": self.gated,
+            "values from keys": self.values_from_keys,
+            "narrower values": self.width_of_value != self.head_dim,
+            "scaled values": self.value_scale != 1.0,
+            "own score scale": self.scale is not None,
+            "no rope in some layers": self.rope is None,
+        }
+        yield from (text for text, holds in told.items() if holds)
+        if self.rope is not None:
+            yield from self.rope.traits(self.head_dim)
 
 
-def sequence(
-    specs: set[RopeSpec], positions: jax.Array, segment_ids: jax.Array | None, dtype: jnp.dtype
-) -> Sequence:
-    """Prepare positions (B, T) for all layers, and segment_ids (B, T) of packed rows."""
-    mask = None
-    if segment_ids is not None:
-        mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    return Sequence(mask, {spec: rope_tables(spec, positions, dtype) for spec in specs})
-
-
-def attention_params(spec: AttentionSpec, width: int) -> dict[str, Param]:
-    """Declarations of one attention block for a model of `width`."""
+def _declared(spec: AttentionSpec, width: int) -> dict[str, Param]:
     sizes = {
         "D": width,
         "H": spec.head_dim,
@@ -141,66 +187,7 @@ def attention_params(spec: AttentionSpec, width: int) -> dict[str, Param]:
     return params
 
 
-def attention(params: Tree, spec: AttentionSpec, x_BTD: jax.Array, sequence: Sequence) -> jax.Array:
-    """x (B, T, D) → (B, T, D)."""
-    q_BTNH, k_BTMH, v_BTMH = _project(_repeat_kv_heads(params, spec), spec, x_BTD, sequence)
-    q_BTNH, k_BTMH, v_BTMH = (constrain(x, BATCH_AXES, None, "tensor") for x in (q_BTNH, k_BTMH, v_BTMH))
-    attend = _attend(params, spec, q_BTNH, masked=sequence.mask is not None)
-    if jax.default_backend() == "cpu" and current_mesh() is None:
-        out_BTNH = _row_by_row(attend, q_BTNH, k_BTMH, v_BTMH, sequence.mask)
-    else:
-        out_BTNH = attend(q_BTNH, k_BTMH, v_BTMH, sequence.mask)
-    out_BTP = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
-    if spec.gated:
-        out_BTP = out_BTP * jax.nn.sigmoid(jnp.einsum("btd,pd->btp", x_BTD, params["gate_proj"]))
-    out_BTD = jnp.einsum("btp,dp->btd", out_BTP, params["o_proj"])
-    return out_BTD + params["o_bias"] if spec.output_bias else out_BTD
-
-
-def _attend(
-    params: Tree, spec: AttentionSpec, q_BTNH: jax.Array, masked: bool
-) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]:
-    """The function of queries, keys, values and mask that gives what is attended to, (B, T, N, value width)."""
-    scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-    implementation = _implementation(q_BTNH, masked, spec.sinks)
-    if implementation == "blockwise":
-        return functools.partial(
-            blockwise_attention, scale=scale, window=spec.window, sinks=params.get("sinks")
-        )
-    attend = functools.partial(
-        jax.nn.dot_product_attention,
-        scale=scale,
-        is_causal=True,
-        local_window_size=None if spec.window is None else (spec.window - 1, 0),
-        implementation=implementation,
-    )
-
-    def attend_padded(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """Values as wide as keys, which is all that jax takes."""
-        padded = jnp.pad(v, ((0, 0),) * (v.ndim - 1) + ((0, spec.head_dim - v.shape[-1]),))
-        return attend(q, k, padded, mask=mask)[..., : v.shape[-1]]
-
-    return attend_padded
-
-
-def _row_by_row(
-    attend: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
-) -> jax.Array:
-    """One row of the batch after the other, its scores computed again in the backward pass.
-
-    The scores of one row stay in a CPU's cache, those of a batch go through memory. A training step of the quickstart's
-    model takes 7 % less time so.
-    """
-
-    @jax.checkpoint
-    def row(operands: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
-        q, k, v, mask = operands
-        return attend(q, k, v, mask)
-
-    return jax.lax.map(row, (q, k, v, mask))
-
-
-def _repeat_kv_heads(params: Tree, spec: AttentionSpec) -> Tree:
+def _repeat_kv_heads(params: Tree, spec: AttentionSpec, dtype: Any) -> Tree:
     """Repeat the weights of each key-value head until the mesh axis "tensor" divides their number M.
 
     cuDNN is called on each device with that device's heads: its queries need their own keys and values there.
@@ -211,28 +198,32 @@ def _repeat_kv_heads(params: Tree, spec: AttentionSpec) -> Tree:
     if repeats == 1:
         return params
 
-    def repeat(x: jax.Array) -> jax.Array:
+    def repeat(x: jax.Array, letters: str) -> jax.Array:
         """(heads of keys or values, …) → (repeats times as many, …)."""
-        rest = ("fsdp",) if x.ndim == 2 else ()
         # Whole before it is cut differently: XLA cannot go from parts of heads to copies of heads by itself.
-        heads = constrain(x, None, *rest).reshape(spec.num_kv_heads, -1, *x.shape[1:])
-        return constrain(jnp.repeat(heads, repeats, axis=0).reshape(-1, *x.shape[1:]), "tensor", *rest)
+        heads = constrain(x, "." + letters[1:]).reshape(spec.num_kv_heads, -1, *x.shape[1:])
+        return constrain(jnp.repeat(heads, repeats, axis=0).reshape(-1, *x.shape[1:]), letters)
 
-    of_heads = {"k_proj", "v_proj", "k_bias", "v_bias"}
+    repeated: dict[str, Any] = {
+        name: on_rows(params[name], repeat, letters, dtype)
+        for name, letters in (("k_proj", "UD"), ("v_proj", "WD"))
+        if name in params
+    }
+    of_heads = {"k_bias": "U", "v_bias": "W"}
     if spec.qk_norm is not None and spec.qk_norm.over == "full":
         # The mean over the projection is that over its repeated heads.
-        of_heads.add("k_norm")
-    return params | {name: repeat(params[name]) for name in of_heads & params.keys()}
+        of_heads["k_norm"] = "U"
+    repeated |= {name: repeat(params[name], letter) for name, letter in of_heads.items() if name in params}
+    return params | repeated
 
 
 def _project(
-    params: Tree, spec: AttentionSpec, x_BTD: jax.Array, sequence: Sequence
+    params: Tree, spec: AttentionSpec, x_BTD: jax.Array, context: Context
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries (B, T, N, H), keys (B, T, M, H) and values (B, T, M, value width), ready to attend."""
 
     def project(name: str) -> jax.Array:
-        out = jnp.einsum("btd,ud->btu", x_BTD, params[f"{name}_proj"])
-        return out + params[f"{name}_bias"] if spec.bias else out
+        return linear(x_BTD, params[f"{name}_proj"], params[f"{name}_bias"] if spec.bias else None)
 
     def heads(x: jax.Array, width: int) -> jax.Array:
         return x.reshape(*x.shape[:2], -1, width)
@@ -247,7 +238,7 @@ def _project(
         if spec.clip_qkv is not None:
             x = jnp.clip(x, -spec.clip_qkv, spec.clip_qkv)
         if spec.rope is not None:
-            x = apply_rope(spec.rope, x, sequence.rope[spec.rope])
+            x = apply_rope(spec.rope, x, context.rotations[spec.rope])
         return normed(x, name, "head", True)
 
     projected_key = project("k")
@@ -258,50 +249,3 @@ def _project(
         value = jnp.clip(value, -spec.clip_qkv, spec.clip_qkv)
     value = scaled(value, spec.value_scale)
     return query_or_key(project("q"), "q"), query_or_key(projected_key, "k"), value
-
-
-def _implementation(q_BTNH: jax.Array, masked: bool, sinks: bool) -> Literal["cudnn", "xla", "blockwise"]:
-    """On a GPU cuDNN's flash attention where it takes the operands; otherwise the reason is logged once.
-
-    XLA's own attention writes the (B, N, T, S) scores: at 2 x 4,096 tokens and 32 heads that is 10 GiB of
-    temporaries against 0.14 GiB.
-    """
-    capability = _compute_capability()
-    if capability is None:
-        return "blockwise" if sinks else "xla"
-    reason = _cudnn_refuses(q_BTNH, masked, sinks, capability)
-    if reason is None:
-        return "cudnn"
-    _log_once(f"attention goes through XLA, block by block: {reason}")
-    return "blockwise"
-
-
-def _compute_capability() -> tuple[int, int] | None:
-    """Of the NVIDIA GPU that computes, such as (9, 0); None on anything else."""
-    if jax.default_backend() != "gpu":
-        return None
-    major, _, minor = str(getattr(jax.local_devices()[0], "compute_capability", "")).partition(".")
-    return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
-
-
-def _cudnn_refuses(q_BTNH: jax.Array, masked: bool, sinks: bool, capability: tuple[int, int]) -> str | None:
-    """Why cuDNN does not take these queries, after jax's own checks, which raise instead.
-
-    Those also let widths over 128 through on GPUs after Hopper, where cuDNN has had no kernels for them.
-    """
-    length, width = q_BTNH.shape[1], q_BTNH.shape[3]
-    widest = 256 if capability[0] == 9 else 128
-    if sinks:
-        return "cuDNN takes no attention sinks"
-    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"cuDNN takes bfloat16 and float16, the model computes in {q_BTNH.dtype}"
-    if width > widest or width % 8:
-        return f"cuDNN takes head widths up to {widest} in eights on this GPU, the model has {width}"
-    if masked and length % 2:
-        return f"cuDNN takes packed rows of even length, these have {length} tokens"
-    return None
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    _logger.warning(message)

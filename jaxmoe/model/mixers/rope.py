@@ -6,6 +6,7 @@ the sequence is (dynamic, longrope) take the longest position in the batch, so t
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,15 @@ class RopeSpec:
     interleaved: bool = False
     float32: bool = False
 
+    def traits(self, width: int) -> Iterator[str]:
+        """What sets it apart, on heads of `width`."""
+        if self.rotary_dim != width:
+            yield "partial rope"
+        if self.interleaved:
+            yield "interleaved rope"
+        if self.scaling is not None:
+            yield f"{type(self.scaling).__name__.lower()} rope"
+
 
 def rope_tables(spec: RopeSpec, positions: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines, each (B, T, rotary_dim/2), computed in float32 and rounded to `dtype` (or not: `float32`).
@@ -98,7 +108,7 @@ def rope_tables(spec: RopeSpec, positions: jax.Array, dtype: jnp.dtype) -> tuple
         dtype: dtype of the activations that will be rotated.
     """
     frequencies, attention_factor = _frequencies(spec, positions)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     kept = jnp.float32 if spec.float32 else dtype
     cos, sin = (jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor)
     return cos.astype(kept), sin.astype(kept)

@@ -22,12 +22,12 @@ from jaxmoe.config import RunConfig
 from jaxmoe.interop import saving
 from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.loading import LocalShards, load_params, open_source
-from jaxmoe.interop.pretrained import from_config, read_blueprint
+from jaxmoe.interop.pretrained import from_config
 from jaxmoe.interop.quantization.folder import QuantizedFolder, split_config
 from jaxmoe.interop.saving import export_like_source
+from jaxmoe.interop.source import config_source
 from jaxmoe.interop.storage.reader import CheckpointFolder
 from jaxmoe.interop.storage.slices import finer_axes, runs
-from jaxmoe.model.spec import model_params
 from jaxmoe.parallel.sharding import make_mesh, shardings
 from jaxmoe.params import named
 from jaxmoe.run.model import RunModel
@@ -65,7 +65,7 @@ def qwen_tensors(layout):
 @functools.cache
 def gpt_oss_tensors():
     random = np.random.default_rng(0)
-    blueprint = read_blueprint(GPT_OSS)
+    blueprint = config_source(GPT_OSS)
     return {
         name: (0.2 * random.standard_normal(binding.shape)).astype(BF16)
         for name, binding in blueprint.bindings.of_tensor.items()
@@ -369,7 +369,7 @@ class TestLoading:
         parts = source.bindings.of_parameter
         (name,) = [name] if name in parts else [n for n in parts if n.endswith("experts.gate_up")]
         expected = np.asarray(dict(named(load_params(source, np.float32)))[name])
-        declared = dict(named(model_params(source.spec)))[name]
+        declared = dict(named(source.spec.declared))[name]
         mesh = make_mesh(**mesh)
         indices = shardings({name: declared}, mesh)[name].devices_indices_map(declared.shape)
         local = {device: indices[device] for device in mesh.devices.flat[devices]}
@@ -713,7 +713,7 @@ def test_minimax_m2_as_published(folders):
         name: (0.2 * random.standard_normal(binding.shape)).astype(
             np.float32 if name.endswith("e_score_correction_bias") else BF16
         )
-        for name, binding in read_blueprint(config).bindings.of_tensor.items()
+        for name, binding in config_source(config).bindings.of_tensor.items()
     }
     is_quantised = lambda name: is_matrix(name) and "block_sparse_moe.gate." not in name
     stored, plain, quantization = quantize.quantize(tensors, "fp8", is_quantised, BLOCK, np.float32)
@@ -921,7 +921,7 @@ class TestErrors:
     )
     def test_config(self, given, message):
         with pytest.raises(UserError, match=message):
-            read_blueprint(QWEN | {"quantization_config": given})
+            config_source(QWEN | {"quantization_config": given})
 
     def test_run_of_random_weights_has_no_source(self):
         run = {
@@ -937,7 +937,7 @@ class TestErrors:
             RunConfig.from_mapping(run, "")
 
     def test_config_of_nothing(self):
-        assert read_blueprint(QWEN | {"quantization_config": None}).spec == read_blueprint(QWEN).spec
+        assert config_source(QWEN | {"quantization_config": None}).spec == config_source(QWEN).spec
 
     def test_unknown_form_of_export(self, folders):
         tiny.write_checkpoint(folders.source, "olmoe", "bfloat16", shards=1, num_hidden_layers=1)
@@ -946,7 +946,7 @@ class TestErrors:
             jaxmoe.save_pretrained(model, folders.export, quantization="fp8")
 
     def test_random_model_has_no_source(self, folders):
-        model = SimpleNamespace(source=read_blueprint(QWEN))
+        model = SimpleNamespace(source=config_source(QWEN))
         with pytest.raises(
             UserError, match="'source': the model has random weights and no source; expected 'none'"
         ):

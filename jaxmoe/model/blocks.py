@@ -1,0 +1,88 @@
+"""What a layer is made of: a token mixer and a feed-forward, each a frozen spec that acts.
+
+A spec declares its parameters, applies itself, counts what it costs, checks itself and describes itself. Nobody
+outside asks which one it is: what is said of it below is all that the rest of the code knows.
+"""
+
+import abc
+from collections.abc import Iterator
+
+import jax
+
+from jaxmoe.model.feed_forward.router import RouterStats
+from jaxmoe.model.mixers.context import Context
+from jaxmoe.model.mixers.rope import RopeSpec
+from jaxmoe.params import Tree
+
+
+class Block(abc.ABC):
+    """What mixers and feed-forwards have in common. Subclasses are frozen dataclasses."""
+
+    @abc.abstractmethod
+    def params(self, width: int) -> Tree:
+        """Declarations of its parameters, as the part of its layer's tree that is its own.
+
+        Args:
+            width: D.
+        """
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """A few words with its sizes, such as ``attention 32/4 heads of 128``."""
+
+    def traits(self) -> Iterator[str]:
+        """What sets it apart from the plainest of its kind, a word or two each."""
+        return iter(())
+
+    def problems(self) -> Iterator[str]:
+        """What of it contradicts itself, in the words of config.json."""
+        return iter(())
+
+    def idle_params(self, width: int) -> int:
+        """How many of its parameters a token is not multiplied with."""
+        del width
+        return 0
+
+
+class Mixer(Block):
+    """What passes between the tokens of a document, never from a later one to an earlier one."""
+
+    @abc.abstractmethod
+    def apply(self, params: Tree, x_BTD: jax.Array, context: Context) -> jax.Array:
+        """What the layer adds to its residual stream for normed activations x.
+
+        Args:
+            params: the layer's, in the compute dtype.
+            x_BTD: (B, T, D).
+            context: of the batch.
+
+        Returns:
+            (B, T, D).
+        """
+
+    def rotations(self) -> frozenset[RopeSpec]:
+        """The rotations whose tables it looks for in the context."""
+        return frozenset()
+
+    def mixing_flops(self, length: int) -> float:
+        """FLOPs of the forward pass per token, at the mean over a document of `length` tokens, without products
+        with parameters."""
+        del length
+        return 0.0
+
+
+class FeedForward(Block):
+    """What happens to each token by itself."""
+
+    @abc.abstractmethod
+    def apply(
+        self, params: Tree, x_BTD: jax.Array, stream_BTD: jax.Array, context: Context
+    ) -> tuple[jax.Array, RouterStats | None]:
+        """What the layer adds to its residual stream, and the statistics of its router, if it has one.
+
+        Args:
+            params: the layer's, in the compute dtype.
+            x_BTD: (B, T, D), normed activations.
+            stream_BTD: (B, T, D), the residual stream that they are the norm of.
+            context: of the batch.
+        """

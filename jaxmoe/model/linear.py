@@ -1,0 +1,215 @@
+"""Where a dense weight meets an activation: the one place, whatever the weight is made of.
+
+A weight is an array (out, in), or one of the classes here: an array with a low-rank pair beside it, or codes and
+scales that stand for an array. Whoever multiplies with it cannot tell. Leading axes, such as L, E or G, are batches
+of matrices, in every array that a weight is made of.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Weight = Any
+"""A `jax.Array`, a `LowRank` or a `BlockScaled`."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("base", "a", "b"), meta_fields=("scale",))
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """base + scale · b · a (Hu et al., arXiv 2106.09685); the sum is never formed in a product.
+
+    Attributes:
+        base: (…, out, in), any weight.
+        a: (…, r, in).
+        b: (…, out, r).
+        scale: factor of the pair.
+    """
+
+    base: Weight
+    a: Any
+    b: Any
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(…, out, in)."""
+        return self.base.shape
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("codes", "scales"), meta_fields=("block",))
+@dataclasses.dataclass(frozen=True)
+class BlockScaled:
+    """codes · scales, one scale for each block of a matrix. It has no gradient: it is a frozen weight.
+
+    Attributes:
+        codes: (…, out, in) in a narrow dtype, such as float8_e4m3fn or int8.
+        scales: (…, ⌈out / rows⌉, ⌈in / columns⌉).
+        block: rows and columns of a block.
+    """
+
+    codes: Any
+    scales: Any
+    block: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(…, out, in)."""
+        return self.codes.shape
+
+
+def dense(weight: Weight, dtype: Any) -> jax.Array:
+    """The array (…, out, in) that a weight stands for, in `dtype`; multiplied out in float32."""
+    if isinstance(weight, LowRank):
+        pair = jnp.einsum("...or,...ri->...oi", *(x.astype(jnp.float32) for x in (weight.b, weight.a)))
+        return (dense(weight.base, jnp.float32) + weight.scale * pair).astype(dtype)
+    if isinstance(weight, BlockScaled):
+        scales = weight.scales.astype(jnp.float32)
+        for axis, size in zip((-2, -1), weight.block, strict=True):
+            scales = jnp.repeat(scales, size, axis=axis)
+        out, width = weight.shape[-2:]
+        codes = jax.lax.stop_gradient(weight.codes).astype(jnp.float32)
+        return (codes * jax.lax.stop_gradient(scales[..., :out, :width])).astype(dtype)
+    return weight.astype(dtype)
+
+
+def in_dtype(weight: Weight, dtype: Any) -> Weight:
+    """The weight for products in `dtype`: its arrays cast, codes and their scales as they are."""
+    if isinstance(weight, LowRank):
+        cast = dataclasses.replace(weight, a=weight.a.astype(dtype), b=weight.b.astype(dtype))
+        return dataclasses.replace(cast, base=in_dtype(weight.base, dtype))
+    return weight if isinstance(weight, BlockScaled) else weight.astype(dtype)
+
+
+def part(weight: Weight, index: int) -> Weight:
+    """One of the weights along the leading axis."""
+    return jax.tree.map(lambda x: x[index], weight)
+
+
+def on_rows(
+    weight: Weight, function: Callable[[jax.Array, str], jax.Array], letters: str, dtype: Any
+) -> Weight:
+    """The weight whose rows are what `function` makes of this one's, such as their copies.
+
+    Args:
+        weight: one matrix (out, in).
+        function: of an array (out, …) and its letters.
+        letters: of the weight, such as "UD".
+        dtype: of the array where the weight has to be made one for that.
+    """
+    if isinstance(weight, LowRank):
+        base = on_rows(weight.base, function, letters, dtype)
+        return LowRank(base, weight.a, function(weight.b, letters[0] + "r"), weight.scale)
+    return function(dense(weight, dtype), letters)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x (…, out) + bias (out,)."""
+    return x + along_last(bias, x)
+
+
+def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector (n,) with as many axes as x (…, n)."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+def linear(
+    x: jax.Array,
+    weight: Weight,
+    bias: jax.Array | None = None,
+    *,
+    precision: Any = None,
+    out_dtype: Any = None,
+) -> jax.Array:
+    """x (…, in) times weight (out, in), plus bias (out,): (…, out).
+
+    Args:
+        x: activations, in the dtype in which is multiplied.
+        weight: one matrix; its arrays have x's dtype but for codes and scales.
+        bias: or None.
+        precision: of the products, as in `jax.lax.dot_general`.
+        out_dtype: in which products are summed and given, by default x's.
+    """
+    product = functools.partial(_product, precision=precision, out_dtype=out_dtype)
+    if isinstance(weight, LowRank):
+        low = product(product(x, weight.a).astype(x.dtype), weight.b)
+        out = linear(x, weight.base, precision=precision, out_dtype=out_dtype) + low * jnp.asarray(
+            weight.scale, low.dtype
+        )
+    else:
+        out = product(x, dense(weight, x.dtype))
+    return out if bias is None else add_bias(out, bias.astype(out.dtype))
+
+
+def linear_gradients(
+    x: jax.Array, weight: Weight, dout: jax.Array, totals: Weight
+) -> tuple[jax.Array, Weight]:
+    """Cotangents of x and of the weight in ``linear(x, weight)``, in float32, for passes that are written out.
+
+    Args:
+        x: (…, in).
+        weight: an array or a `LowRank` of arrays, in x's dtype.
+        dout: (…, out), in x's dtype.
+        totals: what the weight's cotangent is added to, float32; None for an array whose cotangent nobody wants.
+    """
+    if isinstance(weight, LowRank):
+        low = _product(x, weight.a)
+        dlow = _product(dout, weight.b, transpose=True) * jnp.asarray(weight.scale, dout.dtype)
+        dx, dbase = linear_gradients(x, weight.base, dout, totals.base)
+        dx_low, da = linear_gradients(x, weight.a, dlow, totals.a)
+        db = None if totals.b is None else totals.b + weight.scale * _outer(dout, low)
+        return dx + dx_low, LowRank(dbase, da, db, weight.scale)
+    dx = _product(dout, weight, transpose=True, out_dtype=jnp.float32)
+    return dx, None if totals is None else totals + _outer(dout, x)
+
+
+def letters_of(weight: Weight, letters: str) -> Weight:
+    """The letters of every array that a weight with `letters` is made of, such as "VD" of a head."""
+    if isinstance(weight, LowRank):
+        base = letters_of(weight.base, letters)
+        return LowRank(base, letters[:-2] + "r" + letters[-1], letters[:-1] + "r", weight.scale)
+    if isinstance(weight, BlockScaled):
+        return BlockScaled(letters, letters[:-2] + "..", weight.block)
+    return letters
+
+
+def unpacked(weight: Weight, dtype: Any) -> Weight:
+    """The weight in `dtype`, made of arrays alone: codes and scales multiplied out."""
+    if isinstance(weight, LowRank):
+        weight = in_dtype(weight, dtype)
+        return dataclasses.replace(weight, base=unpacked(weight.base, dtype))
+    return dense(weight, dtype)
+
+
+def lookup(weight: Weight, index: jax.Array, dtype: Any) -> jax.Array:
+    """Rows `index` (…) of one matrix (out, in): (…, in) in `dtype`."""
+    if isinstance(weight, LowRank):
+        low = _product(weight.b[index].astype(dtype), weight.a.astype(dtype), transpose=True)
+        return lookup(weight.base, index, dtype) + low * jnp.asarray(weight.scale, dtype)
+    if isinstance(weight, BlockScaled):
+        rows, columns = weight.block
+        scales = jnp.repeat(weight.scales[index // rows], columns, axis=-1)[..., : weight.shape[-1]]
+        return (weight.codes[index].astype(jnp.float32) * scales.astype(jnp.float32)).astype(dtype)
+    return weight[index].astype(dtype)
+
+
+def _product(
+    x: jax.Array,
+    weight: jax.Array,
+    *,
+    transpose: bool = False,
+    precision: Any = None,
+    out_dtype: Any = None,
+) -> jax.Array:
+    """(…, in) times (out, in) → (…, out), or with `transpose` (…, out) → (…, in)."""
+    contract = (((x.ndim - 1,), (0 if transpose else 1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=out_dtype)
+
+
+def _outer(dout: jax.Array, x: jax.Array) -> jax.Array:
+    """(…, out) and (…, in) → (out, in), summed in float32."""
+    rows = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(dout, x, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)

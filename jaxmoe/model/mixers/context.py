@@ -1,0 +1,79 @@
+"""What every layer needs of the batch, made once and passed to all of them."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe.kernels.devices import Device
+from jaxmoe.model.batch import Batch, segment_starts
+from jaxmoe.model.mixers.rope import RopeSpec, rope_tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Of one batch, and in a layer of that layer.
+
+    Attributes:
+        positions: (B, T) int32, counted from 0 in every document.
+        segment_ids: (B, T) int32: documents of a row are numbered from 1, padding is 0; None when every row is one
+            whole document.
+        packed: documents share rows. False says that each row holds one, from its start, and then padding.
+        mask: (B, 1, T, S) bool, true within one document; None where causality alone keeps documents apart.
+            Its memory grows with the square of T. cuDNN takes it as a bias in the compute dtype of 2·T² bytes
+            per row, 2 GiB at 32k tokens and 32 GiB at 131k, and jax 0.10.2 has its backward pass write as many
+            for a gradient of the bias that nobody asks for. No public function of jax hands cuDNN the ends of
+            documents instead.
+        rotations: cos and sin tables of every rotation that a layer has.
+        key: PRNG key of the layer, in training; None means that nothing is random.
+        device: that computes; None for the one at hand.
+    """
+
+    positions: jax.Array
+    segment_ids: jax.Array | None
+    packed: bool
+    mask: jax.Array | None
+    rotations: Mapping[RopeSpec, tuple[jax.Array, jax.Array]]
+    key: jax.Array | None = None
+    device: Device | None = None
+
+    @property
+    def valid(self) -> jax.Array | None:
+        """(B, T) bool, false on padding; None where there is none."""
+        return None if self.segment_ids is None else self.segment_ids > 0
+
+    @property
+    def starts(self) -> jax.Array:
+        """(B, T) bool, true on the first token of every document and of padding.
+
+        What carries a state from token to token begins anew there, also where attention does without a mask.
+        """
+        if self.segment_ids is None:
+            return jnp.broadcast_to(jnp.arange(self.positions.shape[1])[None] == 0, self.positions.shape)
+        return segment_starts(self.segment_ids)
+
+
+def make_context(
+    rotations: Iterable[RopeSpec],
+    batch: Batch,
+    dtype: Any,
+    *,
+    packed: bool = True,
+    key: jax.Array | None = None,
+    device: Device | None = None,
+) -> Context:
+    """Prepare a batch for all layers.
+
+    Args:
+        rotations: of all layers.
+        batch: token ids and how they are packed.
+        dtype: compute dtype.
+        packed, key, device: see `Context`.
+    """
+    mask = None
+    if batch.segment_ids is not None and packed:
+        mask = (batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :])[:, None]
+    tables = {spec: rope_tables(spec, batch.positions, dtype) for spec in rotations}
+    return Context(batch.positions, batch.segment_ids, packed, mask, tables, key, device)

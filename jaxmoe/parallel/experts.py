@@ -1,0 +1,111 @@
+"""The experts of a layer on a mesh: where the weights of experts meet activations, whatever they are made of."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe.kernels.devices import Device
+from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, expert_mlp
+from jaxmoe.model.linear import LowRank, dense
+from jaxmoe.parallel.sharding import BATCH_AXES, current_mesh, spec_of
+from jaxmoe.params import Tree
+
+_LETTERS = {"gate_up": "EGF.", "down": "E.F", "gate_up_bias": "EGF", "down_bias": "E."}
+"""Of each parameter; the model width is gathered before experts multiply."""
+
+
+def experts_on_mesh(
+    params: Tree,
+    activation: Activation,
+    x_RD: jax.Array,
+    experts_RK: jax.Array,
+    weights_RK: jax.Array,
+    device: Device | None = None,
+) -> jax.Array:
+    """`jaxmoe.kernels.expert_mlp` where the mesh shards it.
+
+    Tokens are gathered along the expert axis, each device computes its own experts and its own slice of the
+    hidden width, and the partial sums are scattered back: two collectives per layer. Everything between is
+    local, so each device sorts and multiplies only what it holds.
+
+    Args:
+        params: gate_up (E, G, F, D) and down (E, D, F), each any weight of `jaxmoe.model.linear`, and biases. A
+            low-rank pair of gate_up has a (E, r, D) and b (E, G, F, r); it runs in the same kernels as its base.
+        activation: of the experts.
+        x_RD: (R, D).
+        experts_RK: (R, K) int32, those that each token goes to.
+        weights_RK: (R, K).
+        device: that computes; None for the one at hand.
+
+    Returns:
+        (R, D).
+    """
+    experts = _operands(params, x_RD.dtype)
+    mesh = current_mesh()
+    if mesh is None:
+        return expert_mlp(x_RD, experts, experts_RK, weights_RK, activation=activation, device=device)
+    num_experts = experts.down.shape[0]
+
+    def local(experts: Experts, x_RD: jax.Array, experts_RK: jax.Array, weights_RK: jax.Array) -> jax.Array:
+        gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
+        if experts.down_bias is not None:  # the partial sums over slices of the hidden width add it up once
+            first = jax.lax.axis_index("tensor") == 0
+            experts = experts._replace(down_bias=jnp.where(first, experts.down_bias, 0))
+        partial_RD = expert_mlp(
+            gather(x_RD),
+            experts,
+            gather(experts_RK),
+            gather(weights_RK),
+            activation=activation,
+            num_experts=num_experts,
+            first=jax.lax.axis_index("expert") * experts.down.shape[0],
+            device=device,
+        )
+        wide_RD = jax.lax.psum(partial_RD.astype(jnp.float32), "tensor")
+        return jax.lax.psum_scatter(wide_RD, "expert", tiled=True).astype(x_RD.dtype)
+
+    # shard_map wants equal parts; a single prompt may have any number of rows. Those added weigh nothing.
+    missing = -x_RD.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    padded = (jnp.pad(x, ((0, missing), (0, 0))) for x in (x_RD, experts_RK, weights_RK))
+    rows = spec_of("R", mesh.axis_names)
+    out_RD = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(_specs(experts, mesh.axis_names), rows, rows, rows),
+        out_specs=rows,
+        check_vma=False,
+    )(experts, *padded)
+    return out_RD[: x_RD.shape[0]]
+
+
+def _operands(params: Tree, dtype: Any) -> Experts:
+    """What the kernels take: low-rank pairs beside their bases, their factors within B; everything else an array."""
+    arrays: dict[str, Any] = {
+        name: value for name, value in params.items() if name not in ("gate_up", "down")
+    }
+    pairs: dict[str, Any] = {}
+    for name in ("gate_up", "down"):
+        weight = params[name]
+        if isinstance(weight, LowRank):
+            pairs |= {
+                f"{name}_a": weight.a,
+                f"{name}_b": weight.b * jnp.asarray(weight.scale, weight.b.dtype),
+            }
+            weight = weight.base
+        arrays[name] = dense(weight, dtype)
+    return Experts(**arrays, lora=Lora(**pairs))
+
+
+def _specs(experts: Experts, axes: tuple[str, ...]) -> Experts:
+    """Mesh axes of every operand that is there."""
+    pairs = {"gate_up_a": "E..", "gate_up_b": "EGF.", "down_a": "E.F", "down_b": "E.."}
+
+    def chosen(arrays: dict[str, Any], letters: dict[str, str]) -> dict[str, Any]:
+        return {name: spec_of(letters[name], axes) for name, array in arrays.items() if array is not None}
+
+    lora = Lora(**chosen(experts.lora._asdict(), pairs))
+    own = {name: value for name, value in experts._asdict().items() if name != "lora"}
+    return Experts(**chosen(own, _LETTERS), lora=lora)

@@ -1,0 +1,140 @@
+"""A run's computation, put together for devices at hand or for others that are only described."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxmoe.config import RunConfig
+from jaxmoe.interop.selection import select
+from jaxmoe.interop.source import Source, compute_dtype
+from jaxmoe.kernels.devices import Device, describe
+from jaxmoe.model.batch import Batch
+from jaxmoe.model.spec import ModelSpec
+from jaxmoe.optim import build_optimizer, schedule
+from jaxmoe.parallel.sharding import batch_sharding, shardings
+from jaxmoe.params import Tree, roles
+from jaxmoe.run.model import open_model
+from jaxmoe.training.state import TrainState, abstract_state, init_state, stored_dtypes
+from jaxmoe.training.step import StepSpec, make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    """Everything of a run that is known before a weight is loaded or a document read.
+
+    Attributes:
+        config: the run.
+        source: the model, its layers grouped by what of them is trained.
+        mask: whether each parameter is trainable.
+        mesh: the devices.
+        device: what kind they are; decides about attention's implementation, the experts' backend and peak rates.
+        optimizer: of the trainable parameters.
+        learning_rate: of every step.
+        step_spec: what a step computes.
+    """
+
+    config: RunConfig
+    source: Source
+    mask: Tree
+    mesh: Mesh
+    device: Device
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    step_spec: StepSpec
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model."""
+        return self.source.spec
+
+    @property
+    def dtype(self) -> Any:
+        """That of the computation, and of the export of a model that has no source folder."""
+        return self.step_spec.dtype
+
+    @property
+    def dtypes(self) -> Tree:
+        """In which each parameter is held."""
+        return stored_dtypes(self.spec.declared, self.mask, self.dtype)
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """Shapes, dtypes and shardings."""
+        return abstract_state(self.optimizer, self.spec.declared, self.mask, self.dtype, self.mesh)
+
+    @functools.cached_property
+    def batch(self) -> Batch:
+        """Shapes, dtypes and sharding of what a step takes: (micro-batches, B, T)."""
+        train = self.config.train
+        shape = (train.accumulation, train.rows, self.config.data.sequence_length)
+        whole, real = (
+            jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(self.mesh, leading=1))
+            for dtype in (jnp.int32, jnp.float32)
+        )
+        return Batch(tokens=whole, positions=whole, segment_ids=whole, targets=whole, weights=real)
+
+    @functools.cached_property
+    def train_step(self) -> Any:
+        """See `jaxmoe.training.step.make_train_step`."""
+        where = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        return make_train_step(self.step_spec, self.optimizer, self.learning_rate, where)
+
+    @functools.cached_property
+    def eval_step(self) -> Any:
+        """See `jaxmoe.training.step.make_eval_step`."""
+        return make_eval_step(self.step_spec)
+
+    def begin(self, weights: Tree) -> TrainState:
+        """The state before the first step."""
+        return init_state(weights, self.optimizer, self.mask, self.config.train.seed, self.mesh)
+
+    def lower(self) -> Any:
+        """The training step traced for the devices; ``.compile()`` of it needs their compiler and not them."""
+        with jax.set_mesh(self.mesh):
+            return self.train_step.lower(self.state, self.batch)
+
+
+def assemble(
+    config: RunConfig, mesh: Mesh, device: Device | None = None, source: Source | None = None
+) -> Assembled:
+    """Put a run together.
+
+    Args:
+        config: the run; its ``mesh`` section is not looked at.
+        mesh: devices at hand, or those of `jax.experimental.topologies`.
+        device: what kind of device computes, by default what those of the mesh are.
+        source: the model, by default the one that the config names.
+
+    Raises:
+        UserError: the model or its folder is malformed, patterns of trainable parameters match nothing, or the mesh
+            does not divide the model.
+    """
+    selection = select(
+        open_model(config.model) if source is None else source, config.trainable, config.frozen
+    )
+    declared = selection.source.spec.declared
+    shardings(declared, mesh)
+    device = describe(mesh.devices.flat[0]) if device is None else device
+    return Assembled(
+        config=config,
+        source=selection.source,
+        mask=selection.mask,
+        mesh=mesh,
+        device=device,
+        optimizer=build_optimizer(config.optimizer, roles(declared), config.train.steps),
+        learning_rate=schedule(config.optimizer, config.train.steps),
+        step_spec=StepSpec(
+            model=selection.source.spec,
+            dtype=compute_dtype(config.model.dtype),
+            remat=config.model.remat,
+            aux_loss=config.balance.aux_loss,
+            z_loss=config.balance.z_loss,
+            packed=config.data.packing,
+            device=device,
+        ),
+    )
