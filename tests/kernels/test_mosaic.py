@@ -72,7 +72,8 @@ def float64(function, *arguments):
     """The result in numpy of `function`, all floating point in float64."""
     widen = lambda a: a.astype(np.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
     with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, function(*jax.tree.map(lambda a: widen(np.asarray(a)), arguments)))
+        arguments = jax.tree.map(lambda a: jnp.asarray(widen(np.asarray(a))), arguments)
+        return jax.tree.map(np.asarray, function(*arguments))
 
 
 def experts_of(slots: Slots, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ several segments, each a pair of operands: a low-rank update W + B A is one more
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,7 @@ class Place:
     tile: Any
 
 
+@runtime_checkable
 class Epilogue(Protocol):
     """What happens to an accumulator (64, parts * columns) in float32."""
 

@@ -56,7 +56,7 @@ def make_slots(dispatch: Dispatch, weights_RK: jax.Array, tile: int) -> Slots:
     expert_t = jnp.searchsorted(last_tile_E, jnp.arange(tiles), side="right").astype(jnp.int32)
     expert_t = jnp.minimum(expert_t, sizes_E.shape[0] - 1)
     within_t = (jnp.arange(tiles) - first_tile_E[expert_t]) * tile
-    place_p = ((first_slot_E[expert_t] + within_t)[:, None] + jnp.arange(tile)).reshape(-1)
+    place_p = ((first_slot_E[expert_t] + within_t)[:, None] + jnp.arange(tile)[None, :]).reshape(-1)
     end_p = jnp.repeat(last_slot_E[expert_t], tile)
     slot_p = order_Z[jnp.clip(jnp.minimum(place_p, end_p - 1), 0, slots - 1)]
     weight_p = jnp.where(place_p < end_p, weights_RK.reshape(-1)[slot_p].astype(jnp.float32), 0.0)
