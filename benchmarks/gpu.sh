@@ -3,8 +3,8 @@
 #
 #   benchmarks/gpu.sh [--dry-run] [FOLDER]
 #
-# Needs Python with jax for CUDA and numpy; torch and tokamax are measured beside if they are there. Nothing is installed
-# or downloaded, and jaxmoe need not be installed. Results go to benchmarks/results/, the check and the tiles to
+# Needs Python with jax for CUDA and jaxtyping; torch and tokamax are measured beside if they are there. Nothing is
+# installed or downloaded, and jaxmoe need not be installed. Results go to benchmarks/results/, the check and the tiles to
 # kernels/expert_mlp/tuning/measured/; both also to FOLDER if one is given. Run it again on the same day to measure
 # lines that there was no time for. With --dry-run, the same steps on a CPU with tiny shapes; they write only to FOLDER.
 #

@@ -12,7 +12,7 @@ RANK = 16
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One layer to measure: N tokens, K experts for each, width D, hidden width F."""
+    """One layer to measure: R tokens, K experts for each, width D, hidden width F."""
 
     layer: ExpertLayer
     tokens: int
@@ -20,14 +20,14 @@ class Line:
 
     @property
     def slots(self) -> int:
-        """Z = N K."""
+        """Z = R K."""
         return self.tokens * self.layer.shape.top_k
 
     def flops(self, weights: str, backward: bool) -> int:
         """Useful operations; of the backward pass what a weight that is not trained needs no gradient for is left out.
 
-        Full: 6 N K D F forward, 18 with the backward pass. LoRA with a frozen base: 6 and 12, and those of the low
-        ranks, 2 N K r (3 D + 3 F), three times with the backward pass.
+        Full: 6 R K D F forward, 18 with the backward pass. LoRA with a frozen base: 6 and 12, and those of the low
+        ranks, 2 R K r (3 D + 3 F), three times with the backward pass.
         """
         shape = self.layer.shape
         matmuls = 6 * self.slots * shape.d_model * shape.d_hidden

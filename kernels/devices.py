@@ -33,12 +33,11 @@ class Device:
 def describe(device: jax.Device) -> Device:
     """A device at hand, or one of a topology (`jax.experimental.topologies`), which is not present."""
     cores = getattr(device, "core_count", None) or 0
-    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
     return Device(
         kind=device.device_kind,
         platform=device.platform,
         multiprocessors=cores if device.platform == "gpu" else 0,
-        capability=(int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None,
+        capability=_capability(str(getattr(device, "compute_capability", ""))),
         present=_is_present(device),
     )
 
@@ -46,6 +45,12 @@ def describe(device: jax.Device) -> Device:
 def device_at_hand() -> Device:
     """The first of those that jax computes on by default."""
     return describe(jax.devices()[0])
+
+
+def _capability(text: str) -> tuple[int, int] | None:
+    """Of "9.0"; none of what other makers' GPUs say instead, such as "gfx942"."""
+    major, _, minor = text.partition(".")
+    return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
 
 
 def _is_present(device: jax.Device) -> bool:

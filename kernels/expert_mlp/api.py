@@ -4,15 +4,14 @@ A backend has the functions `forward` and `backward` that `xla` has. `forward` r
 NotImplementedError for operands or a device that it cannot take, and the next one is asked.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
+from jaxtyping import Array, Float, Int
 
 from jaxmoe.kernels.devices import Device, device_at_hand
 from jaxmoe.kernels.expert_mlp import reference, xla
@@ -22,9 +21,6 @@ from jaxmoe.kernels.expert_mlp.dispatch import Dispatch, make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic import backend as mosaic
 from jaxmoe.kernels.expert_mlp.operands import Experts
 from jaxmoe.kernels.logs import log_once
-
-if TYPE_CHECKING:  # not needed to run, and not everywhere where kernels are measured
-    from jaxtyping import Array, Float, Int
 
 _logger = logging.getLogger(__name__)
 

@@ -1,8 +1,4 @@
-"""The arrays of the experts of one layer.
-
-Letters: R tokens, K experts per token, Z = R*K slots, D width, E experts held, G parts of the first matrix (gate and
-up, or up alone), F hidden width of an expert, r rank of LoRA.
-"""
+"""The arrays of the experts of one layer. Dimension letters are those of `jaxmoe.kernels`."""
 
 from typing import Any, NamedTuple
 

@@ -32,7 +32,7 @@ def expert_mlp(
         y_ERD += lora_scale * jnp.einsum("erl,edl->erd", low_ERr, lora.down_b)
     if experts.down_bias is not None:
         y_ERD += experts.down_bias[:, None, :]
-    held = jnp.arange(experts.down.shape[0])
-    is_chosen_RKE = chosen_RK[:, :, None] - first == held
+    held_E = jnp.arange(experts.down.shape[0])
+    is_chosen_RKE = chosen_RK[:, :, None] - first == held_E[None, None, :]
     weight_RE = jnp.sum(jnp.where(is_chosen_RKE, weights_RK[:, :, None], 0), axis=1)
     return jnp.einsum("re,erd->rd", weight_RE, y_ERD).astype(x_RD.dtype)

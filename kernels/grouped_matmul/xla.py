@@ -24,17 +24,19 @@ Pair = tuple[jax.Array, jax.Array]
 def matmul(
     x: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, transpose: bool, plus: Pair | None = None
 ) -> jax.Array:
-    """out[r] = weights[g(r)] @ x[r], or weights[g(r)].T @ x[r] with `transpose`; rows of no group are zero.
+    """out[z] = weights[g(z)] @ x[z], or weights[g(z)].T @ x[z] with `transpose`; rows of no group are zero.
 
     Args:
-        x: (R, D), or (R, F) with `transpose`.
-        weights: (E, F, D).
-        group_sizes: (E,) int32.
-        transpose: contract over F instead of D, as the gradient of x needs it.
+        x: (Z, c) rows sorted by group: the first group_sizes[0] rows belong to group 0, and so on; (Z, n) with
+            `transpose`.
+        weights: (E, n, c).
+        group_sizes: (E,) int32, none negative. They may sum to less than Z: the rows after them belong to no group and
+            may hold anything (nan too). Sizes that go past Z are cut there.
+        transpose: contract over n instead of c, as the gradient of x needs it.
         plus: another x and weights, whose product is added while a block of the output is at hand.
 
     Returns:
-        (R, F), or (R, D) with `transpose`, in x's dtype.
+        (Z, n), or (Z, c) with `transpose`, in x's dtype.
     """
     blocks = choose_row_blocks(x.shape[0], weights.shape[0])
     pairs = ((x, weights),) if plus is None else ((x, weights), plus)
@@ -42,15 +44,15 @@ def matmul(
 
 
 def weight_gradient(x: jax.Array, dy: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """dweights[e] = sum of the outer products dy[r] x[r] over the rows r of group e; zero for an empty group.
+    """dweights[e] = sum of the outer products dy[z] x[z] over the rows z of group e; zero for an empty group.
 
     Args:
-        x: (R, D).
-        dy: (R, F).
+        x: (Z, c).
+        dy: (Z, n).
         group_sizes: (E,) int32.
 
     Returns:
-        (E, F, D) in x's dtype.
+        (E, n, c) in x's dtype.
     """
     return _weight_gradient(x, dy, group_sizes, blocks=choose_row_blocks(x.shape[0], group_sizes.shape[0]))
 

@@ -1,11 +1,13 @@
-"""What is known of a device. Those of a real topology are described where kernels are compiled for one."""
+"""What is known of a device. One of a topology is described where kernels are compiled for it."""
 
-from types import SimpleNamespace
+import dataclasses
 
 import jax
 import pytest
 
-from jaxmoe.kernels.devices import Device, describe, device_at_hand
+from jaxmoe.kernels.devices import Device, _capability, describe, device_at_hand
+
+H100 = Device("NVIDIA H100", "gpu", 132, (9, 0), present=False)
 
 
 def test_the_device_at_hand():
@@ -14,37 +16,9 @@ def test_the_device_at_hand():
 
 
 @pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        (
-            {"device_kind": "NVIDIA H100", "platform": "gpu", "compute_capability": "9.0", "core_count": 114},
-            Device("NVIDIA H100", "gpu", 114, (9, 0), present=False),
-        ),
-        (
-            {
-                "device_kind": "NVIDIA B200",
-                "platform": "gpu",
-                "compute_capability": "10.0",
-                "core_count": 148,
-            },
-            Device("NVIDIA B200", "gpu", 148, (10, 0), present=False),
-        ),
-        (
-            {"device_kind": "MI300X", "platform": "gpu", "compute_capability": "gfx942", "core_count": 304},
-            Device("MI300X", "gpu", 304, None, present=False),
-        ),
-        (
-            {"device_kind": "TPU v5", "platform": "tpu", "core_count": 2},
-            Device("TPU v5", "tpu", 0, None, present=False),
-        ),
-        (
-            {"device_kind": "cpu", "platform": "cpu"},
-            Device("cpu", "cpu", 0, None, present=False),
-        ),
-    ],
-    ids=lambda value: value.kind if isinstance(value, Device) else "",
+    ("text", "capability"),
+    [("9.0", (9, 0)), ("10.0", (10, 0)), ("12.1", (12, 1)), ("gfx942", None), ("", None), ("9", None)],
 )
-def test_devices_that_are_not_there(fields, expected):
-    device = describe(SimpleNamespace(**fields))
-    assert device == expected
-    assert device.hopper == (device.kind == "NVIDIA H100")
+def test_capability(text, capability):
+    assert _capability(text) == capability
+    assert dataclasses.replace(H100, capability=capability).hopper == (text == "9.0")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -270,6 +271,15 @@ def test_forward_alone_is_the_same():
     np.testing.assert_allclose(alone, run_jit(None, (x, experts, chosen, weights, dout))[0], atol=1e-6)
 
 
+@pytest.fixture
+def unchecked_annotations():
+    """Where annotations are checked, a function never sees what they refuse."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
 def with_lora(experts, **arrays):
     return experts._replace(lora=experts.lora._replace(**arrays))
 
@@ -292,6 +302,7 @@ def with_lora(experts, **arrays):
         (lambda x, e, c, w: (x, e, c.astype("float32"), w), TypeError, "chosen is float32; expected int32"),
     ],
 )  # fmt: skip
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_operands_are_checked(change, error, message):
     *operands, _ = make_operands()
     with pytest.raises(error, match=message):

@@ -23,7 +23,7 @@ from jaxmoe.kernels.expert_mlp.mosaic.slots import Slots, make_slots
 from jaxmoe.kernels.expert_mlp.mosaic.tiles import GradientTiles, MatmulTiles
 
 R, E, K = 85, 3, 2  # tokens, experts held, choices; one more expert is elsewhere
-N = 128
+COLUMNS = 128
 RAGGED, ALL_IN_ONE = (0.1, 1.0, 0.25), (0.0, 9.0, 0.0)
 INTERPRETED = {"multiprocessors": interpreter.MULTIPROCESSORS, "interpret": interpreter.PARAMETERS}
 
@@ -72,7 +72,8 @@ def float64(function, *arguments):
     """The result in numpy of `function`, all floating point in float64."""
     widen = lambda a: a.astype(np.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
     with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, function(*jax.tree.map(lambda a: widen(np.asarray(a)), arguments)))
+        arguments = jax.tree.map(lambda a: jnp.asarray(widen(np.asarray(a))), arguments)
+        return jax.tree.map(np.asarray, function(*arguments))
 
 
 def experts_of(slots: Slots, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -107,7 +108,7 @@ class Matmul:
     @property
     def geometry(self) -> Geometry:
         columns = 128 if self.contract_first and self.rows == 64 else 64
-        return Geometry(MatmulTiles(self.rows, columns, 4, band=2), self.parts, N, self.contract_first)
+        return Geometry(MatmulTiles(self.rows, columns, 4, band=2), self.parts, COLUMNS, self.contract_first)
 
     def operands(self, padded: int):
         """Segments as pairs of arrays, and the pre-activation."""
@@ -115,9 +116,9 @@ class Matmul:
         for number, is_gathered in enumerate(self.gathered):
             width = 64 if number else 192
             rows = draw(2 + number, self.dtype, R if is_gathered else padded, width)
-            shape = (E * width, N) if self.contract_first else (E * self.parts * N, width)
+            shape = (E * width, COLUMNS) if self.contract_first else (E * self.parts * COLUMNS, width)
             pairs.append((rows, draw(12 + number, self.dtype, *shape, scale=width**-0.5)))
-        return pairs, draw(22, self.dtype, padded, self.activation.parts * N)
+        return pairs, draw(22, self.dtype, padded, self.activation.parts * COLUMNS)
 
     def epilogue_for(self, pre, slots):
         if self.epilogue == "store":
@@ -139,7 +140,7 @@ class Matmul:
         for (rows, weights), gathered in zip(pairs, self.gathered, strict=True):
             rows = jnp.asarray(rows)[slots.token] if gathered else rows
             width = rows.shape[1]
-            shape = (E, width, N) if self.contract_first else (E, self.parts * N, width)
+            shape = (E, width, COLUMNS) if self.contract_first else (E, self.parts * COLUMNS, width)
             letters = "pc,pcn->pn" if self.contract_first else "pc,pnc->pn"
             product += jnp.einsum(letters, rows, jnp.asarray(weights).reshape(shape)[expert])
         if self.epilogue == "store":
@@ -249,7 +250,7 @@ class Gradient:
         ]
 
     def naive(self, sides, slots, member):
-        """Σ over slots of outer products; `member` (E, P) says which slots an expert has."""
+        """Σ over slots of outer products; `member` (E, p) says which slots an expert has."""
         out, columns = (
             jnp.asarray(side)[slots.token] if gathered else side
             for side, gathered in zip(sides, self.gathered, strict=True)

@@ -24,7 +24,7 @@ INTERPRETER_IS_COMPLETE = tuple(int(part) for part in jax.__version__.split(".")
 
 
 @dataclasses.dataclass(frozen=True)
-class StandIn:
+class StandIn(Mosaic):
     """The portable backend with a fault."""
 
     multiprocessors: int = 3
@@ -97,7 +97,8 @@ def test_search_finds_the_fastest_on_the_way():
     launch = MatmulLaunch(rows=128, columns=768, contraction=2048, parts=2)
     candidates = list(launch.candidates())
     seconds = {
-        tiles: abs(tiles.columns - 96) + abs(tiles.stages - 4) + (tiles.band != 4) for tiles in candidates
+        tiles: float(abs(tiles.columns - 96) + abs(tiles.stages - 4) + (tiles.band != 4))
+        for tiles in candidates
     }
     times = search(candidates, seconds.get, lambda: False)
     best = min(times, key=lambda tiles: times[tiles])
@@ -110,7 +111,9 @@ def test_search_leaves_out_what_does_not_run_and_ends_in_time():
     candidates = list(GradientLaunch(1536, 2048).candidates())
     assert search(candidates, lambda _: 1.0, lambda: True) == {candidates[0]: 1.0}
     assert search(candidates, lambda _: None, lambda: False) == {}
-    times = search(candidates, lambda tiles: None if tiles.stages == 4 else tiles.columns, lambda: False)
+    times = search(
+        candidates, lambda tiles: None if tiles.stages == 4 else float(tiles.columns), lambda: False
+    )
     assert min(tiles.stages for tiles in times) > 4
 
 

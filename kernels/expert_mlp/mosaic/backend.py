@@ -43,13 +43,13 @@ def backward(
     experts: Experts,
     weights_RK: jax.Array,
     dispatch: Dispatch,
-    pre_Pf: jax.Array,
+    pre_pf: jax.Array,
     dout_RD: jax.Array,
     wanted: Grads,
 ) -> Grads:
     """`Mosaic.backward` for the device of the options."""
     kernels = kernels_for(options.device)
-    return kernels.backward(options, x_RD, experts, weights_RK, dispatch, pre_Pf, dout_RD, wanted)
+    return kernels.backward(options, x_RD, experts, weights_RK, dispatch, pre_pf, dout_RD, wanted)
 
 
 def kernels_for(device: Device) -> "Mosaic":

@@ -27,7 +27,7 @@ def _part(acc: Any, geometry: Geometry, part: int, start: int, chunk: int) -> An
 
 @dataclasses.dataclass(frozen=True)
 class StoreRows:
-    """out (P, N) = the product."""
+    """out (p, n) = the product."""
 
     dtype: Any
     operands: tuple[jax.Array, ...] = ()
@@ -50,7 +50,7 @@ class StoreRows:
 
 @dataclasses.dataclass(frozen=True)
 class Activate:
-    """activation (P, F) of the product; with `save` also the product itself (P, G*F)."""
+    """activation (p, F) of the product; with `save` also the product itself (p, f)."""
 
     activation: Activation
     dtype: Any
@@ -83,8 +83,8 @@ class Activate:
 class ActivationGradient:
     """From the gradient of the activation, not yet times the router's weight, to all that the backward pass wants.
 
-    Outputs: the pre-activation's gradient (P, G*F); the weighted activation (P, F), which the gradient of the second
-    matrix wants; and (column blocks, P) float32, whose sum over blocks is the gradient of the router's weight. The
+    Outputs: the pre-activation's gradient (p, f); the weighted activation (p, F), which the gradient of the second
+    matrix wants; and (column blocks, p) float32, whose sum over blocks is the gradient of the router's weight. The
     first two are zero for padding; the third is anything there, and nobody asks for it.
     """
 

@@ -31,7 +31,7 @@ from jaxmoe.kernels.expert_mlp.mosaic.tiles import LAG, GradientTiles
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One operand: (R, C) whose rows are gathered by token, or (P, C) in slot order."""
+    """One operand: (R, …) whose rows are gathered by token, or (p, …) in slot order."""
 
     rows: jax.Array
     gathered: bool
@@ -47,13 +47,13 @@ def weight_gradient(
     multiprocessors: int,
     interpret: Any = None,
 ) -> jax.Array:
-    """dweights[e] = Σ over the slots of e of out[slot]ᵀ columns[slot]: (E, O, C) in the operands' dtype.
+    """dweights[e] = Σ over the slots of e of out[slot]ᵀ columns[slot]: (E, n, c) in the operands' dtype.
 
     Args:
-        out: O columns, the gradient of the product (or what is zero for padding, on either side).
-        columns: C columns, the left operand of the product.
+        out: n columns, the gradient of the product (or what is zero for padding, on either side).
+        columns: c columns, the left operand of the product.
         slots: the layout.
-        tiles: sizes; they divide O and C.
+        tiles: sizes; they divide n and c.
         tile_rows: rows that groups are padded to.
         multiprocessors: blocks to run.
         interpret: parameters of the interpreter, or None.
@@ -111,7 +111,7 @@ def weight_gradient(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Sizes: O and C, and one consumer for every 64 rows of a tile."""
+    """Sizes: n and c, and one consumer for every 64 rows of a tile."""
 
     tiles: GradientTiles
     out: int

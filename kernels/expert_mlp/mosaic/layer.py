@@ -48,11 +48,11 @@ class Mosaic:
         *,
         save: bool,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The layer's output (R, D), and with `save` the pre-activation (P, G*F) in padded slots."""
+        """The layer's output (R, D), and with `save` the pre-activation (p, f) in padded slots."""
         layer = _Layer(self, options, x_RD, experts, weights_RK, dispatch)
-        activated_PF, *pre = layer.up(save)
-        out_PD = layer.down(activated_PF)
-        return sum_choices(out_PD, layer.slots, weights_RK), pre[0] if save else None
+        activated_pF, *pre = layer.up(save)
+        out_pD = layer.down(activated_pF)
+        return sum_choices(out_pD, layer.slots, weights_RK), pre[0] if save else None
 
     def backward(
         self,
@@ -61,13 +61,13 @@ class Mosaic:
         experts: Experts,
         weights_RK: jax.Array,
         dispatch: Dispatch,
-        pre_Pf: jax.Array,
+        pre_pf: jax.Array,
         dout_RD: jax.Array,
         wanted: Grads,
     ) -> Grads:
         """Gradients of whatever is true in `wanted`; None for the rest."""
         layer = _Layer(self, options, x_RD, experts, weights_RK, dispatch)
-        return _Backward(layer, pre_Pf, dout_RD.astype(x_RD.dtype)).grads(wanted)
+        return _Backward(layer, pre_pf, dout_RD.astype(x_RD.dtype)).grads(wanted)
 
     def matmul(
         self, launch: tile_sizes.MatmulLaunch, segments: Sequence[Segment], slots: Slots, epilogue: Epilogue
@@ -86,7 +86,7 @@ class Mosaic:
     def gradient(
         self, launch: tile_sizes.GradientLaunch, out: Side, columns: Side, slots: Slots, tile_rows: int
     ) -> jax.Array:
-        """One launch of the weight gradient: (E, O, C)."""
+        """One launch of the weight gradient: (E, n, c)."""
         return weight_gradient(
             out,
             columns,
@@ -130,11 +130,11 @@ class _Layer:
 
     @property
     def padded(self) -> int:
-        """P."""
+        """p."""
         return self.slots.token.shape[0]
 
     def up(self, save: bool) -> list[jax.Array]:
-        """The activation (P, F), and with `save` the pre-activation (P, G*F)."""
+        """The activation (p, F), and with `save` the pre-activation (p, f)."""
         segments = [Segment(self.x, self.experts.gate_up.reshape(-1, self.width), gathered=True)]
         if self.lora.gate_up_b is not None:
             segments.append(Segment(self.up_low(), _flat(self.lora.gate_up_b), gathered=False))
@@ -144,28 +144,28 @@ class _Layer:
         return self.matmul(segments, epilogue, self.hidden, parts=self.parts)
 
     def up_low(self) -> jax.Array:
-        """x Aᵀ (P, r) of the first matrix."""
+        """x Aᵀ (p, r) of the first matrix."""
         assert self.lora.gate_up_a is not None
         segment = Segment(self.x, _flat(self.lora.gate_up_a), gathered=True)
         return self.rows_of([segment], self.lora.gate_up_a.shape[1])
 
-    def down(self, activated_PF: jax.Array) -> jax.Array:
-        """(P, D)."""
-        segments = [Segment(activated_PF, _flat(self.experts.down), gathered=False)]
+    def down(self, activated_pF: jax.Array) -> jax.Array:
+        """(p, D)."""
+        segments = [Segment(activated_pF, _flat(self.experts.down), gathered=False)]
         if self.lora.down_b is not None:
-            segments.append(Segment(self.down_low(activated_PF), _flat(self.lora.down_b), gathered=False))
+            segments.append(Segment(self.down_low(activated_pF), _flat(self.lora.down_b), gathered=False))
         if self.experts.down_bias is not None:
             segments.append(self._bias(self.experts.down_bias))
         return self.rows_of(segments, self.width)
 
-    def down_low(self, activated_PF: jax.Array) -> jax.Array:
-        """a Aᵀ (P, r) of the second matrix."""
+    def down_low(self, activated_pF: jax.Array) -> jax.Array:
+        """a Aᵀ (p, r) of the second matrix."""
         assert self.lora.down_a is not None
-        segment = Segment(activated_PF, _flat(self.lora.down_a), gathered=False)
+        segment = Segment(activated_pF, _flat(self.lora.down_a), gathered=False)
         return self.rows_of([segment], self.lora.down_a.shape[1])
 
     def rows_of(self, segments: list[Segment], size: int, *, contract_first: bool = False) -> jax.Array:
-        """The product as it is, (P, size)."""
+        """The product as it is, (p, size)."""
         return self.matmul(segments, StoreRows(self.x.dtype), size, contract_first=contract_first)[0]
 
     def matmul(
@@ -189,12 +189,12 @@ class _Layer:
         return self.backend.matmul(launch, segments, self.slots, epilogue)
 
     def gradient(self, out: Side, columns: Side) -> jax.Array:
-        """(E, O, C)."""
+        """(E, n, c)."""
         launch = tile_sizes.GradientLaunch(out.rows.shape[1], columns.rows.shape[1])
         return self.backend.gradient(launch, out, columns, self.slots, self.rows)
 
     def column(self, values: jax.Array | float) -> jax.Array:
-        """(P, 64) with `values` in column 0: what makes a bias one more segment."""
+        """(p, 64) with `values` in column 0: what makes a bias one more segment."""
         return (
             jnp.zeros((self.padded, SLAB), self.x.dtype)
             .at[:, 0]
@@ -209,8 +209,8 @@ class _Layer:
 class _Backward:
     """The backward pass of a layer."""
 
-    def __init__(self, layer: _Layer, pre_Pf: jax.Array, dout_RD: jax.Array) -> None:
-        self.layer, self.pre, self.dout = layer, pre_Pf, dout_RD
+    def __init__(self, layer: _Layer, pre_pf: jax.Array, dout_RD: jax.Array) -> None:
+        self.layer, self.pre, self.dout = layer, pre_pf, dout_RD
         lora, experts = layer.lora, layer.experts
         segments = [Segment(dout_RD, _flat(experts.down), gathered=True)]
         self.dlow_down = None
@@ -218,7 +218,7 @@ class _Backward:
             segment = Segment(dout_RD, _flat(lora.down_b), gathered=True)
             self.dlow_down = layer.rows_of([segment], lora.down_b.shape[2], contract_first=True)
             segments.append(Segment(self.dlow_down, _flat(lora.down_a), gathered=False))
-        epilogue = ActivationGradient(layer.options.activation, layer.x.dtype, pre_Pf, layer.slots.weight)
+        epilogue = ActivationGradient(layer.options.activation, layer.x.dtype, pre_pf, layer.slots.weight)
         self.dpre, self.weighted, self.scores = layer.matmul(
             segments, epilogue, layer.hidden, contract_first=True
         )
@@ -260,8 +260,8 @@ class _Backward:
 
     def _dweights(self) -> jax.Array:
         layer = self.layer
-        score_P = self.scores.sum(axis=0)
-        score_RK = score_P.at[layer.slots.inverse].get(mode="fill", fill_value=0)
+        score_p = self.scores.sum(axis=0)
+        score_RK = score_p.at[layer.slots.inverse].get(mode="fill", fill_value=0)
         if layer.experts.down_bias is not None:
             # out · bias of every expert is a small dense product; each choice takes its own.
             of_expert_RE = jnp.einsum(

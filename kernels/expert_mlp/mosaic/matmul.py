@@ -8,7 +8,7 @@ several segments, each a pair of operands: a low-rank update W + B A is one more
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,8 @@ class Segment:
     """One stretch of the contraction.
 
     Attributes:
-        rows: (R, C) to be gathered by token, or (P, C) in slot order; C a multiple of 64.
-        weights: (E * parts * N, C), or where `contract_first` (E * C, N) with one part.
+        rows: (R, c) to be gathered by token, or (p, c) in slot order; c a multiple of 64.
+        weights: (E * parts * n, c), or where `contract_first` (E * c, n) with one part.
         gathered: whether rows are gathered.
     """
 
@@ -47,7 +47,7 @@ class Geometry:
 
     tiles: MatmulTiles
     parts: int
-    size: int  # N, columns of one part
+    size: int  # n, columns of one part
     contract_first: bool
 
     @property
@@ -90,6 +90,7 @@ class Place:
     tile: Any
 
 
+@runtime_checkable
 class Epilogue(Protocol):
     """What happens to an accumulator (64, parts * columns) in float32."""
 

@@ -20,14 +20,14 @@ TILED = (plgpu.TilingTransform((8, SLAB)), plgpu.SwizzleTransform(128))
 
 
 def issue_rows(source: Any, tokens: Any, first: Any, column: Any, target: Any, *, interpret: bool) -> None:
-    """Begin to copy source[tokens[first + i], column:column + C] to target[i]; 128 threads together.
+    """Begin to copy source[tokens[first + i], column:column + c] to target[i]; 128 threads together.
 
     Args:
-        source: ref (R, W) of 16-bit elements in GPU memory, W a multiple of 8.
-        tokens: ref (P,) int32 in GPU memory.
+        source: ref (R, …) of 16-bit elements in GPU memory, its width a multiple of 8.
+        tokens: ref (p,) int32 in GPU memory.
         first: the first index.
         column: the first column, a multiple of 8.
-        target: ref (rows, C) in shared memory, laid out as `TILED`; rows a multiple of 16, C of 64.
+        target: ref (rows, c) in shared memory, laid out as `TILED`; rows a multiple of 16, c of 64.
         interpret: whether the interpreter runs this.
     """
     rows, columns = target.shape

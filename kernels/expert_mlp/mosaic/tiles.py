@@ -73,8 +73,8 @@ class MatmulLaunch:
 
     Attributes:
         rows: rows that groups are padded to.
-        columns: N, of one part.
-        contraction: C of the first segment; what LoRA and biases add is short.
+        columns: n, of one part.
+        contraction: c of the first segment; what LoRA and biases add is short.
         parts: gate and up, or one.
         contract_first: whether the weights are contracted over their first axis.
         kept_parts: parts of the pre-activation that the epilogue reads; 0 for other epilogues.

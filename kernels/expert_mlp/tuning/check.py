@@ -290,7 +290,7 @@ def _by_name(results: dict[str, Any]) -> dict[str, jax.Array]:
 
 
 @jax.jit
-def _ratio(result: jax.Array, naive: jax.Array, right: jax.Array, precision: float) -> jax.Array:
+def _ratio(result: jax.Array, naive: jax.Array, right: jax.Array, precision: jax.Array | float) -> jax.Array:
     """Of the mean errors or of the largest ones, whichever is larger; inf where something is not finite.
 
     No error is held against a result that rounding to its dtype alone would explain.

@@ -24,7 +24,7 @@ from jaxmoe.kernels.expert_mlp.specs import ExpertLayer, choose_experts
 Launch = MatmulLaunch | GradientLaunch
 Tiles = MatmulTiles | GradientTiles
 Timer = Callable[[Callable[[], Any]], float]
-T = TypeVar("T", bound=Any)
+AnyTiles = TypeVar("AnyTiles", bound=Any)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +134,10 @@ def device_time(call: Callable[[], Any]) -> float:
 
 
 def search(
-    candidates: Sequence[T], seconds_of: Callable[[T], float | None], deadline: Callable[[], bool]
-) -> dict[T, float]:
+    candidates: Sequence[AnyTiles],
+    seconds_of: Callable[[AnyTiles], float | None],
+    deadline: Callable[[], bool],
+) -> dict[AnyTiles, float]:
     """Times of the candidates tried, by candidate: all shapes of tiles, then depths and bands of the best.
 
     Args:
@@ -143,10 +145,10 @@ def search(
         seconds_of: time of one; None where it does not run.
         deadline: whether time is up. The heuristic's choice is tried anyway.
     """
-    times: dict[T, float] = {}
-    tried: set[T] = set()
+    times: dict[AnyTiles, float] = {}
+    tried: set[AnyTiles] = set()
 
-    def attempt(some: Iterable[T]) -> None:
+    def attempt(some: Iterable[AnyTiles]) -> None:
         for candidate in some:
             if candidate in tried or (tried and deadline()):
                 continue
@@ -155,15 +157,15 @@ def search(
             if seconds is not None:
                 times[candidate] = seconds
 
-    def apart_from(tiles: T, *names: str) -> dict[str, int]:
+    def apart_from(tiles: AnyTiles, *names: str) -> dict[str, int]:
         return {name: value for name, value in dataclasses.asdict(tiles).items() if name not in names}
 
-    def alike(names: tuple[str, ...]) -> Iterable[T]:
+    def alike(names: tuple[str, ...]) -> Iterable[AnyTiles]:
         """Candidates that differ from the best in the fields `names` alone."""
         best = min(times, key=lambda tiles: times[tiles])
         return (tiles for tiles in candidates if apart_from(tiles, *names) == apart_from(best, *names))
 
-    first_of_shape: dict[tuple, T] = {}
+    first_of_shape: dict[tuple, AnyTiles] = {}
     for tiles in candidates:
         first_of_shape.setdefault(tuple(apart_from(tiles, "stages", "band").items()), tiles)
     attempt(first_of_shape.values())
