@@ -10,6 +10,12 @@ from pydantic_core import ErrorDetails
 
 _LISTED = 5
 
+_REMOVED = {
+    "then": "a run has no follow-up any more: give that one a YAML file of its own and start it after this one, "
+    "with model.path leading to this run's export",
+}
+"""Keys of earlier versions, and what to do instead."""
+
 _EXPECTED = {
     "int_type": "an integer",
     "int_from_float": "an integer",
@@ -50,6 +56,8 @@ def describe(error: ValidationError, model: type[BaseModel], mapping: Mapping[st
 def _line(problem: ErrorDetails, known: list[str], mapping: Mapping[str, Any]) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     key = _dotted(problem["loc"], mapping)
+    if kind == "extra_forbidden" and key in _REMOVED:
+        return f"{key}: {_REMOVED[key]}"
     if kind == "extra_forbidden":
         return f"{key}: unknown key, {_nearest(key, known)}"
     if kind == "invalid_key":

@@ -96,19 +96,11 @@ def apply_override(mapping: dict[str, Any], override: str) -> None:
     value = _parse(text, told)
     here: Any = mapping
     for depth, part in enumerate(parts):
-        index: Any = part
-        if isinstance(here, list):
-            if part not in map(str, range(len(here))):
-                raise UserError(
-                    f"{told}: {'.'.join(parts[:depth])} is a list of {len(here)}, expected an "
-                    f"index below that, found {_quoted(part)}"
-                )
-            index = int(part)
-        elif not isinstance(here, dict):
+        if not isinstance(here, dict):
             raise UserError(f"{told}: {'.'.join(parts[:depth])} is {_quoted(here)} and has no keys")
         if depth == len(parts) - 1:
-            here[index] = value
+            here[part] = value
             return
-        if isinstance(here, dict) and here.get(part) is None:
+        if here.get(part) is None:
             here[part] = {}
-        here = here[index]
+        here = here[part]

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmoe.config import RunConfig, load_config
+from jaxmoe.config import RunConfig, recorded_config
 from jaxmoe.errors import UserError
 from jaxmoe.parallel import processes
 
@@ -42,7 +42,6 @@ _FREE_KEYS = frozenset(
         "train.peak_tflops",
         "train.export",
         "sample",
-        "then",
         "output_dir",
     }
 )
@@ -242,7 +241,7 @@ def _locked(path: Path) -> int:
 
 
 def _refuse_other_run(path: Path, config: RunConfig) -> None:
-    there = dict(_flat(load_config(path / "config.yaml").model_dump(mode="json")))
+    there = dict(_flat(recorded_config(path).model_dump(mode="json")))
     here = dict(_flat(config.model_dump(mode="json")))
     differences = [
         f"{key} is {_shown(there, key)} there and {_shown(here, key)} here"
