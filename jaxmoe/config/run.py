@@ -5,6 +5,7 @@ and units are described in `jaxmoe.config.sections`. What it refuses ends in a `
 names the dotted key (`jaxmoe.config.errors` words it).
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -113,6 +114,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     mapping = read_mapping(file)
     for override in overrides:
         apply_override(mapping, override)
+    if note := _renamed(mapping):
+        print(f"{file}: {note}", file=sys.stderr)
     source = file.name if path is None else str(path)
     return RunConfig.from_mapping(mapping, f"{source} with overrides" if overrides else source)
 
@@ -125,8 +128,18 @@ def recorded_config(folder: Path) -> RunConfig:
     """
     file = folder / "config.yaml"
     mapping = read_mapping(file)
+    _renamed(mapping)
     mapping.pop("then", None)  # in 0.1.0, the runs that came after this one: no part of it
     return RunConfig.from_mapping(mapping, str(file))
+
+
+def _renamed(mapping: dict[str, Any]) -> str | None:
+    """Put the name of today for one of 0.1.0, which is that of other libraries; says so."""
+    optimizer = mapping.get("optimizer")
+    if not isinstance(optimizer, dict) or optimizer.get("coefficients") != "quintic":
+        return None
+    optimizer["coefficients"] = "you_jiacheng"
+    return "optimizer.coefficients: quintic is called you_jiacheng here, the numbers are the same"
 
 
 def _nearest_multiples(value: int, divisor: int) -> str:

@@ -398,11 +398,21 @@ def test_the_second_run_of_the_quickstart_fine_tunes_what_the_first_exports():
     assert second.output_dir != first.output_dir
 
 
-def test_a_folder_of_an_earlier_version_is_read(tmp_path):
+def test_a_folder_of_an_earlier_version_is_read(tmp_path, capsys):
     config = run()
+    text = config.to_yaml().replace("you_jiacheng", "quintic")
     for then in ("[]", "\n- output_dir: runs/y"):
-        (tmp_path / "config.yaml").write_text(f"{config.to_yaml()}then: {then}\n")
+        (tmp_path / "config.yaml").write_text(f"{text}then: {then}\n")
         assert recorded_config(tmp_path) == config
+    assert capsys.readouterr().err == ""
+
+
+def test_the_earlier_name_of_a_set_of_coefficients_is_read_and_told(tmp_path, capsys):
+    path = write(tmp_path, yaml.safe_dump(SMALLEST))
+    assert load_config(path, ["optimizer.coefficients=quintic"]) == load_config(path)
+    note = "optimizer.coefficients: quintic is called you_jiacheng here, the numbers are the same"
+    assert capsys.readouterr().err == f"{path}: {note}\n"
+    assert message(optimizer__coefficients="cubic").endswith("'you_jiacheng', 'jordan' or 'polar_express'")
 
 
 def test_the_reference_names_every_key_with_its_default():

@@ -76,7 +76,7 @@ def test_keys_that_change_no_weight_may_change_and_are_written_down(config, tmp_
 def test_a_run_of_an_earlier_version_goes_on(config, then):
     begin(config)
     file = Path(config.output_dir) / "config.yaml"
-    file.write_text(f"{config.to_yaml()}then: {then}\n")
+    file.write_text(f"{config.to_yaml()}then: {then}\n".replace("you_jiacheng", "quintic"))
     with RunFolder.open(config) as folder:
         assert folder.resumed
     assert load_config(file) == config  # brought up to date
