@@ -1,7 +1,5 @@
 """Writing safetensors files and checkpoint folders, such that a folder is either complete or not there."""
 
-import errno
-import fcntl
 import json
 import math
 import os
@@ -17,6 +15,7 @@ from typing import BinaryIO, Self
 import numpy as np
 
 from jaxmoe.errors import UserError
+from jaxmoe.files import cannot_write, check_room, lock, sync, sync_folder
 from jaxmoe.interop.storage.format import (
     DTYPES,
     SINGLE_FILE,
@@ -30,7 +29,6 @@ from jaxmoe.interop.storage.format import (
 Fetched = np.ndarray | bytes | bytearray | memoryview | Iterator[bytes | bytearray | memoryview]
 FORMAT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})  # what transformers insists on
 COPY_BYTES = 4 << 20
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CHECKPOINT_FILES = ("config.json", "adapter_config.json", "*.safetensors")
 
 
@@ -57,7 +55,7 @@ def write_shard(path: str | os.PathLike[str], shard: Shard, fetch: Callable[[Ten
                 if written != info.nbytes:
                     relation = "more" if written > info.nbytes else f"{written}, fewer"
                     raise ValueError(f"tensor {info.name!r}: fetched {relation} than its {info.nbytes} bytes")
-            os.fsync(file.fileno())
+            sync(file)
         except BaseException:
             path.unlink()
             raise
@@ -180,7 +178,9 @@ class FolderWriter:
     def __enter__(self) -> Self:
         with self._user_errors("the folder"), ExitStack() as undo:
             self._make_parents(undo)
-            self._lock(undo)
+            path = self._sibling("lock")  # any other temporary folder of the target is of a dead process
+            undo.callback(os.close, lock(path, str(self.target)))
+            undo.callback(path.unlink, missing_ok=True)
             self._clear_leftovers()
             self._refuse_occupied()
             undo.callback(shutil.rmtree, self._temporary, ignore_errors=True)
@@ -198,10 +198,8 @@ class FolderWriter:
 
     def check_room(self, nbytes: int) -> None:
         """Refuse a disk that has no room for as many bytes. It may still fill up while they are written."""
-        with self._user_errors("the folder", nbytes):
-            existing = next(parent for parent in self.target.parents if parent.is_dir())
-            if shutil.disk_usage(existing).free < nbytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with self._user_errors("the folder"):
+            check_room(self.target.parent, nbytes)
 
     def shard(self, shard: Shard, fetch: Callable[[TensorInfo], Fetched]) -> None:
         """Write one safetensors file; see ``write_shard``."""
@@ -212,7 +210,7 @@ class FolderWriter:
         """Write a small file. ``name`` may be a path below the folder."""
         with self._user_errors(name, len(data)), self._place(name).open("xb", buffering=0) as file:
             _write_all(file, data)
-            os.fsync(file.fileno())
+            sync(file)
 
     def copy(self, source: str | os.PathLike[str], name: str) -> None:
         """Copy the content of a file (through links). ``name`` may be a path below the folder."""
@@ -224,7 +222,7 @@ class FolderWriter:
         with original, self._user_errors(name, size), self._place(name).open("xb", buffering=0) as file:
             while chunk := original.read(COPY_BYTES):
                 _write_all(file, chunk)
-            os.fsync(file.fileno())
+            sync(file)
 
     def _place(self, name: str) -> Path:
         if self._undo is None:
@@ -266,28 +264,6 @@ class FolderWriter:
                 parent.mkdir(exist_ok=True)
                 undo.callback(_remove_if_empty, parent)
 
-    def _lock(self, undo: ExitStack) -> None:
-        """Hold the target's lock file, so that any other temporary folder of it belongs to a dead process."""
-        path = self._sibling("lock")
-        while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                raise UserError(
-                    f"{self.target}: another process is exporting to it; wait or choose another folder"
-                ) from None
-            except OSError:
-                pass  # a file system without locks: two exports at once to one target are then not noticed
-            # Its former holder may have removed the file between our opening and our locking it.
-            with suppress(FileNotFoundError):
-                if path.stat().st_ino == os.fstat(descriptor).st_ino:
-                    break
-            os.close(descriptor)
-        undo.callback(os.close, descriptor)
-        undo.callback(path.unlink, missing_ok=True)
-
     def _clear_leftovers(self) -> None:
         pattern = re.compile(re.escape(f".{self.target.name}.") + "(tmp|old)-[0-9a-f]{8}")
         for sibling in list(self.target.parent.iterdir()):
@@ -301,7 +277,7 @@ class FolderWriter:
 
     def _publish(self) -> None:
         for folder, _, _ in os.walk(self._temporary):
-            _sync_folder(folder)
+            sync_folder(folder)
         if self.target.exists() and any(self.target.iterdir()):
             self._refuse_occupied()  # it may have been filled meanwhile
             old = self._sibling(f"old-{secrets.token_hex(4)}")
@@ -311,11 +287,11 @@ class FolderWriter:
             except BaseException:
                 old.rename(self.target)
                 raise
-            _sync_folder(self.target.parent)
+            sync_folder(self.target.parent)
             shutil.rmtree(old, ignore_errors=True)
         else:
             self._temporary.rename(self.target)
-            _sync_folder(self.target.parent)
+            sync_folder(self.target.parent)
 
     @contextmanager
     def _user_errors(self, what: str, nbytes: int | None = None) -> Iterator[None]:
@@ -323,24 +299,11 @@ class FolderWriter:
             yield
         except OSError as error:
             size = "" if nbytes is None else f" ({nbytes:,} bytes)"
-            remedy = "free some space or choose" if error.errno in _NO_ROOM else "choose"
-            raise UserError(
-                f"{self.target}: cannot write {what}{size}: {error.strerror}; nothing was left behind, "
-                f"{remedy} another folder"
+            raise cannot_write(
+                f"{self.target}: cannot write {what}{size}", error, "nothing was left behind"
             ) from error
 
 
 def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
-
-
-def _sync_folder(folder: str | os.PathLike[str]) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
-            raise
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,6 @@ with a temporary name, which the next start removes.
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxmoe.errors import UserError
+from jaxmoe.files import check_room, write_atomically
 from jaxmoe.parallel import processes
 
 _WRITING = ".orbax-checkpoint-tmp"
@@ -86,11 +86,7 @@ class Checkpoints:
     def _make_room(self, needed: int) -> None:
         """Refuse before anything is written: a write that fails halfway makes TensorStore print tracebacks."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self._folder).free
-        if needed > free:
-            raise OSError(
-                errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({needed:,} bytes needed, {free:,} free)"
-            )
+        check_room(self._folder, needed)
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending; one being written has none yet. Process 0 looks for all."""
@@ -320,13 +316,11 @@ def _write_inventory(folder: Path) -> None:
     """
     if jax.process_index() != 0:
         return
-    partial = folder / f"{_INVENTORY}.partial"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
         sizes = _sizes(folder)
         sums = _checksums(folder, list(sizes))
         listed = {name: [size, crc] for (name, size), crc in zip(sizes.items(), sums, strict=True)}
-        partial.write_text(json.dumps(listed, indent=1), encoding="utf-8")
-        partial.replace(folder / _INVENTORY)
+        write_atomically(folder / _INVENTORY, json.dumps(listed, indent=1))
 
 
 def _first_difference(folder: Path) -> str | None:

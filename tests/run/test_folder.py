@@ -330,7 +330,9 @@ def test_a_full_disk_is_told_in_one_line(config, tmp_path):
         [sys.executable, "-c", textwrap.dedent(program), path], capture_output=True, text=True
     )
     assert (
-        done.stdout == f"{config.output_dir}/metrics.jsonl: cannot write: File too large; free some space\n"
+        done.stdout
+        == f"{config.output_dir}/metrics.jsonl: cannot write: File too large; free some space or choose "
+        "another folder\n"
     )
     with RunFolder.open(config) as folder:
         assert lines(folder) == [{"step": 1}, {"step": 2}]
