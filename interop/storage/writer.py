@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import BinaryIO, Self
 
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from jaxmoe.errors import UserError
 from jaxmoe.files import cannot_write, check_room, lock, sync, sync_folder
@@ -108,29 +109,18 @@ def plan_shards(
         raise ValueError(
             f"{len(tensors)} tensors in shards of {max_shard_bytes} bytes, expected some of each"
         )
-    names = {name for name, _, _ in tensors}
-    if len(names) != len(tensors):
-        raise ValueError(f"{len(tensors) - len(names)} tensor names are repeated")
-    groups: list[list[tuple[str, str, Sequence[int]]]] = []
-    current: list[tuple[str, str, Sequence[int]]] = []
-    room = max_shard_bytes
-    for tensor in tensors:
-        size = element_bytes(tensor[1], tensor[2])
-        if size > max_shard_bytes:
-            groups.append([tensor])
-            continue
-        if size > room:
-            groups.append(current)
-            current, room = [], max_shard_bytes
-        current.append(tensor)
-        room -= size
-    if current:
-        groups.append(current)
-    if len(groups) == 1:
-        return [new_shard(SINGLE_FILE, groups[0], metadata)]
+    named = {tensor[0]: tensor for tensor in tensors}
+    if len(named) != len(tensors):
+        raise ValueError(f"{len(tensors) - len(named)} tensor names are repeated")
+    split = split_state_dict_into_shards_factory(
+        named,
+        get_storage_size=lambda tensor: element_bytes(tensor[1], tensor[2]),
+        filename_pattern=SINGLE_FILE.replace(".", "{suffix}."),
+        max_shard_size=max_shard_bytes,
+    )
     return [
-        new_shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group, metadata)
-        for number, group in enumerate(groups, 1)
+        new_shard(file, [named[name] for name in names], metadata)
+        for file, names in split.filename_to_tensors.items()
     ]
 
 

@@ -36,6 +36,8 @@ _READERS = 8
 _TENSORSTORE_OS_ERROR = re.compile(r"os_error_code='(\d+)'|\[OS error (\d+)")
 
 
+# Not orbax's CheckpointManager, which keeps the newest as well: it deletes an old checkpoint in place, so that one
+# whose deletion was killed still counts, and it leaves a failed save on the full disk until the next start.
 class Checkpoints:
     """The checkpoints in one folder. With several processes, each of them calls every method.
 

@@ -11,7 +11,6 @@ import textwrap
 import ml_dtypes
 import numpy as np
 import pytest
-from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from safetensors.numpy import load_file, save, save_file
 
 from jaxmoe.errors import UserError
@@ -138,24 +137,27 @@ def test_an_existing_file_is_not_touched(tmp_path):
     assert (tmp_path / "x").read_bytes() == b"before"
 
 
-@pytest.mark.parametrize("limit", [1, 40, 64, 100, 161, 10_000])
-def test_the_split_is_that_of_the_hub_library(limit):
-    rng = np.random.default_rng(5)
-    arrays = {f"t{i}": np.zeros(rng.integers(1, 20), np.float32) for i in rng.permutation(30)}
-    expected = split_state_dict_into_shards_factory(
-        arrays,
-        get_storage_size=lambda array: array.nbytes,
-        get_storage_id=lambda _: None,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=limit,
-    )
-    shards = plan_shards(described(arrays), limit)
-    assert {shard.file: {info.name for info in shard.tensors} for shard in shards} == {
-        file: set(names) for file, names in expected.filename_to_tensors.items()
-    }
+@pytest.mark.parametrize(
+    ("limit", "want"),
+    [
+        (1, ["a", "b", "c", "d"]),
+        (19, ["b", "ac", "d"]),  # b is larger than a file may be, and leaves the open one
+        (20, ["a", "b", "cd"]),
+        (27, ["a", "bc", "d"]),
+        (28, ["ab", "cd"]),
+        (46, ["abcd"]),
+    ],
+)
+def test_a_file_is_closed_where_the_next_tensor_would_take_it_over_the_limit(limit, want):
+    sizes = {"a": 8, "b": 20, "c": 7, "d": 11}
+    shards = plan_shards([(name, "U8", (size,)) for name, size in sizes.items()], limit)
+    assert ["".join(sorted(info.name for info in shard.tensors)) for shard in shards] == want
+    count = f"{len(want):05d}"
+    several = [f"model-{number:05d}-of-{count}.safetensors" for number in range(1, len(want) + 1)]
+    assert [shard.file for shard in shards] == (several if len(want) > 1 else ["model.safetensors"])
     index = json.loads(index_json(shards))
-    assert index["weight_map"] == expected.tensor_to_filename
-    assert index["metadata"]["total_size"] == expected.metadata["total_size"]
+    assert index["weight_map"] == {info.name: shard.file for shard in shards for info in shard.tensors}
+    assert index["metadata"]["total_size"] == 46
 
 
 def test_index_form():
