@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shortened
 
 PARTIAL = ".partial"
 """Ends the names of files and folders that are not whole yet."""
@@ -39,9 +39,7 @@ def why_unusable(path: str | Path, *, allow: tuple[type[OSError], ...] = ()) -> 
         reason = "it has a character that no path can have"
     except RuntimeError as error:
         reason = str(error).rstrip(".")
-    text = str(path)
-    text = text if len(text) <= 300 else f"{text[:297]}..."
-    return f"found {text!r}, which is no usable path ({reason})"
+    return f"found {shortened(str(path))!r}, which is no usable path ({reason})"
 
 
 def path_argument(text: str) -> str:

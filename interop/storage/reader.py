@@ -16,23 +16,22 @@ from typing import Any, Self
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, listed, quote
 from jaxmoe.interop.storage.format import (
     DTYPES,
     INDEX_FILE,
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
-    MAX_LISTED,
     SINGLE_FILE,
     Shard,
     TensorInfo,
     is_inside,
     loads_strict,
     parse_header,
-    quote,
     raise_problems,
 )
 
+_MAX_LISTED = 20
 BUFFER_BYTES = 4 << 20
 # What one more read costs, in bytes that could have been read instead: about the latency of an NVMe drive or
 # of a network file system's read-ahead window times its bandwidth.
@@ -300,12 +299,12 @@ def _find_files(folder: Path, problems: list[str]) -> tuple[dict[str, Any] | Non
         return None, [SINGLE_FILE if SINGLE_FILE in found else found[0]]
     if found:
         raise UserError(
-            f"{folder}: {len(found)} safetensors files ({_listing(found)}) but no {INDEX_FILE}, "
+            f"{folder}: {len(found)} safetensors files ({listed(found, _MAX_LISTED)}) but no {INDEX_FILE}, "
             "which says what they hold; download the index too"
         )
     others = [name for name in present if Path(name).suffix in _OTHER_FORMATS]
     hint = (
-        f"; found {_listing(others)}: convert to safetensors first (save_pretrained of transformers does)"
+        f"; found {listed(others, _MAX_LISTED)}: convert to safetensors first (save_pretrained of transformers does)"
         if others
         else f"; expected {INDEX_FILE} or {SINGLE_FILE}"
     )
@@ -350,11 +349,6 @@ def _as_text(value: object) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-def _listing(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more
-
-
 def _index_mismatches(weight_map: dict[str, Any], shards: Sequence[Shard]) -> Iterator[str]:
     holders: dict[str, list[str]] = {}
     for shard in shards:
@@ -362,7 +356,7 @@ def _index_mismatches(weight_map: dict[str, Any], shards: Sequence[Shard]) -> It
             holders.setdefault(info.name, []).append(shard.file)
     for name, files in holders.items():
         if len(files) > 1:
-            yield f"tensor {quote(name)} is stored more than once, in {_listing(files)}; expected one file"
+            yield f"tensor {quote(name)} is stored more than once, in {listed(files, _MAX_LISTED)}; expected one file"
         elif name not in weight_map:
             yield f"{files[0]}: holds tensor {quote(name)}, which {INDEX_FILE} does not name"
         elif weight_map[name] != files[0]:

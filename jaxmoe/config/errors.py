@@ -8,6 +8,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from jaxmoe.errors import listed, quote
+
 _LISTED = 5
 
 _REMOVED = {
@@ -49,8 +51,7 @@ def describe(error: ValidationError, model: type[BaseModel], mapping: Mapping[st
     problems.sort(key=lambda problem: problem["type"] not in ("extra_forbidden", "invalid_key"))
     known = list(_dotted_keys(model))
     lines = list(dict.fromkeys(_line(problem, known, mapping) for problem in problems))
-    more = f"; and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
-    return "; ".join(lines[:_LISTED]) + more
+    return listed(lines, _LISTED, "; ")
 
 
 def _line(problem: ErrorDetails, known: list[str], mapping: Mapping[str, Any]) -> str:
@@ -79,9 +80,7 @@ def _shown(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    text = repr(value)
-    text = text if len(text) <= 60 else text[:57] + "..."
-    return f"the string {text}" if isinstance(value, str) else text
+    return f"the string {quote(value)}" if isinstance(value, str) else quote(value)
 
 
 def _dotted(location: tuple[int | str, ...], mapping: Any) -> str:

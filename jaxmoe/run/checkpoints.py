@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shortened
 from jaxmoe.files import check_room, write_atomically
 from jaxmoe.parallel import processes
 
@@ -236,8 +236,7 @@ class Checkpoints:
     def _damaged(self, step: int, reason: str) -> UserError:
         earlier = [other for other in self._steps_here() if other < step]
         then = f"to resume from step {earlier[-1]}" if earlier else "to start from the beginning"
-        reason = " ".join(reason.split())
-        reason = reason if len(reason) <= 300 else reason[:300] + "..."
+        reason = shortened(" ".join(reason.split()))
         folder = self._folder / str(step)
         return UserError(f"{folder}: this checkpoint cannot be read ({reason}): delete that folder {then}")
 
