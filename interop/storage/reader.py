@@ -87,21 +87,19 @@ class CheckpointFolder:
         shape = self._info(name).shape
         return self.read_box(name, shape, [slice(None)] * len(shape))
 
-    def read_box(
-        self, name: str, sizes: Sequence[int], box: Sequence[slice], out: np.ndarray | None = None
-    ) -> np.ndarray:
+    def read_box(self, name: str, sizes: Sequence[int], box: Sequence[slice]) -> np.ndarray:
         """The part of a tensor that ``box`` selects, read without the rest.
 
         ``sizes`` splits the axes of the stored shape into finer ones: (2F, D) may be read as (2, F, D).
         ``box`` has one slice of step 1 per fine axis, within bounds. The result has the lengths of the
-        slices as its shape and the stored dtype; it is written to ``out`` if given (any strides).
+        slices as its shape and the stored dtype.
 
         Contiguous parts are read straight into the result. Short runs are read together with what lies
         between them where that is cheaper than one read each, at most 4 MiB at a time, which is also all
         the memory used beside the result.
 
         Raises UserError for an unknown name, ``sizes`` that do not fit the stored shape, a dtype below one
-        byte and a file that fails to be read; ValueError for a bad ``box`` or ``out``.
+        byte and a file that fails to be read; ValueError for a bad ``box``.
         """
         info = self._info(name)
         dtype = DTYPES[info.dtype].numpy
@@ -116,22 +114,12 @@ class CheckpointFolder:
                 f"into {tuple(sizes)}; the checkpoint does not fit its config"
             )
         starts, lengths = _bounds(name, sizes, box)
-        if out is not None and not out.flags.writeable:
-            raise ValueError(f"{name}: out is read-only")
-        if out is None:
-            out = np.empty(lengths, dtype)
-        elif out.shape != lengths or out.dtype != dtype:
-            raise ValueError(f"{name}: out is {out.dtype} {out.shape}, expected {dtype} {lengths}")
+        out = np.empty(lengths, dtype)
         if out.size:
             strides = [dtype.itemsize * math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
             offset = info.start + sum(map(operator.mul, starts, strides))
             _BoxRead(self, info.file, strides, out).run(offset)
         return out
-
-    def read_bytes(self, name: str) -> bytearray:
-        """The tensor's bytes as they are stored, whatever its dtype."""
-        chunks = self.iter_bytes(name, max(1, self._info(name).nbytes))
-        return next(chunks, bytearray())
 
     def iter_bytes(self, name: str, chunk: int = BUFFER_BYTES) -> Iterator[bytearray]:
         """The tensor's bytes in order, at most ``chunk`` (positive) at a time, whatever its dtype."""
@@ -192,7 +180,7 @@ class CheckpointFolder:
 
 
 class _BoxRead:
-    """One read of a box into ``out`` (any strides), whose axes lie ``strides`` bytes apart in the file."""
+    """One read of a box into ``out``, whose axes lie ``strides`` bytes apart in the file."""
 
     def __init__(self, folder: CheckpointFolder, file: str, strides: Sequence[int], out: np.ndarray) -> None:
         self.folder, self.file, self.strides, self.out = folder, file, strides, out

@@ -91,11 +91,7 @@ def _write_all(file: BinaryIO, data: bytes | memoryview) -> None:
         view = view[os.write(file.fileno(), view) :]
 
 
-def plan_shards(
-    tensors: Sequence[tuple[str, str, Sequence[int]]],
-    max_shard_bytes: int,
-    metadata: Mapping[str, str] | None = FORMAT_METADATA,
-) -> list[Shard]:
+def plan_shards(tensors: Sequence[tuple[str, str, Sequence[int]]], max_shard_bytes: int) -> list[Shard]:
     """Split tensors, (name, safetensors dtype, shape) each, into files as transformers' save_pretrained does.
 
     They are taken in the given order; a file is closed when the next tensor would take it over
@@ -119,7 +115,7 @@ def plan_shards(
         max_shard_size=max_shard_bytes,
     )
     return [
-        new_shard(file, [named[name] for name in names], metadata)
+        new_shard(file, [named[name] for name in names], FORMAT_METADATA)
         for file, names in split.filename_to_tensors.items()
     ]
 

@@ -46,8 +46,7 @@ def arrays():
 def test_a_fresh_file_is_the_library_s_own(tmp_path, arrays):
     arrays |= {'é"\\/\x7f': np.ones(2, np.int16), "\x01\n\u2028😀": np.ones(3, np.int16)}
     for metadata in ({"format": "pt"}, {}, None):
-        (shard,) = plan_shards(described(arrays), 1 << 30, metadata)
-        assert shard.file == "model.safetensors"
+        shard = new_shard("model.safetensors", described(arrays), metadata)
         path = tmp_path / f"{metadata}.safetensors"
         write_shard(path, shard, lambda info: arrays[info.name])
         assert path.read_bytes() == save(arrays, metadata)
@@ -84,7 +83,7 @@ def test_a_folder_is_repeated_byte_for_byte(tmp_path, arrays):
 
     with CheckpointFolder(source) as folder:
         for shard in folder.shards:
-            write_shard(tmp_path / shard.file, shard, lambda info: folder.read_bytes(info.name))
+            write_shard(tmp_path / shard.file, shard, lambda info: folder.iter_bytes(info.name))
             assert (tmp_path / shard.file).read_bytes() == (source / shard.file).read_bytes()
 
 
