@@ -15,6 +15,7 @@ help: ## this list
 .PHONY: quickstart
 quickstart: $(READY) ## train, export, reload and fine-tune a small model, in minutes on a CPU
 	.venv/bin/python -m jaxmoe.train
+	.venv/bin/python -m jaxmoe.train configs/quickstart-finetune.yaml
 
 .PHONY: test
 test: lint types ## everything that must pass: lint, types, packaging, tests on two Pythons

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shortened
 from jaxmoe.signals import ENDINGS, Signals
 
 COMMANDS: dict[str, str] = {
@@ -37,8 +37,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse found, which may quote a value of any length."""
-        message = message if len(message) <= 300 else f"{message[:297]}..."
-        raise UserError(f"{message}; {self.prog} --help tells what is expected")
+        raise UserError(f"{shortened(message)}; {self.prog} --help tells what is expected")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,6 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and how its message quotes what may be of any length."""
+
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -8,3 +10,25 @@ class UserError(Exception):
     Commands print it without a traceback and exit with code 2 (see ``jaxmoe.cli``); library callers
     catch it like any other exception.
     """
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """A text of at most so many characters, with dots where it was cut."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def quote(value: object) -> str:
+    """``repr`` of a readable length: what is quoted comes out of files that may hold anything."""
+    return shortened(repr(value), 200)
+
+
+def listed(texts: Sequence[str], most: int, separator: str = ", ") -> str:
+    """The first so many texts in a row, and the number of the others."""
+    shown = separator.join(texts[:most])
+    more = len(texts) - most
+    return f"{shown}{separator.rstrip(', ')} and {more} more" if more > 0 else shown
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error of a library, whose message may go on for pages; its type where it has none."""
+    return shortened((str(error).splitlines() or [type(error).__name__])[0])

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from jaxmoe.cli import ArgumentParser, run_command
-from jaxmoe.config import RunConfig, load_config
+from jaxmoe.config import RunConfig, recorded_config
 from jaxmoe.errors import UserError
 from jaxmoe.files import path_argument
 from jaxmoe.run.checkpoints import Checkpoints
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     from jaxmoe.run.model import export_model, initial_weights, open_model
     from jaxmoe.training.state import Saved
 
-    config = load_config(run / "config.yaml").model_copy(update={"output_dir": str(run)})
+    config = recorded_config(run).model_copy(update={"output_dir": str(run)})
     checkpoints = Checkpoints(run / "checkpoints", None)
     step = checkpoints.latest() if options.step is None else options.step
     if step is None:

@@ -1,8 +1,21 @@
-"""Paths as users give them."""
+"""What touches a disk: paths as users give them, the lock of a folder, writes that a crash leaves whole, free room."""
 
+import errno
+import fcntl
+import os
+import shutil
+import socket
+import warnings
+from contextlib import suppress
 from pathlib import Path
+from typing import IO, Any
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shortened
+
+PARTIAL = ".partial"
+"""Ends the names of files and folders that are not whole yet."""
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def why_unusable(path: str | Path, *, allow: tuple[type[OSError], ...] = ()) -> str | None:
@@ -26,9 +39,7 @@ def why_unusable(path: str | Path, *, allow: tuple[type[OSError], ...] = ()) -> 
         reason = "it has a character that no path can have"
     except RuntimeError as error:
         reason = str(error).rstrip(".")
-    text = str(path)
-    text = text if len(text) <= 300 else f"{text[:297]}..."
-    return f"found {text!r}, which is no usable path ({reason})"
+    return f"found {shortened(str(path))!r}, which is no usable path ({reason})"
 
 
 def path_argument(text: str) -> str:
@@ -41,3 +52,98 @@ def path_argument(text: str) -> str:
     if unusable is not None:
         raise UserError(f"{unusable}; give another one")
     return text
+
+
+def lock(path: Path, owner: str) -> int:
+    """Lock a file, which is made if need be; the kernel lets go when the process ends, however it ends.
+
+    Args:
+        path: the file; it will say which process has it.
+        owner: what the lock stands for, which begins the message.
+
+    Returns:
+        The descriptor that holds the lock until it is closed.
+
+    Raises:
+        UserError: another process holds it.
+        OSError: the file cannot be made.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"
+                os.close(descriptor)
+                raise UserError(
+                    f"{owner}: in use by {holder}: wait for it to end or choose another folder"
+                ) from None
+            warnings.warn(
+                f"{path}: this file system has no locks ({error.strerror}); see to it that no other process writes "
+                "there",
+                stacklevel=2,
+            )
+        # Its former holder may have removed the file between our opening and our locking it.
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                break
+        os.close(descriptor)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return descriptor
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file. After a crash at any moment it has its old content or all of the new one.
+
+    Raises:
+        UserError: it cannot be written; it has its old content.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            sync(file)
+        partial.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise cannot_write(f"{path}: cannot write", error) from None
+
+
+def sync(file: IO[Any]) -> None:
+    """Return once what was written to an open file is on disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Return once the names in a folder are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def check_room(path: Path, nbytes: int) -> None:
+    """Refuse a disk without room for so many bytes at a path, which may be missing. It may still fill up later.
+
+    Raises:
+        OSError: ENOSPC, with both figures in its words.
+    """
+    existing = next(place for place in (path, *path.parents) if place.is_dir())
+    free = shutil.disk_usage(existing).free
+    if nbytes > free:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({nbytes:,} bytes needed, {free:,} free)")
+
+
+def cannot_write(what: str, error: OSError, state: str = "") -> UserError:
+    """The mistake that a failed write is: what failed, the system's reason, what is left, and the remedy."""
+    remedy = "free some space or choose" if error.errno in _NO_ROOM else "choose"
+    left = f"{state}, " if state else ""
+    return UserError(f"{what}: {error.strerror}; {left}{remedy} another folder")

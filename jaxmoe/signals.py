@@ -1,6 +1,5 @@
 """How SIGINT and SIGTERM end a program: soon, without a traceback, and after it has cleaned up."""
 
-import os
 import signal
 import sys
 import threading
@@ -12,20 +11,6 @@ ENDINGS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 """What is said of each."""
 
 AGAIN_SECONDS = 0.1
-
-
-def end_at_once() -> None:
-    """Until a command runs, let a signal end the process where it stands.
-
-    For the time in which a program imports its modules and has nothing to clean up.
-    """
-
-    def end(number: int, _frame: FrameType | None) -> None:
-        os.write(2, f"{ENDINGS[signal.Signals(number)]}\n".encode())
-        os._exit(128 + number)
-
-    for number in _taken():
-        signal.signal(number, end)
 
 
 class _Interrupt(KeyboardInterrupt):

@@ -27,14 +27,12 @@ def main(argv: list[str]) -> None:
         overrides.insert(0, options.config)
         options.config = None
     config = load_config(None if options.config is None else Path(options.config), overrides)
-    runs = config.all_runs()
     if config.train.distributed:
         processes.join()
     # Imported only now: a mistake in the config is reported without waiting for it.
     from jaxmoe.run.loop import run
 
-    for each in runs:
-        run(each)
+    run(config)
 
 
 def _is_there(path: str) -> bool:

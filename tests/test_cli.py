@@ -169,15 +169,6 @@ def test_outside_of_the_main_thread_signals_are_left_alone(command):
     assert codes == [7]
 
 
-@pytest.mark.parametrize(
-    ("number", "want"), [(signal.SIGINT, "interrupted\n"), (signal.SIGTERM, "terminated\n")]
-)
-def test_a_signal_during_the_imports_of_a_program(number, want):
-    code = f"import os, jaxmoe.signals; jaxmoe.signals.end_at_once(); os.kill(os.getpid(), {number}); print('on')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr, done.stdout) == (128 + number, want, "")
-
-
 def test_refusals_of_argparse_are_mistakes_of_the_user(capsys):
     parser = cli.ArgumentParser(prog="jaxmoe train")
     parser.add_argument("run")

@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, quote
 from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
 from jaxmoe.interop.rules import Rule
-from jaxmoe.interop.storage.format import quote
 from jaxmoe.model.feed_forward.router import Groups, RouterSpec
 from jaxmoe.model.norms import NormSpec
 from jaxmoe.model.spec import LayerSpec, ModelSpec, group_layers

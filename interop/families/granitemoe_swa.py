@@ -1,12 +1,11 @@
 """GraniteMoE with windows, sinks, and per layer a rotation of its own or none."""
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, quote
 from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common, granitemoe
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
-from jaxmoe.interop.storage.format import quote
 from jaxmoe.model.mixers.rope import RopeSpec
 from jaxmoe.model.spec import ModelSpec
 

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, quote
 from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader, is_positive
 from jaxmoe.interop.families import common
 from jaxmoe.interop.families.common import LAYER
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
-from jaxmoe.interop.storage.format import quote
 from jaxmoe.model.feed_forward.mlp import MLPSpec
 from jaxmoe.model.feed_forward.moe import MoESpec, SharedSpec
 from jaxmoe.model.feed_forward.router import RouterSpec

@@ -4,9 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, quote
 from jaxmoe.interop.config_json import ConfigReader, is_positive
-from jaxmoe.interop.storage.format import quote
 from jaxmoe.model.mixers.rope import Dynamic, Linear, Llama3, LongRope, Proportional, RopeSpec, Scaling, Yarn
 
 _NUMBERS = frozenset(

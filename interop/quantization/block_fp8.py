@@ -13,7 +13,7 @@ from typing import Any, Self
 import ml_dtypes
 import numpy as np
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, quote
 from jaxmoe.interop.quantization.block_format import (
     BF16,
     Pair,
@@ -23,7 +23,7 @@ from jaxmoe.interop.quantization.block_format import (
     scale_problems,
     unknown_fields,
 )
-from jaxmoe.interop.storage.format import TensorInfo, quote
+from jaxmoe.interop.storage.format import TensorInfo
 from jaxmoe.interop.storage.reader import CheckpointFolder
 from jaxmoe.interop.storage.slices import finer_axes, positions
 

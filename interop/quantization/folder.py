@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, quote
 from jaxmoe.interop.quantization.block_format import BF16, Format, Pair, per_block, per_element
 from jaxmoe.interop.quantization.block_fp8 import BlockFP8
 from jaxmoe.interop.quantization.mxfp4 import MXFP4
 from jaxmoe.interop.rules import Binding
-from jaxmoe.interop.storage.format import Shard, dtype_name, new_shard, quote
+from jaxmoe.interop.storage.format import Shard, dtype_name, new_shard
 from jaxmoe.interop.storage.reader import BUFFER_BYTES, CheckpointFolder
 from jaxmoe.interop.storage.slices import Box, pieces, runs
 

@@ -18,13 +18,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, listed, quote
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MAX_LISTED = 20
 MAX_TOLD = 1000  # far more than a checkpoint that is merely wrong leads to, once what is alike is merged
 _MAX_AXES = 64  # numpy's limit
 _NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,8})(?=\.)")
@@ -116,12 +115,6 @@ class Shard:
         return LENGTH_BYTES + len(self.header) + sum(info.nbytes for info in self.tensors)
 
 
-def quote(value: object) -> str:
-    """``repr`` cut to a readable length: what is quoted comes out of files that may hold anything."""
-    text = repr(value)
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
 def raise_problems(where: object, problems: Sequence[str]) -> None:
     """Raise one UserError of one line with all the problems; return if there are none.
 
@@ -132,8 +125,7 @@ def raise_problems(where: object, problems: Sequence[str]) -> None:
     if len(problems) == 1:
         raise UserError(f"{where}: {problems[0]}")
     told = list(_merged(problems))
-    more = f"; and {len(told) - MAX_TOLD} more" if len(told) > MAX_TOLD else ""
-    raise UserError(f"{where}: {len(problems)} problems: {'; '.join(told[:MAX_TOLD])}{more}")
+    raise UserError(f"{where}: {len(problems)} problems: {listed(told, MAX_TOLD, '; ')}")
 
 
 def _merged(problems: Iterable[str]) -> Iterator[str]:

@@ -16,23 +16,22 @@ from typing import Any, Self
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, listed, quote
 from jaxmoe.interop.storage.format import (
     DTYPES,
     INDEX_FILE,
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
-    MAX_LISTED,
     SINGLE_FILE,
     Shard,
     TensorInfo,
     is_inside,
     loads_strict,
     parse_header,
-    quote,
     raise_problems,
 )
 
+_MAX_LISTED = 20
 BUFFER_BYTES = 4 << 20
 # What one more read costs, in bytes that could have been read instead: about the latency of an NVMe drive or
 # of a network file system's read-ahead window times its bandwidth.
@@ -88,21 +87,19 @@ class CheckpointFolder:
         shape = self._info(name).shape
         return self.read_box(name, shape, [slice(None)] * len(shape))
 
-    def read_box(
-        self, name: str, sizes: Sequence[int], box: Sequence[slice], out: np.ndarray | None = None
-    ) -> np.ndarray:
+    def read_box(self, name: str, sizes: Sequence[int], box: Sequence[slice]) -> np.ndarray:
         """The part of a tensor that ``box`` selects, read without the rest.
 
         ``sizes`` splits the axes of the stored shape into finer ones: (2F, D) may be read as (2, F, D).
         ``box`` has one slice of step 1 per fine axis, within bounds. The result has the lengths of the
-        slices as its shape and the stored dtype; it is written to ``out`` if given (any strides).
+        slices as its shape and the stored dtype.
 
         Contiguous parts are read straight into the result. Short runs are read together with what lies
         between them where that is cheaper than one read each, at most 4 MiB at a time, which is also all
         the memory used beside the result.
 
         Raises UserError for an unknown name, ``sizes`` that do not fit the stored shape, a dtype below one
-        byte and a file that fails to be read; ValueError for a bad ``box`` or ``out``.
+        byte and a file that fails to be read; ValueError for a bad ``box``.
         """
         info = self._info(name)
         dtype = DTYPES[info.dtype].numpy
@@ -117,22 +114,12 @@ class CheckpointFolder:
                 f"into {tuple(sizes)}; the checkpoint does not fit its config"
             )
         starts, lengths = _bounds(name, sizes, box)
-        if out is not None and not out.flags.writeable:
-            raise ValueError(f"{name}: out is read-only")
-        if out is None:
-            out = np.empty(lengths, dtype)
-        elif out.shape != lengths or out.dtype != dtype:
-            raise ValueError(f"{name}: out is {out.dtype} {out.shape}, expected {dtype} {lengths}")
+        out = np.empty(lengths, dtype)
         if out.size:
             strides = [dtype.itemsize * math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
             offset = info.start + sum(map(operator.mul, starts, strides))
             _BoxRead(self, info.file, strides, out).run(offset)
         return out
-
-    def read_bytes(self, name: str) -> bytearray:
-        """The tensor's bytes as they are stored, whatever its dtype."""
-        chunks = self.iter_bytes(name, max(1, self._info(name).nbytes))
-        return next(chunks, bytearray())
 
     def iter_bytes(self, name: str, chunk: int = BUFFER_BYTES) -> Iterator[bytearray]:
         """The tensor's bytes in order, at most ``chunk`` (positive) at a time, whatever its dtype."""
@@ -193,7 +180,7 @@ class CheckpointFolder:
 
 
 class _BoxRead:
-    """One read of a box into ``out`` (any strides), whose axes lie ``strides`` bytes apart in the file."""
+    """One read of a box into ``out``, whose axes lie ``strides`` bytes apart in the file."""
 
     def __init__(self, folder: CheckpointFolder, file: str, strides: Sequence[int], out: np.ndarray) -> None:
         self.folder, self.file, self.strides, self.out = folder, file, strides, out
@@ -300,12 +287,12 @@ def _find_files(folder: Path, problems: list[str]) -> tuple[dict[str, Any] | Non
         return None, [SINGLE_FILE if SINGLE_FILE in found else found[0]]
     if found:
         raise UserError(
-            f"{folder}: {len(found)} safetensors files ({_listing(found)}) but no {INDEX_FILE}, "
+            f"{folder}: {len(found)} safetensors files ({listed(found, _MAX_LISTED)}) but no {INDEX_FILE}, "
             "which says what they hold; download the index too"
         )
     others = [name for name in present if Path(name).suffix in _OTHER_FORMATS]
     hint = (
-        f"; found {_listing(others)}: convert to safetensors first (save_pretrained of transformers does)"
+        f"; found {listed(others, _MAX_LISTED)}: convert to safetensors first (save_pretrained of transformers does)"
         if others
         else f"; expected {INDEX_FILE} or {SINGLE_FILE}"
     )
@@ -350,11 +337,6 @@ def _as_text(value: object) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-def _listing(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more
-
-
 def _index_mismatches(weight_map: dict[str, Any], shards: Sequence[Shard]) -> Iterator[str]:
     holders: dict[str, list[str]] = {}
     for shard in shards:
@@ -362,7 +344,7 @@ def _index_mismatches(weight_map: dict[str, Any], shards: Sequence[Shard]) -> It
             holders.setdefault(info.name, []).append(shard.file)
     for name, files in holders.items():
         if len(files) > 1:
-            yield f"tensor {quote(name)} is stored more than once, in {_listing(files)}; expected one file"
+            yield f"tensor {quote(name)} is stored more than once, in {listed(files, _MAX_LISTED)}; expected one file"
         elif name not in weight_map:
             yield f"{files[0]}: holds tensor {quote(name)}, which {INDEX_FILE} does not name"
         elif weight_map[name] != files[0]:

@@ -1,7 +1,5 @@
 """Writing safetensors files and checkpoint folders, such that a folder is either complete or not there."""
 
-import errno
-import fcntl
 import json
 import math
 import os
@@ -15,8 +13,10 @@ from types import MappingProxyType
 from typing import BinaryIO, Self
 
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from jaxmoe.errors import UserError
+from jaxmoe.files import cannot_write, check_room, lock, sync, sync_folder
 from jaxmoe.interop.storage.format import (
     DTYPES,
     SINGLE_FILE,
@@ -30,7 +30,6 @@ from jaxmoe.interop.storage.format import (
 Fetched = np.ndarray | bytes | bytearray | memoryview | Iterator[bytes | bytearray | memoryview]
 FORMAT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})  # what transformers insists on
 COPY_BYTES = 4 << 20
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CHECKPOINT_FILES = ("config.json", "adapter_config.json", "*.safetensors")
 
 
@@ -57,7 +56,7 @@ def write_shard(path: str | os.PathLike[str], shard: Shard, fetch: Callable[[Ten
                 if written != info.nbytes:
                     relation = "more" if written > info.nbytes else f"{written}, fewer"
                     raise ValueError(f"tensor {info.name!r}: fetched {relation} than its {info.nbytes} bytes")
-            os.fsync(file.fileno())
+            sync(file)
         except BaseException:
             path.unlink()
             raise
@@ -92,11 +91,7 @@ def _write_all(file: BinaryIO, data: bytes | memoryview) -> None:
         view = view[os.write(file.fileno(), view) :]
 
 
-def plan_shards(
-    tensors: Sequence[tuple[str, str, Sequence[int]]],
-    max_shard_bytes: int,
-    metadata: Mapping[str, str] | None = FORMAT_METADATA,
-) -> list[Shard]:
+def plan_shards(tensors: Sequence[tuple[str, str, Sequence[int]]], max_shard_bytes: int) -> list[Shard]:
     """Split tensors, (name, safetensors dtype, shape) each, into files as transformers' save_pretrained does.
 
     They are taken in the given order; a file is closed when the next tensor would take it over
@@ -110,29 +105,18 @@ def plan_shards(
         raise ValueError(
             f"{len(tensors)} tensors in shards of {max_shard_bytes} bytes, expected some of each"
         )
-    names = {name for name, _, _ in tensors}
-    if len(names) != len(tensors):
-        raise ValueError(f"{len(tensors) - len(names)} tensor names are repeated")
-    groups: list[list[tuple[str, str, Sequence[int]]]] = []
-    current: list[tuple[str, str, Sequence[int]]] = []
-    room = max_shard_bytes
-    for tensor in tensors:
-        size = element_bytes(tensor[1], tensor[2])
-        if size > max_shard_bytes:
-            groups.append([tensor])
-            continue
-        if size > room:
-            groups.append(current)
-            current, room = [], max_shard_bytes
-        current.append(tensor)
-        room -= size
-    if current:
-        groups.append(current)
-    if len(groups) == 1:
-        return [new_shard(SINGLE_FILE, groups[0], metadata)]
+    named = {tensor[0]: tensor for tensor in tensors}
+    if len(named) != len(tensors):
+        raise ValueError(f"{len(tensors) - len(named)} tensor names are repeated")
+    split = split_state_dict_into_shards_factory(
+        named,
+        get_storage_size=lambda tensor: element_bytes(tensor[1], tensor[2]),
+        filename_pattern=SINGLE_FILE.replace(".", "{suffix}."),
+        max_shard_size=max_shard_bytes,
+    )
     return [
-        new_shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group, metadata)
-        for number, group in enumerate(groups, 1)
+        new_shard(file, [named[name] for name in names], FORMAT_METADATA)
+        for file, names in split.filename_to_tensors.items()
     ]
 
 
@@ -180,7 +164,9 @@ class FolderWriter:
     def __enter__(self) -> Self:
         with self._user_errors("the folder"), ExitStack() as undo:
             self._make_parents(undo)
-            self._lock(undo)
+            path = self._sibling("lock")  # any other temporary folder of the target is of a dead process
+            undo.callback(os.close, lock(path, str(self.target)))
+            undo.callback(path.unlink, missing_ok=True)
             self._clear_leftovers()
             self._refuse_occupied()
             undo.callback(shutil.rmtree, self._temporary, ignore_errors=True)
@@ -198,10 +184,8 @@ class FolderWriter:
 
     def check_room(self, nbytes: int) -> None:
         """Refuse a disk that has no room for as many bytes. It may still fill up while they are written."""
-        with self._user_errors("the folder", nbytes):
-            existing = next(parent for parent in self.target.parents if parent.is_dir())
-            if shutil.disk_usage(existing).free < nbytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with self._user_errors("the folder"):
+            check_room(self.target.parent, nbytes)
 
     def shard(self, shard: Shard, fetch: Callable[[TensorInfo], Fetched]) -> None:
         """Write one safetensors file; see ``write_shard``."""
@@ -212,7 +196,7 @@ class FolderWriter:
         """Write a small file. ``name`` may be a path below the folder."""
         with self._user_errors(name, len(data)), self._place(name).open("xb", buffering=0) as file:
             _write_all(file, data)
-            os.fsync(file.fileno())
+            sync(file)
 
     def copy(self, source: str | os.PathLike[str], name: str) -> None:
         """Copy the content of a file (through links). ``name`` may be a path below the folder."""
@@ -224,7 +208,7 @@ class FolderWriter:
         with original, self._user_errors(name, size), self._place(name).open("xb", buffering=0) as file:
             while chunk := original.read(COPY_BYTES):
                 _write_all(file, chunk)
-            os.fsync(file.fileno())
+            sync(file)
 
     def _place(self, name: str) -> Path:
         if self._undo is None:
@@ -266,28 +250,6 @@ class FolderWriter:
                 parent.mkdir(exist_ok=True)
                 undo.callback(_remove_if_empty, parent)
 
-    def _lock(self, undo: ExitStack) -> None:
-        """Hold the target's lock file, so that any other temporary folder of it belongs to a dead process."""
-        path = self._sibling("lock")
-        while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                raise UserError(
-                    f"{self.target}: another process is exporting to it; wait or choose another folder"
-                ) from None
-            except OSError:
-                pass  # a file system without locks: two exports at once to one target are then not noticed
-            # Its former holder may have removed the file between our opening and our locking it.
-            with suppress(FileNotFoundError):
-                if path.stat().st_ino == os.fstat(descriptor).st_ino:
-                    break
-            os.close(descriptor)
-        undo.callback(os.close, descriptor)
-        undo.callback(path.unlink, missing_ok=True)
-
     def _clear_leftovers(self) -> None:
         pattern = re.compile(re.escape(f".{self.target.name}.") + "(tmp|old)-[0-9a-f]{8}")
         for sibling in list(self.target.parent.iterdir()):
@@ -301,7 +263,7 @@ class FolderWriter:
 
     def _publish(self) -> None:
         for folder, _, _ in os.walk(self._temporary):
-            _sync_folder(folder)
+            sync_folder(folder)
         if self.target.exists() and any(self.target.iterdir()):
             self._refuse_occupied()  # it may have been filled meanwhile
             old = self._sibling(f"old-{secrets.token_hex(4)}")
@@ -311,11 +273,11 @@ class FolderWriter:
             except BaseException:
                 old.rename(self.target)
                 raise
-            _sync_folder(self.target.parent)
+            sync_folder(self.target.parent)
             shutil.rmtree(old, ignore_errors=True)
         else:
             self._temporary.rename(self.target)
-            _sync_folder(self.target.parent)
+            sync_folder(self.target.parent)
 
     @contextmanager
     def _user_errors(self, what: str, nbytes: int | None = None) -> Iterator[None]:
@@ -323,24 +285,11 @@ class FolderWriter:
             yield
         except OSError as error:
             size = "" if nbytes is None else f" ({nbytes:,} bytes)"
-            remedy = "free some space or choose" if error.errno in _NO_ROOM else "choose"
-            raise UserError(
-                f"{self.target}: cannot write {what}{size}: {error.strerror}; nothing was left behind, "
-                f"{remedy} another folder"
+            raise cannot_write(
+                f"{self.target}: cannot write {what}{size}", error, "nothing was left behind"
             ) from error
 
 
 def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
-
-
-def _sync_folder(folder: str | os.PathLike[str]) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
-            raise
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,6 @@
 """A run's configuration: one YAML file, validated before anything is loaded."""
 
-from jaxmoe.config.run import RunConfig, load_config
+from jaxmoe.config.run import RunConfig, load_config, recorded_config
 from jaxmoe.config.sections import (
     BalanceConfig,
     DataConfig,
@@ -23,4 +23,5 @@ __all__ = [
     "TrainConfig",
     "TrainTokenizer",
     "load_config",
+    "recorded_config",
 ]

@@ -8,7 +8,15 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from jaxmoe.errors import listed, quote
+
 _LISTED = 5
+
+_REMOVED = {
+    "then": "a run has no follow-up any more: give that one a YAML file of its own and start it after this one, "
+    "with model.path leading to this run's export",
+}
+"""Keys of earlier versions, and what to do instead."""
 
 _EXPECTED = {
     "int_type": "an integer",
@@ -43,13 +51,14 @@ def describe(error: ValidationError, model: type[BaseModel], mapping: Mapping[st
     problems.sort(key=lambda problem: problem["type"] not in ("extra_forbidden", "invalid_key"))
     known = list(_dotted_keys(model))
     lines = list(dict.fromkeys(_line(problem, known, mapping) for problem in problems))
-    more = f"; and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
-    return "; ".join(lines[:_LISTED]) + more
+    return listed(lines, _LISTED, "; ")
 
 
 def _line(problem: ErrorDetails, known: list[str], mapping: Mapping[str, Any]) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     key = _dotted(problem["loc"], mapping)
+    if kind == "extra_forbidden" and key in _REMOVED:
+        return f"{key}: {_REMOVED[key]}"
     if kind == "extra_forbidden":
         return f"{key}: unknown key, {_nearest(key, known)}"
     if kind == "invalid_key":
@@ -71,9 +80,7 @@ def _shown(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    text = repr(value)
-    text = text if len(text) <= 60 else text[:57] + "..."
-    return f"the string {text}" if isinstance(value, str) else text
+    return f"the string {quote(value)}" if isinstance(value, str) else quote(value)
 
 
 def _dotted(location: tuple[int | str, ...], mapping: Any) -> str:

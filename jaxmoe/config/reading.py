@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, quote
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -21,7 +21,7 @@ class _StrictLoader(yaml.SafeLoader):
             # SafeLoader takes it for granted that a value is what its tag says: !!int abc, or a 99th of May.
             kind = node.tag.rpartition(":")[2]
             raise yaml.constructor.ConstructorError(
-                None, None, f"{_quoted(node.value)} cannot be read as {kind}", node.start_mark
+                None, None, f"{quote(node.value)} cannot be read as {kind}", node.start_mark
             ) from None
         return value
 
@@ -76,11 +76,6 @@ def _parse(text: str, source: str) -> Any:
         raise UserError(f"{source}: not valid YAML: {error}") from None
 
 
-def _quoted(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def apply_override(mapping: dict[str, Any], override: str) -> None:
     """Set one key of `mapping` in place, from ``key.path=value`` with the value read as YAML.
 
@@ -88,7 +83,7 @@ def apply_override(mapping: dict[str, Any], override: str) -> None:
         UserError: no "=", an empty part in the path, a value that is not YAML, or a path through something
             that has no such keys.
     """
-    told = f"override {_quoted(override)}"
+    told = f"override {quote(override)}"
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -96,19 +91,11 @@ def apply_override(mapping: dict[str, Any], override: str) -> None:
     value = _parse(text, told)
     here: Any = mapping
     for depth, part in enumerate(parts):
-        index: Any = part
-        if isinstance(here, list):
-            if part not in map(str, range(len(here))):
-                raise UserError(
-                    f"{told}: {'.'.join(parts[:depth])} is a list of {len(here)}, expected an "
-                    f"index below that, found {_quoted(part)}"
-                )
-            index = int(part)
-        elif not isinstance(here, dict):
-            raise UserError(f"{told}: {'.'.join(parts[:depth])} is {_quoted(here)} and has no keys")
+        if not isinstance(here, dict):
+            raise UserError(f"{told}: {'.'.join(parts[:depth])} is {quote(here)} and has no keys")
         if depth == len(parts) - 1:
-            here[index] = value
+            here[part] = value
             return
-        if isinstance(here, dict) and here.get(part) is None:
+        if here.get(part) is None:
             here[part] = {}
-        here = here[index]
+        here = here[part]

@@ -5,9 +5,8 @@ and units are described in `jaxmoe.config.sections`. What it refuses ends in a `
 names the dotted key (`jaxmoe.config.errors` words it).
 """
 
-import copy
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from jaxmoe.config.sections import (
     MAX_TOKENS_PER_STEP,
     BalanceConfig,
     DataConfig,
-    Items,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -30,14 +28,8 @@ from jaxmoe.config.sections import (
     Section,
     Text,
     TrainConfig,
-    TrainTokenizer,
 )
 from jaxmoe.errors import UserError
-
-_WRITTEN = ("export", "checkpoints", "tokenizer", "config.yaml", "metrics.jsonl")
-"""What a run writes into its output_dir."""
-
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 class RunConfig(Section):
@@ -61,11 +53,6 @@ class RunConfig(Section):
         "no gradient and no optimiser state.",
     )
     output_dir: PathText = Field(description="Folder of the run.")
-    then: Items[dict[str, Any]] = Field(
-        default=(),
-        description="Runs that follow this one: each entry lists the keys that differ. ${output_dir} stands "
-        "for the output_dir of this run.",
-    )
 
     @model_validator(mode="after")
     def _cross_checks(self) -> "RunConfig":
@@ -105,7 +92,7 @@ class RunConfig(Section):
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], source: str = "configuration") -> "RunConfig":
-        """Validate nested mappings, including every follow-up in ``then``.
+        """Validate nested mappings.
 
         Args:
             mapping: what YAML reads.
@@ -115,78 +102,9 @@ class RunConfig(Section):
             UserError: a key is unknown or missing, a value is wrong, or values contradict each other.
         """
         try:
-            config = cls.model_validate(dict(mapping))
+            return cls.model_validate(dict(mapping))
         except ValidationError as error:
             raise UserError(f"{source}: {describe(error, cls, mapping)}") from None
-        config.followups(source)
-        return config
-
-    def followups(self, source: str = "configuration") -> "list[RunConfig]":
-        """The runs of ``then``, each complete: this run's keys with that entry's on top, and no ``then``.
-
-        An entry that sets ``model.path`` clears ``model.config`` and the other way round.
-
-        Raises:
-            UserError: an entry does not make a valid run, or its output_dir gets in the way of another run's.
-        """
-        runs = [self]
-        for index, patch in enumerate(self.then):
-            followup = self._followup(patch, f"{source}: then[{index}]")
-            for number, run in enumerate(runs):
-                place = _overlap(Path(followup.output_dir).resolve(), Path(run.output_dir).resolve())
-                if place is not None:
-                    other = "the first run" if number == 0 else f"then[{number - 1}]"
-                    raise UserError(
-                        f"{source}: then[{index}]: output_dir: found {followup.output_dir!r}, which {place} that "
-                        f"of {other}, expected another folder, such as ${{output_dir}}-then"
-                    )
-            runs.append(followup)
-        return runs[1:]
-
-    def _followup(self, patch: dict[str, Any], source: str) -> "RunConfig":
-        if "then" in patch:
-            raise UserError(f"{source}: found a key then, but a follow-up has none; list it in the outer one")
-        base = self.model_dump(mode="json", exclude={"then"})
-        chosen = patch.get("model")
-        if isinstance(chosen, Mapping):
-            for given, cleared in (("path", "config"), ("config", "path")):
-                if chosen.get(given) is not None:
-                    base["model"][cleared] = None
-        return RunConfig.from_mapping(_merged(base, _substituted(patch, self.output_dir)), source)
-
-    def all_runs(self) -> "list[RunConfig]":
-        """This run and those of ``then``, after a look whether those will find the files that they read.
-
-        Raises:
-            UserError: a path of a follow-up leads to nothing, and no run before it writes what would be there.
-        """
-        runs = [self, *self.followups()]
-        first = set(self._paths()) if self.then else set()  # the first run tells what is wrong with these
-        for index, run in enumerate(runs[1:]):
-            for key, path in run._paths():
-                if (key, path) not in first:
-                    _check_there(f"then[{index}]: {key}", path, runs[: index + 1])
-        return runs
-
-    def _paths(self) -> Iterator[tuple[str, str]]:
-        """The files and folders that the run reads, by key; among them a model that may be one of the hub."""
-        from jaxmoe.data.files import STANDARD_LIBRARY  # loads pyarrow
-
-        named = {
-            "model.path": self.model.path,
-            "model.config": self.model.config,
-            "data.path": None if self.data.path == STANDARD_LIBRARY else self.data.path,
-            "data.eval_path": self.data.eval_path,
-            "data.tokenizer": self.data.tokenizer,
-        }
-        return ((key, path) for key, path in named.items() if isinstance(path, str))
-
-    def _writes(self, path: Path) -> bool:
-        """Whether the run writes a model or a tokenizer there."""
-        folder = Path(self.output_dir).resolve()
-        return (self.train.export and path.is_relative_to(folder / "export")) or (
-            isinstance(self.data.tokenizer, TrainTokenizer) and path.is_relative_to(folder / "tokenizer")
-        )
 
     def to_yaml(self) -> str:
         """This run with every key, as YAML that `load_config` reads back to an equal `RunConfig`."""
@@ -198,8 +116,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: the file; None for the quickstart that the package carries.
-        overrides: ``key.path=value`` each, applied in order, the value read as YAML. A number in the path
-            indexes a list (``then.0.train.steps=5``).
+        overrides: ``key.path=value`` each, applied in order, the value read as YAML.
 
     Raises:
         UserError: there is no such file, it is not YAML, it repeats a key, or it is no valid run.
@@ -208,50 +125,32 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     mapping = read_mapping(file)
     for override in overrides:
         apply_override(mapping, override)
+    if note := _renamed(mapping):
+        print(f"{file}: {note}", file=sys.stderr)
     source = file.name if path is None else str(path)
     return RunConfig.from_mapping(mapping, f"{source} with overrides" if overrides else source)
 
 
-def _overlap(folder: Path, other: Path) -> str | None:
-    """How a run in one folder would get in the way of a run in another one, or None."""
-    if folder == other:
-        return "is"
-    if other.is_relative_to(folder):
-        return "holds"
-    return "lies inside" if any(folder.is_relative_to(other / name) for name in _WRITTEN) else None
+def recorded_config(folder: Path) -> RunConfig:
+    """The configuration that the folder of a run holds, written by this version or an earlier one.
+
+    Raises:
+        UserError: the file is not there, cannot be read, or is no valid run.
+    """
+    file = folder / "config.yaml"
+    mapping = read_mapping(file)
+    _renamed(mapping)
+    mapping.pop("then", None)  # in 0.1.0, the runs that came after this one: no part of it
+    return RunConfig.from_mapping(mapping, str(file))
 
 
-def _check_there(key: str, path: str, before: Sequence[RunConfig]) -> None:
-    place = Path(path).expanduser().resolve()
-    if place.exists() or any(run._writes(place) for run in before):
-        return
-    for run in before:
-        if place.is_relative_to(Path(run.output_dir).resolve()):
-            raise UserError(
-                f"{key}: found {path!r}, which is not there and which the run before does not write: it writes "
-                f"{run.output_dir}/export with train.export=true (found {str(run.train.export).lower()}) and "
-                f"{run.output_dir}/tokenizer with data.tokenizer.train_bpe; expected a path that is there by then"
-            )
-    if key.endswith("model.path") and _HUB_ID.fullmatch(path):
-        return
-    raise UserError(f"{key}: found {path!r}, where there is nothing, expected an existing file or folder")
-
-
-def _merged(base: Any, patch: Any) -> Any:
-    """`patch` on top of `base`, mapping by mapping; anything else replaces."""
-    if not isinstance(base, dict) or not isinstance(patch, Mapping):
-        return copy.deepcopy(patch)
-    return base | {key: _merged(base.get(key), value) for key, value in patch.items()}
-
-
-def _substituted(value: Any, output_dir: str) -> Any:
-    if isinstance(value, str):
-        return value.replace("${output_dir}", output_dir)
-    if isinstance(value, Mapping):
-        return {key: _substituted(item, output_dir) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_substituted(item, output_dir) for item in value]
-    return value
+def _renamed(mapping: dict[str, Any]) -> str | None:
+    """Put the name of today for one of 0.1.0, which is that of other libraries; says so."""
+    optimizer = mapping.get("optimizer")
+    if not isinstance(optimizer, dict) or optimizer.get("coefficients") != "quintic":
+        return None
+    optimizer["coefficients"] = "you_jiacheng"
+    return "optimizer.coefficients: quintic is called you_jiacheng here, the numbers are the same"
 
 
 def _nearest_multiples(value: int, divisor: int) -> str:

@@ -212,8 +212,8 @@ class OptimizerConfig(Section):
         description="Muon: factor on the update of an (out, in) matrix: 0.2 sqrt(max(out, in)), "
         "sqrt(max(1, out/in)) or sqrt(out/in). With rms, learning rates of AdamW carry over.",
     )
-    coefficients: Literal["quintic", "jordan", "polar_express"] = Field(
-        default="quintic", description="Muon: polynomials of the Newton-Schulz iteration."
+    coefficients: Literal["you_jiacheng", "jordan", "polar_express"] = Field(
+        default="you_jiacheng", description="Muon: polynomials of the Newton-Schulz iteration."
     )
     router: Literal["muon", "adamw"] = Field(
         default="muon", description="Muon: the optimiser of router matrices."

@@ -16,7 +16,7 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, first_line, listed
 
 ROW_GROUP_CACHE_BYTES = 2**30
 """Decoded parquet text held in memory: a column beyond it is decoded again and again by shuffled reading."""
@@ -164,7 +164,7 @@ class ParquetReader:
             with pq.ParquetFile(self.path) as file:
                 schema, groups = file.schema_arrow, file.num_row_groups
         except pa.ArrowException as error:
-            raise UserError(f"{self.path}: not a readable parquet file ({_first_line(error)})") from None
+            raise UserError(f"{self.path}: not a readable parquet file ({first_line(error)})") from None
         if self.field not in schema.names:
             raise UserError(f"{self.path}: no column {self.field!r}; {_available(self.field, schema.names)}")
         kind = schema.field(self.field).type
@@ -180,7 +180,7 @@ class ParquetReader:
                 column = file.read_row_group(group, columns=[self.field]).column(self.field)
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"{self.path} row group {group}: not readable ({_first_line(error)}); copy the file again"
+                f"{self.path} row group {group}: not readable ({first_line(error)}); copy the file again"
             ) from None
         if pa.types.is_dictionary(column.type):
             column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks])
@@ -213,9 +213,7 @@ def _decode(content: bytes, where: str, offset: int) -> str:
 def _available(field: str, names: Collection[str]) -> str:
     nearest = difflib.get_close_matches(field, names, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    shown = [*names][:8]
-    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-    return f"{hint}it has {', '.join(map(repr, shown)) or 'none'}{more}; set the data's field"
+    return f"{hint}it has {listed([*map(repr, names)], 8) or 'none'}; set the data's field"
 
 
 def _json_type(value: object) -> str:
@@ -223,7 +221,3 @@ def _json_type(value: object) -> str:
         return "null"
     kinds = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
     return kinds[type(value)]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, first_line
 from jaxmoe.files import why_unusable
 
 _COMMON_EOS_TOKENS = (
@@ -41,7 +41,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"{file}: not a readable tokenizer ({_first_line(error)})") from None
+        raise UserError(f"{file}: not a readable tokenizer ({first_line(error)})") from None
     # Published files carry the settings of their last use: a document would silently be cut to them.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -128,7 +128,7 @@ def _configured_eos(tokenizer: Tokenizer, file: Path) -> int | None:
     try:
         config = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not readable as JSON ({_first_line(error)})") from None
+        raise UserError(f"{file}: not readable as JSON ({first_line(error)})") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     if not isinstance(config, dict):
@@ -177,7 +177,7 @@ class DocumentEncoder:
             ids = self._tokenizer.encode_batch_fast([text])[0].ids
         except Exception as error:  # tokenizers raises nothing narrower
             raise UserError(
-                f"the tokenizer cannot encode the document that starts {text[:30]!r} ({_first_line(error)}); "
+                f"the tokenizer cannot encode the document that starts {text[:30]!r} ({first_line(error)}); "
                 "use another tokenizer or leave the document out"
             ) from None
         if not self._own_bos or ids[:1] != self._own_bos:
@@ -185,7 +185,3 @@ class DocumentEncoder:
         if self._eos and ids[-1:] != self._eos:
             ids += self._eos
         return np.array(ids, np.int32)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

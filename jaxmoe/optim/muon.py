@@ -49,7 +49,7 @@ def scale_by_muon(
     momentum: float = 0.95,
     nesterov: bool = True,
     scale: Scale = "rms",
-    coefficients: Coefficients = "quintic",
+    coefficients: Coefficients = "you_jiacheng",
     freeze_idle: bool = False,
     dtype: DTypeLike = jnp.float32,
 ) -> optax.GradientTransformation:
@@ -114,7 +114,7 @@ def muon(
     momentum: float = 0.95,
     nesterov: bool = True,
     scale: Scale = "rms",
-    coefficients: Coefficients = "quintic",
+    coefficients: Coefficients = "you_jiacheng",
     weight_decay: float = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     freeze_idle: bool = False,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-Coefficients = Literal["quintic", "jordan", "polar_express"]
+Coefficients = Literal["you_jiacheng", "jordan", "polar_express"]
 """Names of the coefficient sets; see `orthogonalize`."""
 
 Polynomial = tuple[float, float, float]
@@ -15,7 +15,7 @@ Polynomial = tuple[float, float, float]
 # One odd polynomial a*s + b*s^3 + c*s^5 per step, applied to every singular value s in (0, 1].
 _POLYNOMIALS: dict[str, tuple[Polynomial, ...]] = {
     "jordan": ((3.4445, -4.7750, 2.0315),) * 5,
-    "quintic": (
+    "you_jiacheng": (
         (4.0848, -6.8946, 2.9270),
         (3.9505, -6.3029, 2.6377),
         (3.7418, -5.5913, 2.3037),
@@ -32,12 +32,12 @@ _POLYNOMIALS: dict[str, tuple[Polynomial, ...]] = {
 }
 # The Polar Express polynomials leave their basin for a singular value even slightly above one, which
 # rounding in bfloat16 can produce.
-_NORM_MARGIN = {"jordan": 1.0, "quintic": 1.0, "polar_express": 1.02}
+_NORM_MARGIN = {"jordan": 1.0, "you_jiacheng": 1.0, "polar_express": 1.02}
 
 
 def orthogonalize(
     x: Float[Array, "*batch out in"],
-    coefficients: Coefficients = "quintic",
+    coefficients: Coefficients = "you_jiacheng",
     steps: int | None = None,
     *,
     dtype: DTypeLike | None = None,
@@ -46,9 +46,9 @@ def orthogonalize(
 
     Every matrix is divided by its own Frobenius norm, then each step computes
     ``X ← a X + (b A + c A²) X`` with ``A = X Xᵀ`` over the smaller side of the matrix. Five steps bring
-    singular values of at least 1/100 of the norm to .98–1.03 ("quintic"), .68–1.13 ("jordan", Jordan 2024)
-    or .86–1.14 ("polar_express", Amsel et al. 2025, arXiv 2505.16932). Matrices never mix: each leading
-    index is its own problem.
+    singular values of at least 1/100 of the norm to .98–1.03 ("you_jiacheng", You 2025; other libraries say "quintic",
+    which all of these are), .68–1.13 ("jordan", Jordan 2024) or .86–1.14 ("polar_express", Amsel et al. 2025, arXiv
+    2505.16932). Matrices never mix: each leading index is its own problem.
 
     Args:
         x: (..., out, in), floating point. Every axis before the last two is batch.

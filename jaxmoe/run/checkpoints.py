@@ -6,7 +6,6 @@ with a temporary name, which the next start removes.
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -23,7 +22,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shortened
+from jaxmoe.files import check_room, write_atomically
 from jaxmoe.parallel import processes
 
 _WRITING = ".orbax-checkpoint-tmp"
@@ -36,6 +36,8 @@ _READERS = 8
 _TENSORSTORE_OS_ERROR = re.compile(r"os_error_code='(\d+)'|\[OS error (\d+)")
 
 
+# Not orbax's CheckpointManager, which keeps the newest as well: it deletes an old checkpoint in place, so that one
+# whose deletion was killed still counts, and it leaves a failed save on the full disk until the next start.
 class Checkpoints:
     """The checkpoints in one folder. With several processes, each of them calls every method.
 
@@ -86,11 +88,7 @@ class Checkpoints:
     def _make_room(self, needed: int) -> None:
         """Refuse before anything is written: a write that fails halfway makes TensorStore print tracebacks."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self._folder).free
-        if needed > free:
-            raise OSError(
-                errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({needed:,} bytes needed, {free:,} free)"
-            )
+        check_room(self._folder, needed)
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending; one being written has none yet. Process 0 looks for all."""
@@ -238,8 +236,7 @@ class Checkpoints:
     def _damaged(self, step: int, reason: str) -> UserError:
         earlier = [other for other in self._steps_here() if other < step]
         then = f"to resume from step {earlier[-1]}" if earlier else "to start from the beginning"
-        reason = " ".join(reason.split())
-        reason = reason if len(reason) <= 300 else reason[:300] + "..."
+        reason = shortened(" ".join(reason.split()))
         folder = self._folder / str(step)
         return UserError(f"{folder}: this checkpoint cannot be read ({reason}): delete that folder {then}")
 
@@ -320,13 +317,11 @@ def _write_inventory(folder: Path) -> None:
     """
     if jax.process_index() != 0:
         return
-    partial = folder / f"{_INVENTORY}.partial"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
         sizes = _sizes(folder)
         sums = _checksums(folder, list(sizes))
         listed = {name: [size, crc] for (name, size), crc in zip(sizes.items(), sums, strict=True)}
-        partial.write_text(json.dumps(listed, indent=1), encoding="utf-8")
-        partial.replace(folder / _INVENTORY)
+        write_atomically(folder / _INVENTORY, json.dumps(listed, indent=1))
 
 
 def _first_difference(folder: Path) -> str | None:

@@ -7,14 +7,10 @@ export/         a Hugging Face folder
 .lock           held by the process that writes
 """
 
-import errno
-import fcntl
 import json
 import math
 import os
 import shutil
-import socket
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -23,13 +19,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmoe.config import RunConfig, load_config
+from jaxmoe import files
+from jaxmoe.config import RunConfig, recorded_config
 from jaxmoe.errors import UserError
+from jaxmoe.files import PARTIAL, cannot_write, sync, write_atomically
 from jaxmoe.parallel import processes
 
 _LOCK = ".lock"
-_TEMPORARY_SUFFIX = ".partial"
-_TOKENIZERS = frozenset({"tokenizer", f"tokenizer{_TEMPORARY_SUFFIX}"})
+_TOKENIZERS = frozenset({"tokenizer", f"tokenizer{PARTIAL}"})
 
 # What may change between the start of a run and its resumption, because it changes no weight. The folder's
 # own name is not compared either: the folder may have been moved.
@@ -42,7 +39,6 @@ _FREE_KEYS = frozenset(
         "train.peak_tflops",
         "train.export",
         "sample",
-        "then",
         "output_dir",
     }
 )
@@ -109,10 +105,9 @@ class RunFolder:
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+                sync(file)
         except OSError as error:
-            raise UserError(f"{self.metrics}: cannot write: {error.strerror}; free some space") from None
+            raise cannot_write(f"{self.metrics}: cannot write", error) from None
 
     def truncate_metrics(self, step: int) -> None:
         """Forget what was logged after `step`, and a last line that was cut off in the middle.
@@ -134,7 +129,7 @@ class RunFolder:
             ) from None
         kept = b"".join(line for found, line in self._records(before) if found <= step)
         if kept != before:
-            _write_atomically(self.metrics, kept.decode("utf-8"))
+            write_atomically(self.metrics, kept.decode("utf-8"))
 
     def _records(self, content: bytes) -> Iterator[tuple[int, bytes]]:
         """Step and text of every whole record; only the last may lack its line break."""
@@ -178,9 +173,9 @@ def _claim(path: Path, config: RunConfig) -> tuple[bool, int]:
         _refuse_foreign(path)
         path.mkdir(parents=True, exist_ok=True)
         ours = (path / _LOCK).exists()
-        lock = _locked(path)
+        lock = files.lock(path / _LOCK, f"output_dir {path}")
     except OSError as error:
-        raise UserError(f"output_dir {path}: cannot write there: {error.strerror}") from None
+        raise cannot_write(f"output_dir {path}: cannot write there", error) from None
     try:
         failed_start = ours and _is_failed_start(path)
         resumed = (path / "config.yaml").exists() and not failed_start
@@ -191,7 +186,7 @@ def _claim(path: Path, config: RunConfig) -> tuple[bool, int]:
                 shutil.rmtree(path / name, ignore_errors=True)
         text = config.to_yaml()
         if not resumed or (path / "config.yaml").read_text(encoding="utf-8") != text:
-            _write_atomically(path / "config.yaml", text)
+            write_atomically(path / "config.yaml", text)
     except BaseException:
         os.close(lock)
         raise
@@ -200,7 +195,7 @@ def _claim(path: Path, config: RunConfig) -> tuple[bool, int]:
 
 def _is_failed_start(path: Path) -> bool:
     """Whether a locked folder holds what this program writes before it trains, and nothing else."""
-    own = {_LOCK, "config.yaml", f"config.yaml{_TEMPORARY_SUFFIX}", "checkpoints"} | _TOKENIZERS
+    own = {_LOCK, "config.yaml", f"config.yaml{PARTIAL}", "checkpoints"} | _TOKENIZERS
     return {entry.name for entry in path.iterdir()} <= own and not holds_run(path)
 
 
@@ -210,7 +205,7 @@ def _refuse_foreign(path: Path) -> None:
     if not path.exists() or (path / "config.yaml").exists():
         return
     # A run killed while it began leaves these.
-    own = {_LOCK, f"config.yaml{_TEMPORARY_SUFFIX}"}
+    own = {_LOCK, f"config.yaml{PARTIAL}"}
     others = sorted(entry.name for entry in path.iterdir() if entry.name not in own)
     if others:
         raise UserError(
@@ -219,30 +214,8 @@ def _refuse_foreign(path: Path) -> None:
         )
 
 
-def _locked(path: Path) -> int:
-    """Lock the folder; the kernel lets go when the process ends, however it ends."""
-    descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"
-            os.close(descriptor)
-            raise UserError(
-                f"output_dir {path}: in use by {holder}: wait for it to end or choose another output_dir"
-            ) from None
-        warnings.warn(
-            f"{path}: this file system has no locks ({error.strerror}); see to it that no other process "
-            "writes this run",
-            stacklevel=3,
-        )
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return descriptor
-
-
 def _refuse_other_run(path: Path, config: RunConfig) -> None:
-    there = dict(_flat(load_config(path / "config.yaml").model_dump(mode="json")))
+    there = dict(_flat(recorded_config(path).model_dump(mode="json")))
     here = dict(_flat(config.model_dump(mode="json")))
     differences = [
         f"{key} is {_shown(there, key)} there and {_shown(here, key)} here"
@@ -288,22 +261,3 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(f"metrics hold numbers, strings and arrays, found {type(value).__name__}: {value!r}")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """After a crash at any moment, `path` has its old content or all of the new one."""
-    partial = path.with_name(path.name + _TEMPORARY_SUFFIX)
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot write: {error.strerror}") from None

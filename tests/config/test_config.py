@@ -1,12 +1,12 @@
 import copy
+from importlib import resources
 from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from jaxmoe.config import OptimizerConfig, RunConfig, load_config
-from jaxmoe.config.reference import reference_yaml
+from jaxmoe.config import OptimizerConfig, RunConfig, load_config, recorded_config
 from jaxmoe.errors import UserError
 from jaxmoe.optim import schedule
 
@@ -57,7 +57,6 @@ def test_defaults():
     assert config.train.rows == 8
     assert config.train.accumulation == 1
     assert config.sample is None
-    assert config.then == ()
     assert run(train__micro_batch_size=2).train.accumulation == 4
 
 
@@ -68,7 +67,6 @@ def test_yaml_reads_back_to_an_equal_run(tmp_path):
         data__exclude=["*.md", "ü/*"],
         optimizer__eps=1e-12,
         sample={"prompt": "Once: upon\na time"},
-        then=[{"model": {"path": "${output_dir}/export"}, "output_dir": "runs/y"}],
     )
     assert load_config(write(tmp_path, config.to_yaml())) == config
     assert yaml.safe_load(config.to_yaml())["train"]["micro_batch_size"] is None
@@ -197,6 +195,14 @@ def test_sections_are_frozen_and_can_be_made_in_python():
             {"model": {"config": {"a": [b"x"]}}},
             "model.config.a.0: found b'x', expected what JSON can hold",
         ),
+        *(
+            (
+                {"then": value},
+                "then: a run has no follow-up any more: give that one a YAML file of its own and start it after this "
+                "one, with model.path leading to this run's export",
+            )
+            for value in ([], [{"output_dir": "y"}])
+        ),
         (
             {"train__a\nb": 1},
             "train.'a\\nb': unknown key, expected one of batch_size, checkpoint_every, distributed, eval_every, "
@@ -279,134 +285,8 @@ def test_home_is_expanded():
     assert run(output_dir="~/runs/x").output_dir == str(Path.home() / "runs/x")
 
 
-def test_followups_are_this_run_with_their_keys_on_top():
-    config = run(
-        model={"config": {"hidden_size": 32}, "dtype": "float32"},
-        then=[
-            {
-                "model": {"path": "${output_dir}/export"},
-                "train": {"steps": 3},
-                "data": {"exclude": ["${output_dir}/*"]},
-                "output_dir": "${output_dir}-tuned",
-            },
-            {"model": {"config": {"num_layers": 2}}, "output_dir": "runs/z"},
-        ],
-    )
-    first, second = config.followups()
-    assert first.model.path == "runs/x/export"
-    assert first.model.config is None
-    assert first.model.dtype == "float32"
-    assert (first.train.steps, first.train.batch_size) == (3, 8)
-    assert first.data.exclude == ("runs/x/*",)
-    assert first.output_dir == "runs/x-tuned"
-    assert first.then == ()
-    assert second.model.config == {"hidden_size": 32, "num_layers": 2}
-    assert run(then=[{"model": {"config": "c.json"}, "output_dir": "y"}]).followups()[0].model.path is None
-
-
-@pytest.mark.parametrize(
-    ("patch", "want"),
-    [
-        ({"train": {"stepz": 3}}, "then[0]: train.stepz: unknown key, did you mean train.steps?"),
-        ({"train": {"steps": 3}}, "then[0]: output_dir: found 'runs/x', which is that of the first run"),
-        ({"output_dir": "runs/../runs/x"}, "then[0]: output_dir: found 'runs/../runs/x'"),
-        (
-            {"output_dir": "${output_dir}/export/y"},
-            "then[0]: output_dir: found 'runs/x/export/y', which lies inside that of the first run",
-        ),
-        (
-            {"output_dir": "${output_dir}/checkpoints"},
-            "then[0]: output_dir: found 'runs/x/checkpoints', which lies inside that of the first run",
-        ),
-        ({"output_dir": "runs"}, "then[0]: output_dir: found 'runs', which holds that of the first run"),
-        ({"output_dir": "y", "then": []}, "then[0]: found a key then"),
-        (3, "then.0: found 3, expected a mapping"),
-    ],
-)
-def test_followups_are_checked_before_anything_runs(patch, want):
-    assert message(then=[patch]).startswith(want)
-
-
-def test_two_followups_with_one_folder():
-    told = message(then=[{"output_dir": "y"}, {"output_dir": "./y"}])
-    assert told.startswith(
-        "then[1]: output_dir: found './y', which is that of then[0], expected another folder"
-    )
-
-
-def test_a_followup_in_a_folder_of_its_own_within_the_first():
-    assert run(then=[{"output_dir": "${output_dir}/y"}]).followups()[0].output_dir == "runs/x/y"
-
-
-@pytest.fixture
-def files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("there", "my model"):
-        (tmp_path / name).mkdir()
-
-
-@pytest.mark.usefixtures("files")
-@pytest.mark.parametrize(
-    "patch",
-    [
-        {"model": {"path": "${output_dir}/export"}},
-        {"model": {"path": "organisation/name"}},
-        {"model": {"path": "my model"}},
-        {"data": {"path": "there", "tokenizer": "${output_dir}/export/tokenizer.json"}},
-        {"data": {"path": "python:stdlib"}},
-        {"data": {"eval_path": "there"}},
-    ],
-)
-def test_followups_whose_files_are_there_or_will_be(patch):
-    first, second = run(then=[patch | {"output_dir": "y"}]).all_runs()
-    assert (first.output_dir, second.output_dir) == ("runs/x", "y")
-
-
-@pytest.mark.usefixtures("files")
-@pytest.mark.parametrize(
-    ("patch", "key", "found"),
-    [
-        ({"model": {"path": "${output_dir}/exprt"}}, "model.path", "runs/x/exprt"),
-        ({"data": {"tokenizer": "${output_dir}/tokenizer"}}, "data.tokenizer", "runs/x/tokenizer"),
-        ({"model": {"path": "./nothing"}}, "model.path", "./nothing"),
-        ({"model": {"path": "/nothing/here"}}, "model.path", "/nothing/here"),
-        ({"model": {"path": "a model"}}, "model.path", "a model"),
-        ({"model": {"config": "nothing.json"}}, "model.config", "nothing.json"),
-        ({"data": {"path": "nothing"}}, "data.path", "nothing"),
-        ({"data": {"eval_path": "there/nothing"}}, "data.eval_path", "there/nothing"),
-    ],
-)
-def test_followups_whose_files_will_not_be_there(patch, key, found):
-    config = run(then=[{"output_dir": "y"}, patch | {"output_dir": "z"}])
-    with pytest.raises(UserError) as caught:
-        config.all_runs()
-    assert str(caught.value).startswith(f"then[1]: {key}: found {found!r}, wh")
-
-
-@pytest.mark.usefixtures("files")
-def test_a_followup_of_a_run_that_exports_nothing(tmp_path):
-    then = [{"model": {"path": "${output_dir}/export"}, "output_dir": "y"}]
-    with pytest.raises(UserError, match=r"runs/x/export with train.export=true \(found false\)"):
-        run(train__export=False, then=then).all_runs()
-    (tmp_path / "runs/x/export").mkdir(parents=True)  # by an earlier start
-    assert len(run(train__export=False, then=then).all_runs()) == 2
-    assert (
-        len(
-            run(
-                data__tokenizer={"train_bpe": 300},
-                then=[{"data": {"tokenizer": "${output_dir}/tokenizer"}, "output_dir": "y"}],
-            ).all_runs()
-        )
-        == 2
-    )
-
-
-def test_the_files_of_the_first_run_are_left_to_it():
-    assert len(run(then=[{"output_dir": "y"}]).all_runs()) == 2
-
-
 def test_overrides(tmp_path):
-    path = write(tmp_path, yaml.safe_dump(SMALLEST | {"then": [{"output_dir": "a"}]}))
+    path = write(tmp_path, yaml.safe_dump(SMALLEST))
     config = load_config(
         path,
         [
@@ -417,7 +297,6 @@ def test_overrides(tmp_path):
             "data.tokenizer.train_bpe=400",
             "sample.prompt=a=b",
             "train.peak_tflops=null",
-            "then.0.train.steps=5",
         ],
     )
     assert config.train.steps == 30
@@ -427,7 +306,6 @@ def test_overrides(tmp_path):
     assert config.data.tokenizer.train_bpe == 400
     assert config.sample is not None
     assert config.sample.prompt == "a=b"
-    assert config.followups()[0].train.steps == 5
 
 
 @pytest.mark.parametrize(
@@ -438,16 +316,14 @@ def test_overrides(tmp_path):
         ("train..steps=3", "override 'train..steps=3': expected key.path=value"),
         ("train.steps=[1", "override 'train.steps=[1': not valid YAML in line 1"),
         ("output_dir.x=1", "override 'output_dir.x=1': output_dir is 'runs/x' and has no keys"),
-        ("then.²=1", "then is a list of 0, expected an index below that, found '²'"),
-        (f"then.{'1' * 5000}=1", "then is a list of 0, expected an index below that, found '111"),
+        ("data.exclude.0=b", "override 'data.exclude.0=b': data.exclude is ['a'] and has no keys"),
         (f"{'a' * 5000}", "aaa...: expected key.path=value"),
-        ("then.0.x=1", "override 'then.0.x=1': then is a list of 0, expected an index below that, found '0'"),
         ("train.stepz=3", "train.stepz: unknown key, did you mean train.steps?"),
         ("train.steps='3'", "train.steps: found the string '3', expected an integer"),
     ],
 )
 def test_overrides_that_are_none(tmp_path, override, want):
-    path = write(tmp_path, yaml.safe_dump(SMALLEST | {"then": []}))
+    path = write(tmp_path, yaml.safe_dump(SMALLEST | {"data": SMALLEST["data"] | {"exclude": ["a"]}}))
     with pytest.raises(UserError) as caught:
         load_config(path, [override])
     assert want in str(caught.value)
@@ -512,15 +388,27 @@ def test_without_a_path_the_quickstart_of_the_package_is_read(tmp_path, monkeypa
         load_config(None, ["train.step=12"])
 
 
-def test_the_reference_names_every_key_with_its_default():
-    reference = yaml.safe_load(reference_yaml())
-    full = yaml.safe_load(run(sample={"prompt": "x"}).to_yaml())
-    assert list(reference) == list(full)
-    for section, keys in full.items():
-        if isinstance(keys, dict):
-            assert list(reference[section]) == list(keys)
-    filled = yaml.safe_load(reference_yaml().replace("sequence_length: REQUIRED", "sequence_length: 128"))
-    for section in ("balance", "mesh"):
-        assert filled[section] == full[section]
-    assert filled["train"]["checkpoint_every"] == full["train"]["checkpoint_every"]
-    assert all(line.split("#")[1].strip() for line in reference_yaml().splitlines() if "#" in line)
+def test_the_second_run_of_the_quickstart_fine_tunes_what_the_first_exports():
+    first = load_config(None)
+    second = load_config(Path(str(resources.files("jaxmoe.configs") / "quickstart-finetune.yaml")))
+    assert first.train.export
+    assert second.model.path == f"{first.output_dir}/export"
+    assert second.data.tokenizer is None  # the one that the first run made and exported
+    assert second.output_dir != first.output_dir
+
+
+def test_a_folder_of_an_earlier_version_is_read(tmp_path, capsys):
+    config = run()
+    text = config.to_yaml().replace("you_jiacheng", "quintic")
+    for then in ("[]", "\n- output_dir: runs/y"):
+        (tmp_path / "config.yaml").write_text(f"{text}then: {then}\n")
+        assert recorded_config(tmp_path) == config
+    assert capsys.readouterr().err == ""
+
+
+def test_the_earlier_name_of_a_set_of_coefficients_is_read_and_told(tmp_path, capsys):
+    path = write(tmp_path, yaml.safe_dump(SMALLEST))
+    assert load_config(path, ["optimizer.coefficients=quintic"]) == load_config(path)
+    note = "optimizer.coefficients: quintic is called you_jiacheng here, the numbers are the same"
+    assert capsys.readouterr().err == f"{path}: {note}\n"
+    assert message(optimizer__coefficients="cubic").endswith("'you_jiacheng', 'jordan' or 'polar_express'")

@@ -42,7 +42,9 @@ def assert_same_files(first, second):
 def stored_bytes(folder):
     """Every tensor's dtype, shape and bytes."""
     with CheckpointFolder(folder) as files:
-        return {name: (i.dtype, i.shape, bytes(files.read_bytes(name))) for name, i in files.tensors.items()}
+        return {
+            name: (i.dtype, i.shape, b"".join(files.iter_bytes(name))) for name, i in files.tensors.items()
+        }
 
 
 def changed_names(before, after):

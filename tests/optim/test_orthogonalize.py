@@ -5,7 +5,7 @@ import pytest
 
 from jaxmoe.optim import orthogonalize
 
-BANDS = {"quintic": (0.97, 1.04), "jordan": (0.67, 1.14), "polar_express": (0.85, 1.15)}
+BANDS = {"you_jiacheng": (0.97, 1.04), "jordan": (0.67, 1.14), "polar_express": (0.85, 1.15)}
 
 
 def matrix(rng, out, in_, singular_values):
@@ -96,10 +96,10 @@ def test_tall_matrices_work_on_their_smaller_side():
 
 def test_more_steps_repeat_the_last_polynomial():
     x = jax.random.normal(jax.random.key(6), (8, 8))
-    values = lambda steps: np.linalg.svd(orthogonalize(x, "quintic", steps), compute_uv=False)
+    values = lambda steps: np.linalg.svd(orthogonalize(x, "you_jiacheng", steps), compute_uv=False)
     off = [float(np.abs(values(steps) - 1).max()) for steps in (1, 3, 5, 7)]
     assert off[0] > off[1] > off[2] > off[3]
-    np.testing.assert_array_equal(orthogonalize(x, "quintic", 5), orthogonalize(x, "quintic"))
+    np.testing.assert_array_equal(orthogonalize(x, "you_jiacheng", 5), orthogonalize(x, "you_jiacheng"))
 
 
 def test_shapes_beyond_two_to_the_31_elements():

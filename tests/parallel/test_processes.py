@@ -64,14 +64,14 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
 
 @pytest.fixture
 def run_of(tmp_path):
-    """Writes the configuration of a tiny run, and of one that fine-tunes its export; gives the file."""
+    """Writes the configuration of a tiny run, and of one that fine-tunes its export; gives the files."""
     draw = random.Random(0)
     lines = [
         " ".join(f"w{int(draw.triangular(0, 100, 9))}" for _ in range(draw.randint(5, 20))) for _ in range(80)
     ]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
 
-    def write(name: str, **train: object) -> Path:
+    def write(name: str, **train: object) -> tuple[Path, Path]:
         raw = tiny.config_json(
             "mixtral", vocab_size=320, num_hidden_layers=1, num_local_experts=4, initializer_range=0.02
         )
@@ -98,17 +98,15 @@ def run_of(tmp_path):
             }
             | train,
             "output_dir": str(tmp_path / name),
-            "then": [
-                {
-                    "model": {"path": "${output_dir}/export", "config": None},
-                    "data": {"tokenizer": None},
-                    "output_dir": str(tmp_path / f"{name}-then"),
-                }
-            ],
         }
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config))
-        return path
+        config["model"] = config["model"] | {"path": str(tmp_path / name / "export"), "config": None}
+        config["data"] = config["data"] | {"tokenizer": None}
+        config["output_dir"] = str(tmp_path / f"{name}-tuned")
+        second = tmp_path / f"{name}-tuned.yaml"
+        second.write_text(yaml.safe_dump(config))
+        return path, second
 
     return write
 
@@ -120,16 +118,16 @@ def metrics(output: Path) -> list[dict]:
 
 def test_two_processes_killed_and_resumed_are_one_process(run_of, tmp_path):
     """A tokenizer made for the run, checkpoints, evaluation, the export, and a second run that opens it."""
-    reference = run_of("one")
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxmoe.train", str(reference)],
-        env=environment(2),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    for reference in run_of("one"):
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxmoe.train", str(reference)],
+            env=environment(2),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
 
-    command = ["-m", "jaxmoe.train", str(run_of("two", distributed=True))]
+    command, second = (["-m", "jaxmoe.train", str(path)] for path in run_of("two", distributed=True))
     processes = start_two(command, command)
     # The save of the second step waits for that of the first: four more steps are to come when this is there.
     first = tmp_path / "two" / "checkpoints" / "1"
@@ -148,7 +146,8 @@ def test_two_processes_killed_and_resumed_are_one_process(run_of, tmp_path):
     assert "resuming after step" in " ".join(err.split())
     assert "5 steps done" in out
     assert "step" not in other_out + other_err, "one process speaks for both"
-    for run in ("", "-then"):
+    assert [code for code, _, _ in finish(start_two(second, second))] == [0, 0]
+    for run in ("", "-tuned"):
         expected, found = metrics(tmp_path / f"one{run}"), metrics(tmp_path / f"two{run}")
         assert len(found) == len(expected)
         for theirs, ours in zip(expected, found, strict=True):
@@ -234,7 +233,7 @@ DISAGREEMENTS = """
 def test_what_one_process_finds_wrong_ends_both_alike(run_of, tmp_path):
     script = tmp_path / "disagreements.py"
     script.write_text(textwrap.dedent(DISAGREEMENTS))
-    command = [str(script), str(tmp_path), str(run_of("run"))]
+    command = [str(script), str(tmp_path), str(run_of("run")[0])]
     ends = finish(start_two(command, command))
     assert [code for code, _, _ in ends] == [0, 0], ends
     ours, theirs = ([json.loads(x) for x in out.splitlines() if "Gloo" not in x] for _, out, _ in ends)
@@ -267,7 +266,7 @@ def test_what_one_process_finds_wrong_ends_both_alike(run_of, tmp_path):
 
 def test_the_command_ends_with_one_line_in_both(run_of):
     """Only the second process does not find the data."""
-    command = ["-m", "jaxmoe.train", str(run_of("run", distributed=True))]
+    command = ["-m", "jaxmoe.train", str(run_of("run", distributed=True)[0])]
     ends = finish(start_two(command, [*command, "data.path=/no/such/text"]))
     for code, _, err in ends:
         assert code == 2

@@ -66,11 +66,20 @@ def test_keys_that_change_no_weight_may_change_and_are_written_down(config, tmp_
         tmp_path / "runs" / "x",
         train=free,
         sample={"prompt": "Once"},
-        then=[{"output_dir": str(tmp_path / "next")}],
     )
     with RunFolder.open(changed) as folder:
         assert folder.resumed
         assert load_config(folder.path / "config.yaml") == changed
+
+
+@pytest.mark.parametrize("then", ["[]", "\n- output_dir: runs/y"])
+def test_a_run_of_an_earlier_version_goes_on(config, then):
+    begin(config)
+    file = Path(config.output_dir) / "config.yaml"
+    file.write_text(f"{config.to_yaml()}then: {then}\n".replace("you_jiacheng", "quintic"))
+    with RunFolder.open(config) as folder:
+        assert folder.resumed
+    assert load_config(file) == config  # brought up to date
 
 
 def test_a_moved_folder_is_still_the_same_run(config, tmp_path):
@@ -321,7 +330,9 @@ def test_a_full_disk_is_told_in_one_line(config, tmp_path):
         [sys.executable, "-c", textwrap.dedent(program), path], capture_output=True, text=True
     )
     assert (
-        done.stdout == f"{config.output_dir}/metrics.jsonl: cannot write: File too large; free some space\n"
+        done.stdout
+        == f"{config.output_dir}/metrics.jsonl: cannot write: File too large; free some space or choose "
+        "another folder\n"
     )
     with RunFolder.open(config) as folder:
         assert lines(folder) == [{"step": 1}, {"step": 2}]

@@ -19,7 +19,7 @@ RECIPES = sorted(
     (file for file in resources.files("jaxmoe.configs").iterdir() if file.name.endswith(".yaml")),
     key=lambda file: file.name,
 )
-HUB_RECIPES = [file for file in RECIPES if file.name != "quickstart.yaml"]
+HUB_RECIPES = [file for file in RECIPES if not file.name.startswith("quickstart")]
 
 H200_BYTES = 141e9
 DEVICES_PER_NODE = 8

@@ -97,7 +97,9 @@ def bytes_of(folder):
 
 def tensors_of(folder):
     with CheckpointFolder(folder) as files:
-        return {name: (i.dtype, i.shape, bytes(files.read_bytes(name))) for name, i in files.tensors.items()}
+        return {
+            name: (i.dtype, i.shape, b"".join(files.iter_bytes(name))) for name, i in files.tensors.items()
+        }
 
 
 def described(tensors):

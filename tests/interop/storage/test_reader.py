@@ -124,7 +124,7 @@ def test_types_below_a_byte_are_only_copied(tmp_path, name, shape, nbytes):
     entry = {"dtype": name, "shape": shape, "data_offsets": [0, nbytes]}
     write_raw(tmp_path / "model.safetensors", {"x": entry}, data)
     with CheckpointFolder(tmp_path) as folder:
-        assert folder.read_bytes("x") == data
+        assert b"".join(folder.iter_bytes("x")) == data
         with pytest.raises(UserError, match=rf"'x' has dtype {name}, [46] bits"):
             folder.read("x")
 
@@ -143,7 +143,6 @@ def test_empty_and_scalar_tensors(tmp_path):
             folder.read_box("zero", (2, 0, 3), [FULL, FULL, slice(1, 3)]), np.zeros((2, 0, 2), np.float32)
         )
         assert same(folder.read_box("scalar", (1, 1), [FULL, FULL]), np.full((1, 1), 2.5, np.float32))
-        assert folder.read_bytes("zero") == b""
         assert list(folder.iter_bytes("zero")) == []
         before = folder.bytes_read
         assert folder.read_box("one", (1, 1), [slice(1, 1), FULL]).shape == (0, 1)
@@ -168,7 +167,7 @@ def test_iter_bytes_gives_pieces_in_order(sharded):
     with CheckpointFolder(path) as folder:
         pieces = list(folder.iter_bytes("c", 24))
         assert [len(piece) for piece in pieces] == [24, 24, 16]
-        assert b"".join(pieces) == arrays["c"].tobytes() == folder.read_bytes("c")
+        assert b"".join(pieces) == arrays["c"].tobytes()
         with pytest.raises(ValueError, match="chunk is 0"):
             folder.iter_bytes("c", 0)
 
@@ -223,12 +222,6 @@ def test_boxes_equal_numpy_slices(tmp_path, monkeypatch, buffer, cost):
         for i, (_, sizes, box) in enumerate(cases):
             expected = arrays[str(i)].reshape(sizes)[tuple(box)]
             assert same(folder.read_box(str(i), sizes, box), expected), (sizes, box)
-            # into a view with gaps and its axes swapped, whose surroundings stay as they are
-            holder = np.full((*expected.shape[::-1], 2), 1, expected.dtype)
-            out = holder[..., 1].T
-            assert folder.read_box(str(i), sizes, box, out) is out
-            assert same(out, expected)
-            assert (holder[..., 0] == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -334,12 +327,7 @@ def test_bad_boxes_names_and_outputs_are_refused(sharded):
         ):
             with pytest.raises(ValueError, match="expected"):
                 folder.read_box("a", (3, 5), box)
-        read_only = np.empty((3, 5), ml_dtypes.bfloat16)
-        read_only.flags.writeable = False
-        for out in (np.empty((5, 3), ml_dtypes.bfloat16), np.empty((3, 5), np.float16), read_only):
-            with pytest.raises(ValueError, match="out is"):
-                folder.read_box("a", (3, 5), [FULL, FULL], out)
-        for method in (folder.read, folder.read_bytes, folder.iter_bytes):
+        for method in (folder.read, folder.iter_bytes):
             with pytest.raises(UserError, match=r"no tensor 'model\.e' among its 4"):
                 method("model.e")
 
