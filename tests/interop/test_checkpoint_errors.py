@@ -202,7 +202,7 @@ class TestMesh:
         sources = []
         real = loading.open_files
         monkeypatch.setattr(
-            checkpoint, "open_files", lambda *given: sources.append(real(*given)) or sources[-1]
+            loading, "open_files", lambda *given: sources.append(real(*given)) or sources[-1]
         )
         refusal(folder, mesh=make_mesh(data=4, expert=2))
         assert [source.bytes_read for source in sources] == [0]

@@ -16,6 +16,7 @@ import pytest
 from helpers import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxmoe.interop import saving
 from jaxmoe.interop.loading import load_params, open_source
 from jaxmoe.interop.saving import _slice_bits, export_like_source, slice_bits
 from jaxmoe.parallel.sharding import make_mesh
@@ -109,7 +110,7 @@ def trained(params):
     ("layout", "meshes"), [("experts", MESHES[1::2]), ("fused", MESHES[0::2])], ids=["experts", "fused"]
 )
 def test_export_is_the_same_from_any_mesh(tmp_path, monkeypatch, layout, meshes):
-    monkeypatch.setattr(export, "PIECE_BYTES", 4000)  # pieces that end anywhere in a shard
+    monkeypatch.setattr(saving, "PIECE_BYTES", 4000)  # pieces that end anywhere in a shard
     tiny.write_checkpoint(tmp_path / "source", "olmoe", "bfloat16", layout, num_hidden_layers=2)
     source = open_source(tmp_path / "source")
     export_like_source(trained(load_params(source, jnp.float32)), source, tmp_path / "whole")

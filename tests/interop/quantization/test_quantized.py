@@ -19,7 +19,7 @@ from helpers.quantize import BF16, FP4, FP8
 import jaxmoe
 from jaxmoe import UserError, cli
 from jaxmoe.config import RunConfig
-from jaxmoe.interop import saving
+from jaxmoe.interop import loading, saving
 from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.loading import LocalShards, load_params, open_source
 from jaxmoe.interop.pretrained import from_config, read_blueprint
@@ -342,7 +342,7 @@ class TestLoading:
         expected = load_params(open_source(folders.plain), jnp.float32)
         source = open_source(folders.source)
         if mesh is not None:
-            monkeypatch.setattr(checkpoint, "PIECE_ELEMENTS", 3000)
+            monkeypatch.setattr(loading, "PIECE_ELEMENTS", 3000)
         actual = load_params(source, jnp.float32, None if mesh is None else make_mesh(**mesh))
         jax.tree.map(np.testing.assert_array_equal, actual, expected)
         if mesh is None:
@@ -361,7 +361,7 @@ class TestLoading:
     def test_a_process_reads_what_its_own_devices_hold(
         self, folders, monkeypatch, method, layout, mesh, devices, share
     ):
-        monkeypatch.setattr(checkpoint, "PIECE_ELEMENTS", 1 << 12)
+        monkeypatch.setattr(loading, "PIECE_ELEMENTS", 1 << 12)
         config, stored, _ = made(method, layout)
         quantize.write(folders.source, config, stored)
         source = open_source(folders.source)
@@ -452,7 +452,7 @@ class TestExportAsTheSource:
         ],
     )
     def test_untouched_repeats_every_byte(self, folders, monkeypatch, method, layout, dtype, scales, mesh):
-        monkeypatch.setattr(export, "PIECE_BYTES", 2000)
+        monkeypatch.setattr(saving, "PIECE_BYTES", 2000)
         config, stored, _ = made(method, layout, scales or np.float32)
         quantize.write(folders.source, config, stored)
         mesh = make_mesh(fsdp=2, expert=2, tensor=2) if mesh else None
@@ -492,7 +492,7 @@ class TestExportAsTheSource:
         ],
     )
     def test_fp8_anew(self, folders, monkeypatch, layout, scales, piece):
-        monkeypatch.setattr(export, "PIECE_BYTES", piece)
+        monkeypatch.setattr(saving, "PIECE_BYTES", piece)
         config, stored, plain = made("fp8", layout, scales)
         name, place = (
             (f"{EXPERTS}.3.up_proj.weight", (5,))
@@ -536,7 +536,7 @@ class TestExportAsTheSource:
 
     @pytest.mark.parametrize("piece", [1000, 1 << 20])
     def test_mxfp4_anew(self, folders, monkeypatch, piece):
-        monkeypatch.setattr(export, "PIECE_BYTES", piece)
+        monkeypatch.setattr(saving, "PIECE_BYTES", piece)
         config, stored, plain = made("mxfp4")
         quantize.write(folders.source, config, stored)
         model = jaxmoe.from_pretrained(folders.source, dtype="float32")
@@ -570,7 +570,7 @@ class TestExportAsTheSource:
         export_like_source(
             double(load_params(source, jnp.float32)), source, folders.export, quantization="source"
         )
-        monkeypatch.setattr(export, "PIECE_BYTES", 1500)
+        monkeypatch.setattr(saving, "PIECE_BYTES", 1500)
         params = double(load_params(source, jnp.float32, make_mesh(**mesh)))
         export_like_source(params, source, tmp_path / "mesh", quantization="source")
         assert bytes_of(tmp_path / "mesh") == bytes_of(folders.export) != bytes_of(folders.source)
@@ -589,7 +589,7 @@ class TestExportAsTheSource:
             calls[-1].append((array.shape, str(box)))
             return slice_bits(array, box)
 
-        monkeypatch.setattr(export, "slice_bits", record)
+        monkeypatch.setattr(saving, "slice_bits", record)
         for process in (0, 1):
             calls.append([])
             monkeypatch.setattr(jax, "process_index", lambda process=process: process)
@@ -621,7 +621,7 @@ class TestExportAsTheSource:
 
             shard(self, plan, until_full)
 
-        monkeypatch.setattr(export, "slice_bits", record)
+        monkeypatch.setattr(saving, "slice_bits", record)
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         calls.append([])
         monkeypatch.setattr(saving.FolderWriter, "shard", on_a_full_disk)
