@@ -201,8 +201,6 @@ class TestMesh:
         tiny.write_checkpoint(folder, "mixtral", shards=1, num_local_experts=7)
         sources = []
         real = loading.open_files
-        monkeypatch.setattr(
-            loading, "open_files", lambda *given: sources.append(real(*given)) or sources[-1]
-        )
+        monkeypatch.setattr(loading, "open_files", lambda *given: sources.append(real(*given)) or sources[-1])
         refusal(folder, mesh=make_mesh(data=4, expert=2))
         assert [source.bytes_read for source in sources] == [0]
