@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import families
 import numpy as np
 import pytest
 import yaml
@@ -143,7 +144,7 @@ def test_full_disk_keeps_the_previous_checkpoint(workspace, finished, tmp_path):
 
 def test_random_weights_export_load_and_follow_up(workspace, tmp_path, capfd):
     """Random weights, a tokenizer made from the data, export, and a second run that fine-tunes the export."""
-    raw = tiny.config_json("mixtral", vocab_size=320, initializer_range=0.02)
+    raw = families.config_json("mixtral", vocab_size=320, initializer_range=0.02)
     changes = {
         "model": {"config": raw, "dtype": "float32"},
         "data__tokenizer": {"train_bpe": 300},

@@ -18,7 +18,7 @@ from jaxmoe.params import named
 BLOCK = (8, 16)
 E8M0 = ml_dtypes.float8_e8m0fnu
 BFLOAT16 = ml_dtypes.bfloat16
-QWEN = tiny.config_json("qwen3_moe", num_hidden_layers=2) | {"torch_dtype": "float32"}
+QWEN = families.config_json("qwen3_moe", num_hidden_layers=2) | {"torch_dtype": "float32"}
 GPT_OSS = {
     **families.config_json("gpt_oss"),
     "hidden_size": 64,
