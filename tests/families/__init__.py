@@ -86,12 +86,20 @@ def case_of(model_type: str) -> Case:
     return importlib.import_module(f"families.{model_type}").CASE
 
 
-def config_json(model_type: str, variant: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The tiny config.json; configs within that of `variant` replace single fields of those."""
+def config_json(
+    model_type: str, variant: Mapping[str, Any] | None = None, /, **fields: Any
+) -> dict[str, Any]:
+    """The tiny config.json; configs within that of `variant` replace single fields of those.
+
+    Args:
+        model_type: of a family with a case.
+        variant: one of its variants, or any fields.
+        fields: more of them.
+    """
     case = case_of(model_type)
     config = {"model_type": model_type, "architectures": [case.architecture], **case.config}
     # transformers' config classes write into objects that they are given.
-    return copy.deepcopy(_replaced(config, variant or {}))
+    return copy.deepcopy(_replaced(config, {**(variant or {}), **fields}))
 
 
 def _replaced(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:

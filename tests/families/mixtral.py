@@ -1,9 +1,14 @@
-from helpers import tiny
-
-from families import Case, Preset
+from families import BASE, Case, Preset
 
 CASE = Case(
-    tiny.CONFIGS["mixtral"],
+    {
+        **BASE,
+        "num_hidden_layers": 5,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 28,
+        "num_local_experts": 12,
+        "sliding_window": 9,
+    },
     "MixtralForCausalLM",
     variants=({"sliding_window": None, "tie_word_embeddings": True},),
     balance=True,

@@ -1,9 +1,14 @@
-from helpers import tiny
-
-from families import Case, Preset
+from families import BASE, Case, Preset
 
 CASE = Case(
-    tiny.CONFIGS["olmoe"],
+    {
+        **{name: value for name, value in BASE.items() if name != "head_dim"},
+        "num_hidden_layers": 5,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 28,
+        "num_experts": 12,
+        "clip_qkv": 1.0,
+    },
     "OlmoeForCausalLM",
     variants=(
         {"norm_topk_prob": True, "clip_qkv": None, "attention_bias": True, "tie_word_embeddings": True},

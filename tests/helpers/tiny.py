@@ -1,14 +1,11 @@
-"""Tiny models of every family, and checkpoints of them written without any of jaxmoe's own rules.
-
-Dimensions are pairwise distinct, also when halved by a mesh with fsdp=2, expert=2, tensor=2, so that a
-swapped pair of axes has a wrong shape. (OLMoE has no head width: its queries are as wide as the model.)
-"""
+"""Checkpoints of tiny models, written without any of jaxmoe's own rules, and without torch."""
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import families
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
@@ -16,38 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 Layout = Literal["experts", "fused"]
 
-_BASE: dict[str, Any] = {
-    "vocab_size": 104,
-    "hidden_size": 40,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 3,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}
-
-CONFIGS: Mapping[str, dict[str, Any]] = {
-    "mixtral": _BASE
-    | {"head_dim": 16, "intermediate_size": 28, "num_local_experts": 12, "sliding_window": 9},
-    "qwen3_moe": _BASE
-    | {
-        "head_dim": 16,
-        "intermediate_size": 72,
-        "moe_intermediate_size": 28,
-        "num_experts": 12,
-        "decoder_sparse_step": 2,
-        "norm_topk_prob": True,
-    },
-    "olmoe": _BASE | {"intermediate_size": 28, "num_experts": 12, "clip_qkv": 1.0},
-}
-"""Config fields of a tiny model per family, in the spelling of transformers 5."""
+FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
+"""Those whose checkpoints can be written here; their configs are the ones of `families`."""
 
 DTYPES: Mapping[str, Any] = {
     "float32": np.dtype(np.float32),
@@ -56,21 +23,11 @@ DTYPES: Mapping[str, Any] = {
     "float64": np.dtype(np.float64),
 }
 
-_ARCHITECTURE = {
-    "mixtral": "MixtralForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "olmoe": "OlmoeForCausalLM",
-}
 _GATE_UP_DOWN = {
     "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
     "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
     "olmoe": ("mlp", "gate_proj", "up_proj", "down_proj"),
 }
-
-
-def config_json(family: str, **overrides: Any) -> dict[str, Any]:
-    """The tiny config of a family as the object in its config.json."""
-    return {"model_type": family, "architectures": [_ARCHITECTURE[family]], **CONFIGS[family], **overrides}
 
 
 def tensor_shapes(
@@ -204,7 +161,7 @@ def write_checkpoint(
 
     Args:
         folder: made if need be.
-        family: key of `CONFIGS`.
+        family: one of `FAMILIES`.
         dtype: key of `DTYPES`.
         layout: experts one by one, or fused.
         shards: number of safetensors files; 1 writes no index.
@@ -215,7 +172,7 @@ def write_checkpoint(
         The tensors by name.
     """
     folder = Path(folder)
-    config = config_json(family, **overrides) | {"torch_dtype": dtype}
+    config = families.config_json(family, overrides) | {"torch_dtype": dtype}
     tensors = random_tensors(config, dtype, layout, seed)
     write_tensors(folder, tensors, shards)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -223,27 +180,3 @@ def write_checkpoint(
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     write_tokenizer(folder, config["vocab_size"])
     return tensors
-
-
-def torch_model(family: str, seed: int = 0, dtype: Any = None, **overrides: Any) -> Any:
-    """A tiny transformers model in eval mode, eager attention and experts, every parameter random.
-
-    Args:
-        family: key of `CONFIGS`.
-        seed: of the weights, which are drawn in float32.
-        dtype: a torch dtype; float32 by default.
-        overrides: config fields.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(**config_json(family, **overrides))
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=dtype or torch.float32, attn_implementation="eager", experts_implementation="eager"
-    )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = 0.2 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + noise if "norm" in name else noise)
-    return model.eval()

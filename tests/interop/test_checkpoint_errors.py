@@ -3,6 +3,7 @@
 import json
 import re
 
+import families
 import ml_dtypes
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ class TestTensors:
 
     @pytest.mark.usefixtures("tensors")
     def test_config_of_another_model(self, folder):
-        config = tiny.config_json("mixtral", hidden_size=44, num_hidden_layers=4)
+        config = families.config_json("mixtral", hidden_size=44, num_hidden_layers=4)
         (folder / "config.json").write_text(json.dumps(config))
         message = refusal(folder)
         assert (
@@ -116,7 +117,7 @@ class TestTensors:
 
     @pytest.mark.usefixtures("tensors")
     def test_tensors_of_another_family(self, folder):
-        (folder / "config.json").write_text(json.dumps(tiny.config_json("olmoe")))
+        (folder / "config.json").write_text(json.dumps(families.config_json("olmoe")))
         message = refusal(folder)
         assert "tensor model.layers.{0..4}.self_attn.q_norm.weight is missing (5 tensors)" in message
 
@@ -201,8 +202,6 @@ class TestMesh:
         tiny.write_checkpoint(folder, "mixtral", shards=1, num_local_experts=7)
         sources = []
         real = loading.open_files
-        monkeypatch.setattr(
-            checkpoint, "open_files", lambda *given: sources.append(real(*given)) or sources[-1]
-        )
+        monkeypatch.setattr(loading, "open_files", lambda *given: sources.append(real(*given)) or sources[-1])
         refusal(folder, mesh=make_mesh(data=4, expert=2))
         assert [source.bytes_read for source in sources] == [0]

@@ -552,6 +552,17 @@ class TestFiles:
             with pytest.raises(UserError, match="expected a string 'model_type'"):
                 from_config(config)
 
-    def test_tiny_configs_are_whole(self):
-        for family in tiny.CONFIGS:
-            assert spec_of(tiny.config_json(family)).vocab_size == 104
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_sizes_of_tiny_configs_are_distinct(family):
+    """Also the parts of them on a mesh of 2 x 2 x 2: a swapped pair of axes has a wrong shape."""
+    config = families.config_json(family)
+    assert spec_of(config).vocab_size == config["vocab_size"]
+    names = [name for name in config if name.endswith(("_size", "_experts", "_heads", "_layers", "_per_tok"))]
+    whole = [config[name] for name in names]
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    kept = ("num_hidden_layers", "num_experts_per_tok")
+    halves = [size if name in kept else size / 2 for name, size in zip(names, whole, strict=True)]
+    for sizes in (whole, halves):
+        assert len({*sizes, head}) == len(sizes) + 1
+    assert all(size == int(size) for size in halves)

@@ -16,8 +16,10 @@ import pytest
 from helpers import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxmoe.interop.loading import load_params, open_source
+from jaxmoe.interop import saving
+from jaxmoe.interop.loading import load_params
 from jaxmoe.interop.saving import _slice_bits, export_like_source, slice_bits
+from jaxmoe.interop.source import open_source
 from jaxmoe.parallel.sharding import make_mesh
 
 MESHES = [
@@ -109,7 +111,7 @@ def trained(params):
     ("layout", "meshes"), [("experts", MESHES[1::2]), ("fused", MESHES[0::2])], ids=["experts", "fused"]
 )
 def test_export_is_the_same_from_any_mesh(tmp_path, monkeypatch, layout, meshes):
-    monkeypatch.setattr(export, "PIECE_BYTES", 4000)  # pieces that end anywhere in a shard
+    monkeypatch.setattr(saving, "PIECE_BYTES", 4000)  # pieces that end anywhere in a shard
     tiny.write_checkpoint(tmp_path / "source", "olmoe", "bfloat16", layout, num_hidden_layers=2)
     source = open_source(tmp_path / "source")
     export_like_source(trained(load_params(source, jnp.float32)), source, tmp_path / "whole")
@@ -142,7 +144,8 @@ PROCESS = """
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
     import jax.numpy as jnp
-    from jaxmoe.interop.loading import load_params, open_source
+    from jaxmoe.interop.loading import load_params
+from jaxmoe.interop.source import open_source
     from jaxmoe.interop.saving import export_like_source
     from jaxmoe.parallel.sharding import make_mesh
     source = open_source(sys.argv[3])

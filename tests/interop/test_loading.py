@@ -11,7 +11,8 @@ from helpers import tiny
 import jaxmoe
 from jaxmoe import UserError
 from jaxmoe.interop import loading
-from jaxmoe.interop.loading import LocalShards, load_params, open_source, pieces
+from jaxmoe.interop.loading import LocalShards, load_params, pieces
+from jaxmoe.interop.source import open_source
 from jaxmoe.parallel.sharding import make_mesh, shardings
 from jaxmoe.params import named
 
@@ -51,7 +52,7 @@ def test_every_byte_is_read_once(folder, monkeypatch, mesh, layout):
     whole = load_params(source, np.float32)
     once = sum(values.nbytes for values in tensors.values())
     assert source.files.bytes_read == once
-    monkeypatch.setattr(checkpoint, "PIECE_ELEMENTS", 300)
+    monkeypatch.setattr(loading, "PIECE_ELEMENTS", 300)
     sharded = load_params(source, np.float32, make_mesh(**mesh))
     assert source.files.bytes_read == 2 * once
     jax.tree.map(np.testing.assert_array_equal, sharded, whole)
@@ -78,7 +79,7 @@ def placement_of(source, mesh, devices):
     ],
 )
 def test_a_process_reads_what_its_own_devices_hold(folder, monkeypatch, mesh, devices, share, layout):
-    monkeypatch.setattr(checkpoint, "PIECE_ELEMENTS", 2 * 28 * 40)  # an expert
+    monkeypatch.setattr(loading, "PIECE_ELEMENTS", 2 * 28 * 40)  # an expert
     tiny.write_checkpoint(folder, "mixtral", "bfloat16", layout)
     source = open_source(folder)
     expected = np.asarray(dict(named(load_params(source, np.float32)))[GATE_UP])
@@ -101,7 +102,7 @@ def test_arrays_take_the_buffers_over(folder):
 
 
 def test_memory_beside_the_shards_is_a_few_pieces(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PIECE_ELEMENTS", 1 << 15)
+    monkeypatch.setattr(loading, "PIECE_ELEMENTS", 1 << 15)
     tiny.write_checkpoint(folder, "mixtral", "bfloat16", "fused", hidden_size=320, intermediate_size=192)
     source = open_source(folder)
     declared, placement, _ = placement_of(source, make_mesh(fsdp=8), range(8))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import families
 import jax
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from jaxmoe.interop.storage.reader import CheckpointFolder
 from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import named
 
-FAMILIES = list(tiny.CONFIGS)
+FAMILIES = list(tiny.FAMILIES)
 FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 
 
@@ -169,7 +170,7 @@ def test_every_tensor_lands_in_its_place(folders, family, mesh, layout):
     """Layers and experts in numeric order: the twelve experts sorted as text would put 10 and 11 before 2."""
     tensors = tiny.write_checkpoint(folders.source, family, layout=layout)
     if layout == "fused":
-        tensors = tiny.random_tensors(tiny.config_json(family))
+        tensors = tiny.random_tensors(families.config_json(family))
     model = jaxmoe.from_pretrained(folders.source, dtype="float32", mesh=mesh_of(mesh))
     params = model.pure_params()
     np.testing.assert_array_equal(params["embed"], tensors.pop("model.embed_tokens.weight"))
@@ -321,7 +322,9 @@ class TestTied:
 @functools.cache
 def new_model(family):
     """Random weights take long to compile, so the tests share them."""
-    return from_config(tiny.config_json(family), dtype="bfloat16" if family == "olmoe" else "float32", seed=3)
+    return from_config(
+        families.config_json(family), dtype="bfloat16" if family == "olmoe" else "float32", seed=3
+    )
 
 
 class TestNewModel:
@@ -332,7 +335,7 @@ class TestNewModel:
         assert files_of(folders.export) == ["config.json", "model.safetensors"]
         assert json.loads((folders.export / "config.json").read_text())["dtype"] == model.dtype.name
         shapes = {name: shape for name, (_, shape, _) in stored_bytes(folders.export).items()}
-        assert shapes == dict(tiny.tensor_shapes(tiny.config_json(family)))
+        assert shapes == dict(tiny.tensor_shapes(families.config_json(family)))
         again = jaxmoe.from_pretrained(folders.export, dtype=model.dtype)
         assert again.spec == model.spec
         jax.tree.map(np.testing.assert_array_equal, again.pure_params(), model.pure_params())
@@ -357,7 +360,7 @@ class TestNewModel:
         jax.tree.map(np.testing.assert_array_equal, again.pure_params(), rounded)
 
     def test_same_seed_is_the_same_model_on_any_mesh(self):
-        config = tiny.config_json("mixtral")
+        config = families.config_json("mixtral")
         model = new_model("mixtral")
         sharded = from_config(config, dtype="float32", seed=3, mesh=mesh_of("mesh"))
         assert len(sharded.params["embed"][...].addressable_shards) == 8
@@ -379,12 +382,12 @@ class TestNewModel:
     def test_source_of_a_new_model_is_its_config(self, folders):
         """A config.json file does as well as its content, and its other fields are written again."""
         path = folders.export.parent / "config.json"
-        path.write_text(json.dumps(tiny.config_json("mixtral") | {"torch_dtype": "float16"}))
+        path.write_text(json.dumps(families.config_json("mixtral") | {"torch_dtype": "float16"}))
         blueprint = config_source(path)
         assert blueprint == config_source(json.loads(path.read_text()))
         model = new_model("mixtral")
         export_new(model.pure_params(), blueprint.bindings, blueprint.raw, folders.export, dtype="float32")
-        assert json.loads((folders.export / "config.json").read_text()) == tiny.config_json("mixtral") | {
+        assert json.loads((folders.export / "config.json").read_text()) == families.config_json("mixtral") | {
             "dtype": "float32"
         }
 
@@ -451,9 +454,8 @@ class TestTorch:
         import torch
         from transformers import AutoModelForCausalLM
 
-        tiny.torch_model(family, dtype=getattr(torch, dtype)).save_pretrained(
-            folders.source, max_shard_size="150KB"
-        )
+        model = families.torch_model(family).to(getattr(torch, dtype))
+        model.save_pretrained(folders.source, max_shard_size="150KB")
         assert len(list(folders.source.glob("*.safetensors"))) > 2
         model = jaxmoe.from_pretrained(folders.source, dtype="float32")
         jaxmoe.save_pretrained(model, folders.export / "untouched")

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import families
 import numpy as np
 import pytest
 from helpers import published, tiny
@@ -15,14 +16,14 @@ PUBLISHED = list(published.CONFIGS)
 
 # Configs that between them have every kind of layer, bias, norm and head that the rules know.
 VARIANTS = {
-    "mixtral": tiny.config_json("mixtral"),
-    "mixtral tied": tiny.config_json("mixtral", tie_word_embeddings=True),
-    "qwen3_moe alternating": tiny.config_json("qwen3_moe"),
-    "qwen3_moe biased, irregular": tiny.config_json(
+    "mixtral": families.config_json("mixtral"),
+    "mixtral tied": families.config_json("mixtral", tie_word_embeddings=True),
+    "qwen3_moe alternating": families.config_json("qwen3_moe"),
+    "qwen3_moe biased, irregular": families.config_json(
         "qwen3_moe", attention_bias=True, decoder_sparse_step=1, mlp_only_layers=[0, 3]
     ),
-    "olmoe": tiny.config_json("olmoe"),
-    "olmoe biased": tiny.config_json("olmoe", attention_bias=True),
+    "olmoe": families.config_json("olmoe"),
+    "olmoe biased": families.config_json("olmoe", attention_bias=True),
 }
 
 
@@ -124,7 +125,7 @@ def test_variants_are_those_of_transformers(variant):
     from transformers.core_model_loading import revert_weight_conversion
 
     config = VARIANTS[variant]
-    model = tiny.torch_model(config["model_type"], **config)
+    model = families.torch_model(config["model_type"], config)
     in_memory = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     assert dict(tiny.tensor_shapes(config, "fused")) == in_memory
     state = {name: tensor for name, tensor in model.state_dict().items() if name in in_memory}
@@ -166,7 +167,7 @@ class TestLayouts:
     """One parameter, several layouts: the one that the checkpoint has, layer by layer."""
 
     def test_transposed_layout_through_bind(self):
-        spec, rules = spec_and_rules(tiny.config_json("olmoe"))
+        spec, rules = spec_and_rules(families.config_json("olmoe"))
         name = "model.layers.{L}.moe.{E}.wi"
         rules = tuple(rule for rule in rules if not rule.target.endswith("gate_up"))
         rules += (Rule("layers.{L}.experts.gate_up", name, "D (G F)"),)
@@ -177,7 +178,7 @@ class TestLayouts:
         np.testing.assert_array_equal(binding.to_tensor(part), np.concatenate([part[0], part[1]]).T)
 
     def test_layers_may_differ(self):
-        config = tiny.config_json("mixtral")
+        config = families.config_json("mixtral")
         by_layer = [
             dict(tiny.tensor_shapes(config, "fused" if layer % 2 else "experts")) for layer in range(5)
         ]
@@ -193,7 +194,7 @@ class TestLayouts:
         assert shapes_of(bindings) == expected
 
     def test_missing_and_surplus(self):
-        config = tiny.config_json("mixtral")
+        config = families.config_json("mixtral")
         names = dict(tiny.tensor_shapes(config))
         lost = ["model.layers.1.block_sparse_moe.experts.10.w3.weight", "model.norm.weight"]
         found = ["model.layers.5.input_layernorm.weight", "model.layers.0.self_attn.q_norm.weight"]
@@ -205,7 +206,7 @@ class TestLayouts:
         assert bindings.surplus == tuple(sorted(found))
 
     def test_copies_only_where_they_are(self):
-        config = tiny.config_json("mixtral", tie_word_embeddings=True)
+        config = families.config_json("mixtral", tie_word_embeddings=True)
         names = dict(tiny.tensor_shapes(config))
         spec, rules = spec_and_rules(config)
         assert bind(rules, spec, names).copies == {}
@@ -220,7 +221,7 @@ class TestMistakes:
 
     @pytest.fixture
     def spec_and_rules(self):
-        return spec_and_rules(tiny.config_json("mixtral"))
+        return spec_and_rules(families.config_json("mixtral"))
 
     @staticmethod
     def replaced(rules, target, **changes):
@@ -272,7 +273,7 @@ class TestMistakes:
 
 def test_layers_keep_their_numbers_across_groups():
     """A pattern of two, thrice, after one layer: place and repeat of each layer in the stacked parameters."""
-    spec, rules = spec_and_rules(tiny.config_json("qwen3_moe", num_hidden_layers=7))
+    spec, rules = spec_and_rules(families.config_json("qwen3_moe", num_hidden_layers=7))
     dense, sparse = spec.layers[:2]
     spec = dataclasses.replace(spec, groups=(LayerGroup((dense,), 1), LayerGroup((sparse, dense), 3)))
     bindings = bind(rules, spec)

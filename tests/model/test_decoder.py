@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 
+import families
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny
 
 from jaxmoe.interop.pretrained import from_config
 from jaxmoe.model import decoder
@@ -24,7 +24,7 @@ def hidden_states(params, batch, key=None, *, spec, dtype=jnp.float32):
 
 
 def model_of(family, **overrides):
-    return from_config(tiny.config_json(family, **overrides), "float32", seed=3)
+    return from_config(families.config_json(family, **overrides), "float32", seed=3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

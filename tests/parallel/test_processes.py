@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from helpers import tiny
 from safetensors.numpy import load_file
 
 from jaxmoe.errors import UserError
@@ -72,7 +71,7 @@ def run_of(tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
 
     def write(name: str, **train: object) -> tuple[Path, Path]:
-        raw = tiny.config_json(
+        raw = families.config_json(
             "mixtral", vocab_size=320, num_hidden_layers=1, num_local_experts=4, initializer_range=0.02
         )
         config = {

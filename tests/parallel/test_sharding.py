@@ -1,11 +1,11 @@
 """The mesh: what shards what, and that a sharded step computes what an unsharded one does."""
 
+import families
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import tiny
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxmoe import UserError, params
@@ -39,7 +39,7 @@ def test_two_letters_on_one_axis_are_refused():
 def test_mesh_must_fit():
     with pytest.raises(UserError, match=r"data=1, fsdp=3, .* needs 3 devices but this run has 8"):
         sharding.make_mesh(fsdp=3)
-    tree = model_params(from_config(tiny.config_json("mixtral"), "float32").spec)
+    tree = model_params(from_config(families.config_json("mixtral"), "float32").spec)
     with pytest.raises(UserError, match="E=12 is not divisible by expert=8"):
         sharding.shardings(tree, mesh_of(1, 1, 8, 1))
     # 4 heads of 16: their 64 rows could be cut in eight, a head must not be.
@@ -53,7 +53,7 @@ MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 2, 1), (1, 1, 1, 4), (1, 2, 2, 2), 
 
 def trained(mesh, steps=2, name="muon"):
     """Weights and metrics after some steps of a tiny model, from the same start on any mesh."""
-    model = from_config(tiny.config_json("qwen3_moe"), "float32", seed=5)
+    model = from_config(families.config_json("qwen3_moe"), "float32", seed=5)
     spec = model.spec
     config = OptimizerConfig(name=name, learning_rate=0.01, warmup_steps=1)
     optimizer = build_optimizer(config, params.roles(spec.declared), 10)
@@ -96,7 +96,7 @@ def test_sharded_step_equals_unsharded(shape, alone):
 
 def test_accumulation_changes_only_rounding():
     """Two micro-batches of 4 and one batch of 8 rows, with unequal numbers of targets in each."""
-    model = from_config(tiny.config_json("mixtral"), "float32", seed=6)
+    model = from_config(families.config_json("mixtral"), "float32", seed=6)
     spec = StepSpec(model.spec, jnp.dtype("float32"), False, aux_loss=0.0, z_loss=0.02)
     sgd = optax.sgd(1.0)
     rng = np.random.default_rng(1)
@@ -124,7 +124,7 @@ def test_accumulation_changes_only_rounding():
 
 def test_padded_rows_need_no_mask(monkeypatch):
     """Documents from the start of their rows: the same step without the (T, T) mask."""
-    model = from_config(tiny.config_json("qwen3_moe"), "float32", seed=7)
+    model = from_config(families.config_json("qwen3_moe"), "float32", seed=7)
     rng = np.random.default_rng(2)
     tokens = rng.integers(0, 104, (2, 3, 15)).astype(np.int32)
     segments = np.ones_like(tokens)

@@ -1,0 +1,30 @@
+"""The datasheet's peak of a device, found by its name."""
+
+import types
+
+import pytest
+
+from jaxmoe.run import meter
+
+
+@pytest.mark.parametrize(
+    ("kind", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H100 NVL", 835.0),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA GB200", 2500.0),
+    ],
+)
+def test_peak_by_the_name_of_the_device(kind, tflops, monkeypatch):
+    device = types.SimpleNamespace(device_kind=kind)
+    monkeypatch.setattr(meter.jax, "devices", lambda: [device])
+    assert meter.peak_flops("bfloat16") == (tflops * 1e12, f"{kind}, datasheet")
+
+
+def test_a_name_never_stands_before_one_that_it_is_part_of():
+    names = list(meter.PEAK_TFLOPS)
+    assert not [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if a in b]
