@@ -10,10 +10,8 @@ from jaxmoe.model.spec import ModelSpec
 
 
 def _spec(config: ConfigReader) -> ModelSpec:
-    common.check_constants(config)
-    config.expect(
-        "moe_intermediate_size", config.size("intermediate_size"), None
-    )  # older configs had this for experts
+    # Older configs had moe_intermediate_size for experts.
+    common.check_constants(config, {"moe_intermediate_size": config.size("intermediate_size")})
     router = common.router(
         config,
         num_experts=config.size("moe_num_experts"),

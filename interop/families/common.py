@@ -7,7 +7,7 @@ fields of the spec that it makes.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from jaxmoe.errors import UserError
 from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
@@ -21,8 +21,6 @@ from jaxmoe.model.norms import NormSpec
 from jaxmoe.model.spec import DenseMoESpec, LayerSpec, ModelSpec, group_layers
 
 FeedForward = MLPSpec | MoESpec | DenseMoESpec
-
-_Part = TypeVar("_Part")
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -241,8 +239,11 @@ def model_spec(
         layer: further fields of every layer's spec.
         options: further fields of the model's spec.
     """
-    pairs = zip(_of_each_layer(config, mixers), _of_each_layer(config, ffns), strict=True)
-    layers = [LayerSpec(mixer, ffn, norm, **layer) for mixer, ffn in pairs]
+    if not isinstance(mixers, Sequence):
+        mixers = [mixers] * depth(config)
+    if not isinstance(ffns, Sequence):
+        ffns = [ffns] * depth(config)
+    layers = [LayerSpec(mixer, ffn, norm, **layer) for mixer, ffn in zip(mixers, ffns, strict=True)]
     return ModelSpec(
         width=config.size("hidden_size"),
         vocab_size=config.size("vocab_size"),
@@ -252,7 +253,3 @@ def model_spec(
         init_std=config.number("initializer_range", zero=True),
         **options,
     )
-
-
-def _of_each_layer(config: ConfigReader, part: _Part | Sequence[_Part]) -> Sequence[_Part]:
-    return part if isinstance(part, Sequence) else [part] * depth(config)

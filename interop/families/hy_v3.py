@@ -38,12 +38,11 @@ def _spec(config: ConfigReader) -> ModelSpec:
         scale=config.number("router_scaling_factor"),
     )
     shared = common.shared_experts(config, "num_shared_experts", bias=mlp_bias)
+    dense, sparse = common.dense(config, bias=mlp_bias), common.moe(config, router, shared=shared)
     return common.model_spec(
         config,
         common.attention(config, rope_spec(config, whole=True), "attention_bias", head_norm=norm),
-        common.by_type(
-            config, common.dense(config, bias=mlp_bias), common.moe(config, router, shared=shared)
-        ),
+        common.by_type(config, dense, sparse),
         norm,
     )
 

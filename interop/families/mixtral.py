@@ -26,10 +26,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
-    return layouts.decoder_rules(
-        spec,
-        *layouts.expert_rules("block_sparse_moe", ("w1", "w3", "w2")),
-    )
+    return layouts.decoder_rules(spec, *layouts.expert_rules("block_sparse_moe", ("w1", "w3", "w2")))
 
 
 FAMILY = Family("mixtral", _spec, _rules, ignored=(r"\.rotary_emb\.inv_freq$",))

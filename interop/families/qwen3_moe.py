@@ -28,11 +28,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
-    return layouts.decoder_rules(
-        spec,
-        *layouts.mlp_rules(),
-        *layouts.expert_rules(),
-    )
+    return layouts.decoder_rules(spec, *layouts.mlp_rules(), *layouts.expert_rules())
 
 
 FAMILY = Family("qwen3_moe", _spec, _rules, unused_fields=frozenset({"max_window_layers"}))

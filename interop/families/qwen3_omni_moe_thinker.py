@@ -18,11 +18,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
-    return layouts.decoder_rules(
-        spec,
-        *layouts.mlp_rules(),
-        *layouts.expert_rules(),
-    )
+    return layouts.decoder_rules(spec, *layouts.mlp_rules(), *layouts.expert_rules())
 
 
 FAMILY = Family(
