@@ -181,7 +181,7 @@ def moe(
 
 
 def shared_expert(hidden: int, bias: bool = False, **options: Any) -> SharedSpec:
-    """A gated feed-forward of that width beside the routed experts."""
+    """A feed-forward of that width that every token goes through beside its routed experts."""
     return SharedSpec(MLPSpec(hidden, bias=bias), **options)
 
 
@@ -193,7 +193,7 @@ def shared_experts(
 
 
 def dense(config: ConfigReader, hidden: str = "intermediate_size", bias: bool = False) -> MLPSpec:
-    """The gated feed-forward of layers without experts."""
+    """The feed-forward of layers without experts, of the width that the field `hidden` gives."""
     return MLPSpec(config.size(hidden), bias=bias)
 
 
