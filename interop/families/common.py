@@ -1,117 +1,151 @@
-"""Rules and config readings that several families share."""
+"""What families share of reading a config.json: the usual fields, as specs of attention, experts and the model.
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+Each function reads the names that most families have, and its arguments say what differs. `options` are always further
+fields of the spec that it makes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal
 
 from jaxmoe.errors import UserError, quote
 from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
-from jaxmoe.interop.rules import Rule
+from jaxmoe.model.feed_forward.mlp import MLPSpec
+from jaxmoe.model.feed_forward.moe import DenseMoESpec, MoESpec, SharedSpec
 from jaxmoe.model.feed_forward.router import Groups, RouterSpec
+from jaxmoe.model.mixers.grouped_query import AttentionSpec, QKNorm
+from jaxmoe.model.mixers.rope import RopeSpec
 from jaxmoe.model.norms import NormSpec
 from jaxmoe.model.spec import LayerSpec, ModelSpec, group_layers
 
-LAYER = "model.layers.{L}."
+FeedForward = MLPSpec | MoESpec | DenseMoESpec
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-def trunk_rules(tied: bool) -> tuple[Rule, ...]:
-    """Embedding, final norm and output head, with whichever biases the spec has."""
-    embed = Rule("embed", "model.embed_tokens.weight", "V D", copies=("lm_head.weight",) if tied else ())
-    norm = (Rule("norm", "model.norm.weight", "D"), Rule("norm_bias", "model.norm.bias", "D"))
-    head = (Rule("lm_head", "lm_head.weight", "V D"), Rule("lm_head_bias", "lm_head.bias", "V"))
-    return (embed, *norm, *(head[1:] if tied else head))
-
-
-PRE_NORMS: Mapping[str, str] = {
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-
-
-def norm_rules(modules: Mapping[str, str] = PRE_NORMS) -> tuple[Rule, ...]:
-    """The norms of a layer, with their biases where the spec has any.
+def check_constants(config: ConfigReader, unread: Mapping[str, Any] = _NOTHING) -> None:
+    """Refuse another activation than SiLU, and what transformers' model has no code for.
 
     Args:
-        modules: the module of each norm; by default those of most pre-norm layers.
+        config: of the model.
+        unread: fields of published configs that transformers' model does not read, with what it computes. At any
+            other value the model would not be the one that its config describes; null or none is fine.
     """
-    return tuple(
-        Rule("layers.{L}." + name + ours, LAYER + module + theirs, "D")
-        for name, module in modules.items()
-        for ours, theirs in (("", ".weight"), ("_bias", ".bias"))
-    )
+    config.expect("hidden_act", "silu")
+    for name, value in unread.items():
+        config.expect(name, value, None)
 
 
-def attention_rules(query_norm: str = "H", key_norm: str = "H") -> tuple[Rule, ...]:
-    """Grouped-query attention, with whichever biases, norms, sinks and gate the spec has."""
-
-    def rule(target: str, source: str, axes: str) -> Rule:
-        return Rule("layers.{L}.attention." + target, LAYER + "self_attn." + source, axes)
-
-    projections = {"q": "Q D", "k": "U D", "v": "W D", "o": "D P", "gate": "P D"}
-    return (
-        *(rule(f"{name}_proj", f"{name}_proj.weight", axes) for name, axes in projections.items()),
-        *(rule(f"{name}_bias", f"{name}_proj.bias", axes.split()[0]) for name, axes in projections.items()),
-        rule("q_norm", "q_norm.weight", query_norm),
-        rule("k_norm", "k_norm.weight", key_norm),
-        rule("sinks", "sinks", "N"),
-    )
+def rms_norm(config: ConfigReader, kind: Literal["rms", "rms_float32"] = "rms") -> NormSpec:
+    """The norm of ``rms_norm_eps``."""
+    return NormSpec(config.number("rms_norm_eps"), kind)
 
 
-def expert_rules(block: str, words: tuple[str, str, str], router: str = "gate") -> tuple[Rule, ...]:
-    """Router and experts: one by one under `block`, or fused under ``mlp`` as transformers holds them in memory.
+def depth(config: ConfigReader) -> int:
+    """The number of layers."""
+    return config.size("num_hidden_layers", MAX_LAYERS)
+
+
+def kinds(config: ConfigReader, name: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """A field that says of every layer what it is, such as ``layer_types``.
+
+    Raises:
+        UserError: not one entry per layer, or one that is not `allowed`.
+    """
+    value, layers = config.take(name), depth(config)
+    if not isinstance(value, list | tuple) or len(value) != layers or not set(value) <= set(allowed):
+        raise UserError(
+            f"{config.file}: {name} = {quote(value)}: expected {layers} entries, each {' or '.join(map(repr, allowed))}"
+        )
+    return tuple(value)
+
+
+def head_dim(config: ConfigReader) -> int:
+    """``head_dim`` where the config gives one, else hidden_size / num_attention_heads."""
+    if config.take("head_dim", None) is not None:
+        return config.size("head_dim")
+    width, heads = config.size("hidden_size"), config.size("num_attention_heads")
+    if width % heads:
+        raise UserError(f"{config.file}: hidden_size {width} is not divisible by num_attention_heads {heads}")
+    return width // heads
+
+
+def attention(
+    config: ConfigReader,
+    rope: RopeSpec | None,
+    biases: str | None = None,
+    *,
+    head_norm: NormSpec | None = None,
+    **options: Any,
+) -> AttentionSpec:
+    """Grouped-query attention with the heads that the config counts.
 
     Args:
-        block: module that holds them, such as "mlp".
-        words: names of gate, up and down.
-        router: module of the router's matrix.
+        config: of the model.
+        rope: rotation of queries and keys.
+        biases: the field that says whether all four projections have one.
+        head_norm: norm of every head's queries and keys.
+        options: further fields of the spec.
     """
-    gate, up, down = words
-    gate_up = f"{block}.experts.{{E}}.{{G:{gate}|{up}}}.weight"
-    routers = tuple(dict.fromkeys((f"{block}.{router}.weight", f"mlp.{router}.weight")))
-    return (
-        *(Rule("layers.{L}.router.weight", LAYER + source, "E D") for source in routers),
-        Rule("layers.{L}.experts.gate_up", LAYER + gate_up, "F D"),
-        Rule("layers.{L}.experts.gate_up", LAYER + "mlp.experts.gate_up_proj", "E (G F) D"),
-        Rule("layers.{L}.experts.down", LAYER + f"{block}.experts.{{E}}.{down}.weight", "D F"),
-        Rule("layers.{L}.experts.down", LAYER + "mlp.experts.down_proj", "E D F"),
+    if biases is not None:
+        options["bias"] = options["output_bias"] = config.take(biases)
+    if head_norm is not None:
+        options["qk_norm"] = QKNorm(head_norm, "head")
+    return AttentionSpec(
+        num_heads=config.size("num_attention_heads"),
+        num_kv_heads=config.size("num_key_value_heads"),
+        head_dim=head_dim(config),
+        rope=rope,
+        **options,
     )
 
 
-def shared_rules(block: str) -> tuple[Rule, ...]:
-    """The gated feed-forward in module `block` that every token of a MoE layer goes through."""
-    return (
-        Rule("layers.{L}.shared.gate_up", LAYER + block + ".{G:gate_proj|up_proj}.weight", "I D"),
-        Rule("layers.{L}.shared.down", LAYER + block + ".down_proj.weight", "D I"),
-        Rule("layers.{L}.shared.gate_up_bias", LAYER + block + ".{G:gate_proj|up_proj}.bias", "I"),
-        Rule("layers.{L}.shared.down_bias", LAYER + block + ".down_proj.bias", "D"),
-    )
+def windows(config: ConfigReader) -> list[int | None]:
+    """The window of every layer, from ``layer_types`` and ``sliding_window``."""
+    types = kinds(config, "layer_types", ("sliding_attention", "full_attention"))
+    config.take("sliding_window", None)  # published configs give one though no layer has it
+    return [config.size("sliding_window") if kind == "sliding_attention" else None for kind in types]
 
 
-def correction_rule(source: str, axes: str = "E") -> Rule:
-    """The constant per expert that is added to the scores for the choice alone."""
-    return Rule("layers.{L}.router.correction", LAYER + source, axes)
+def windowed(config: ConfigReader, mixer: AttentionSpec, rotate_full: bool = True) -> list[AttentionSpec]:
+    """`mixer` in every layer with that layer's window.
+
+    Args:
+        config: with ``layer_types`` and ``sliding_window``.
+        mixer: attention of all layers.
+        rotate_full: layers without a window have a rotation too.
+    """
+    full = mixer if rotate_full else dataclasses.replace(mixer, rope=None)
+    return [
+        full if window is None else dataclasses.replace(mixer, window=window) for window in windows(config)
+    ]
 
 
-def mlp_rules() -> tuple[Rule, ...]:
-    """Dense gated feed-forward, with biases where the spec has them."""
-    return (
-        Rule("layers.{L}.mlp.gate_up", LAYER + "mlp.{G:gate_proj|up_proj}.weight", "I D"),
-        Rule("layers.{L}.mlp.down", LAYER + "mlp.down_proj.weight", "D I"),
-        Rule("layers.{L}.mlp.gate_up_bias", LAYER + "mlp.{G:gate_proj|up_proj}.bias", "I"),
-        Rule("layers.{L}.mlp.down_bias", LAYER + "mlp.down_proj.bias", "D"),
-    )
+def router(
+    config: ConfigReader,
+    *,
+    num_experts: int | None = None,
+    top_k: int | None = None,
+    renormalize: bool | None = None,
+    weight_dtype: Literal["float32", "model"] = "model",
+    **options: Any,
+) -> RouterSpec:
+    """The highest of a softmax over all experts, unless `options` have another score.
 
-
-def model_spec(
-    config: ConfigReader, layers: Sequence[LayerSpec], norm: NormSpec, **options: Any
-) -> ModelSpec:
-    """The layers with the trunk that most families share; `options` are further fields of the spec."""
-    return ModelSpec(
-        width=config.size("hidden_size"),
-        vocab_size=config.size("vocab_size"),
-        groups=group_layers(layers),
-        norm=norm,
-        tie_embeddings=config.take("tie_word_embeddings"),
-        init_std=config.number("initializer_range", zero=True),
+    Args:
+        config: of the model.
+        num_experts: by default ``num_experts``.
+        top_k: by default ``num_experts_per_tok``.
+        renormalize: by default ``norm_topk_prob``.
+        weight_dtype: of the combine weights.
+        options: further fields of the spec.
+    """
+    return RouterSpec(
+        num_experts=config.size("num_experts") if num_experts is None else num_experts,
+        top_k=config.size("num_experts_per_tok") if top_k is None else top_k,
+        renormalize=config.take("norm_topk_prob") if renormalize is None else renormalize,
+        weight_dtype=weight_dtype,
         **options,
     )
 
@@ -125,10 +159,9 @@ def grouped_sigmoid_router(config: ConfigReader, experts: str = "n_routed_expert
         experts: the field that counts the experts.
     """
     grouped = config.take("n_group", None) is not None or config.take("topk_group", None) is not None
-    return RouterSpec(
+    return router(
+        config,
         num_experts=config.size(experts),
-        top_k=config.size("num_experts_per_tok"),
-        renormalize=config.take("norm_topk_prob"),
         weight_dtype="float32",
         score="sigmoid",
         logits_dtype="float32",
@@ -139,32 +172,83 @@ def grouped_sigmoid_router(config: ConfigReader, experts: str = "n_routed_expert
     )
 
 
-def kinds(config: ConfigReader, name: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
-    """A field that says of every layer what it is, such as ``layer_types``.
+def moe(
+    config: ConfigReader, router: RouterSpec, hidden: str = "moe_intermediate_size", **options: Any
+) -> MoESpec:
+    """Experts behind `router`, of the width that the field `hidden` gives."""
+    return MoESpec(router, config.size(hidden), **options)
 
-    Raises:
-        UserError: not one entry per layer, or one that is not `allowed`.
+
+def shared_expert(hidden: int, bias: bool = False, **options: Any) -> SharedSpec:
+    """A feed-forward of that width that every token goes through beside its routed experts."""
+    return SharedSpec(MLPSpec(hidden, bias=bias), **options)
+
+
+def shared_experts(
+    config: ConfigReader, count: str, hidden: str = "moe_intermediate_size", bias: bool = False
+) -> SharedSpec:
+    """As many shared experts as the field `count` says, each as wide as a routed one: one feed-forward."""
+    return shared_expert(config.size(hidden) * config.size(count), bias)
+
+
+def dense(config: ConfigReader, hidden: str = "intermediate_size", bias: bool = False) -> MLPSpec:
+    """The feed-forward of layers without experts, of the width that the field `hidden` gives."""
+    return MLPSpec(config.size(hidden), bias=bias)
+
+
+def by_index(
+    config: ConfigReader, is_dense: Callable[[int], bool], dense: MLPSpec, sparse: MoESpec
+) -> list[FeedForward]:
+    """The feed-forward of every layer, counted from 0."""
+    return [dense if is_dense(index) else sparse for index in range(depth(config))]
+
+
+def every_step(config: ConfigReader, step: int, dense: MLPSpec, sparse: MoESpec) -> list[FeedForward]:
+    """The feed-forward of every layer: each `step`-th is sparse, unless ``mlp_only_layers`` has it."""
+    always_dense = config.take("mlp_only_layers", ())
+    return by_index(config, lambda index: index in always_dense or (index + 1) % step != 0, dense, sparse)
+
+
+def mlp_types(config: ConfigReader) -> tuple[str, ...]:
+    """Of every layer "dense" or "sparse", as ``mlp_layer_types`` says."""
+    return kinds(config, "mlp_layer_types", ("dense", "sparse"))
+
+
+def by_type(config: ConfigReader, dense: MLPSpec, sparse: MoESpec) -> list[FeedForward]:
+    """The feed-forward of every layer, as ``mlp_layer_types`` says."""
+    return [dense if kind == "dense" else sparse for kind in mlp_types(config)]
+
+
+def model_spec(
+    config: ConfigReader,
+    mixers: AttentionSpec | Sequence[AttentionSpec],
+    ffns: FeedForward | Sequence[FeedForward],
+    norm: NormSpec,
+    *,
+    layer: Mapping[str, Any] = _NOTHING,
+    **options: Any,
+) -> ModelSpec:
+    """The model of these layers, with the trunk that most families share.
+
+    Args:
+        config: of the model.
+        mixers: of every layer, or one that all layers have.
+        ffns: likewise.
+        norm: of layers and trunk.
+        layer: further fields of every layer's spec.
+        options: further fields of the model's spec.
     """
-    value, layers = config.take(name), config.size("num_hidden_layers", MAX_LAYERS)
-    if not isinstance(value, list | tuple) or len(value) != layers or not set(value) <= set(allowed):
-        raise UserError(
-            f"{config.file}: {name} = {quote(value)}: expected {layers} entries, each {' or '.join(map(repr, allowed))}"
-        )
-    return tuple(value)
-
-
-def windows(config: ConfigReader) -> list[int | None]:
-    """The window of every layer, from ``layer_types`` and ``sliding_window``."""
-    types = kinds(config, "layer_types", ("sliding_attention", "full_attention"))
-    config.take("sliding_window", None)  # published configs give one though no layer has it
-    return [config.size("sliding_window") if kind == "sliding_attention" else None for kind in types]
-
-
-def head_dim(config: ConfigReader) -> int:
-    """``head_dim`` where the config gives one, else hidden_size / num_attention_heads."""
-    if config.take("head_dim", None) is not None:
-        return config.size("head_dim")
-    width, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    if width % heads:
-        raise UserError(f"{config.file}: hidden_size {width} is not divisible by num_attention_heads {heads}")
-    return width // heads
+    if not isinstance(mixers, Sequence):
+        mixers = [mixers] * depth(config)
+    if not isinstance(ffns, Sequence):
+        ffns = [ffns] * depth(config)
+    layers = [LayerSpec(mixer, ffn, norm, **layer) for mixer, ffn in zip(mixers, ffns, strict=True)]
+    return ModelSpec(
+        width=config.size("hidden_size"),
+        vocab_size=config.size("vocab_size"),
+        groups=group_layers(layers),
+        norm=norm,
+        tie_embeddings=config.take("tie_word_embeddings"),
+        init_std=config.number("initializer_range", zero=True),
+        **options,
+    )

@@ -3,20 +3,20 @@
 A layer of one kind has its own head width, key-value heads and rotation.
 """
 
-from jaxmoe.errors import UserError
+import dataclasses
+
 from jaxmoe.interop.config_json import ConfigReader
-from jaxmoe.interop.families import common
-from jaxmoe.interop.families.common import LAYER
+from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family
-from jaxmoe.interop.families.rotation import rope_spec
+from jaxmoe.interop.families.layouts import LAYER
+from jaxmoe.interop.families.rotation import rope_spec, rotation_of
 from jaxmoe.interop.rules import Rule
 from jaxmoe.kernels.expert_mlp import Activation
-from jaxmoe.model.feed_forward.mlp import MLPSpec
-from jaxmoe.model.feed_forward.moe import DenseMoESpec, MoESpec
-from jaxmoe.model.feed_forward.router import InputScale, RouterSpec
+from jaxmoe.model.feed_forward.moe import DenseMoESpec
+from jaxmoe.model.feed_forward.router import InputScale
 from jaxmoe.model.mixers.grouped_query import AttentionSpec, QKNorm
 from jaxmoe.model.norms import NormSpec
-from jaxmoe.model.spec import LayerSpec, ModelSpec
+from jaxmoe.model.spec import ModelSpec
 
 # Of the smaller, dense models: per-layer embeddings, layers that reuse keys and values, and what goes with them.
 _WITHOUT = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "use_double_wide_mlp": False}
@@ -28,59 +28,46 @@ def _spec(config: ConfigReader) -> ModelSpec:
     config.expect("use_bidirectional_attention", None, "vision")  # text alone is causal with "vision" too
     for name, value in _WITHOUT.items():
         config.expect(name, value)
-    norm = NormSpec(config.number("rms_norm_eps"), "rms_float32")
-    activation = Activation("gelu_tanh")
-    experts = MoESpec(
-        router=RouterSpec(
-            num_experts=config.size("num_experts"),
-            top_k=config.size("top_k_experts"),
-            renormalize=True,
-            weight_dtype="float32",
-            expert_scale=True,
-            input_scale=InputScale(norm),
-        ),
-        hidden=config.size("moe_intermediate_size"),
-        activation=activation,
+    norm, activation = common.rms_norm(config, "rms_float32"), Activation("gelu_tanh")
+    router = common.router(
+        config,
+        top_k=config.size("top_k_experts"),
+        renormalize=True,
+        weight_dtype="float32",
+        expert_scale=True,
+        input_scale=InputScale(norm),
     )
-    ffn = DenseMoESpec(MLPSpec(config.size("intermediate_size"), activation), experts, norm)
-    windows = common.windows(config)
+    experts = common.moe(config, router, activation=activation)
+    dense = dataclasses.replace(common.dense(config), activation=activation)
     readers = config.of_layers("head_dim", "num_key_value_heads")
-    layers = [
-        LayerSpec(_attention(reader, window, norm), ffn, norm, placement="sandwich", output_scale=True)
-        for reader, window in zip(readers, windows, strict=True)
-    ]
     cap = config.take("final_logit_softcapping", None)
     return common.model_spec(
         config,
-        layers,
+        [
+            _attention(reader, window, norm)
+            for reader, window in zip(readers, common.windows(config), strict=True)
+        ],
+        DenseMoESpec(dense, experts, norm),
         norm,
+        layer={"placement": "sandwich", "output_scale": True},
         embedding_scale=config.size("hidden_size") ** 0.5,
         logit_softcap=None if cap is None else config.number("final_logit_softcapping"),
     )
 
 
 def _attention(layer: ConfigReader, window: int | None, norm: NormSpec) -> AttentionSpec:
-    kind = "full_attention" if window is None else "sliding_attention"
-    rotations = layer.take("rope_parameters")
-    if not isinstance(rotations.get(kind), dict):
-        raise UserError(f"{layer.file}: rope_parameters lack an object {kind!r}")
-    rotation = rotations[kind]
-    head_dim, bias = common.head_dim(layer), layer.take("attention_bias")
-    k_eq_v = layer.take("attention_k_eq_v")
+    rotation = rotation_of(layer, "full_attention" if window is None else "sliding_attention")
     # Read by transformers' config class, which makes of them what the layers' own fields say.
     for name in ("global_head_dim", "num_global_key_value_heads"):
         layer.take(name, None)
-    return AttentionSpec(
-        num_heads=layer.size("num_attention_heads"),
-        num_kv_heads=layer.size("num_key_value_heads"),
-        head_dim=head_dim,
-        rope=rope_spec(layer, head_dim, rotation, whole=rotation.get("rope_type") != "proportional"),
+    return common.attention(
+        layer,
+        rope_spec(layer, rotation, whole=rotation.get("rope_type") != "proportional"),
+        "attention_bias",
         qk_norm=QKNorm(norm, "head", values=True),
-        bias=bias,
-        output_bias=bias,
         window=window,
         scale=1.0,
-        values_from_keys=k_eq_v and window is None,
+        values_from_keys=layer.take("attention_k_eq_v") and window is None,
     )
 
 
@@ -95,10 +82,10 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
         "experts_post_norm": "post_feedforward_layernorm_2",
     }
     return (
-        *common.trunk_rules(spec.tie_embeddings),
+        *layouts.trunk_rules(spec.tie_embeddings),
         *(Rule(f"layers.{{L}}.{ours}", f"{LAYER}{theirs}.weight", "D") for ours, theirs in norms.items()),
-        *common.attention_rules(),
-        *common.mlp_rules(),
+        *layouts.attention_rules(),
+        *layouts.mlp_rules(),
         Rule("layers.{L}.router.weight", LAYER + "router.proj.weight", "E D"),
         Rule("layers.{L}.router.input_scale", LAYER + "router.scale", "D"),
         Rule("layers.{L}.router.expert_scale", LAYER + "router.per_expert_scale", "E"),

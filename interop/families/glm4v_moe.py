@@ -1,13 +1,14 @@
 """GLM-4.5V (arXiv 2507.01006): its text model, which is GLM-4.5's. The vision tower stays as it is."""
 
 from jaxmoe.interop.config_json import ConfigReader
+from jaxmoe.interop.families import common
 from jaxmoe.interop.families.family import Family, Prefix
 from jaxmoe.interop.families.glm4_moe import rules, text_spec
 from jaxmoe.model.spec import ModelSpec
 
 
 def _spec(config: ConfigReader) -> ModelSpec:
-    config.expect("use_qk_norm", False, None)  # in published configs; transformers' model has no code for it
+    common.check_constants(config, {"use_qk_norm": False})
     return text_spec(config, qk_norm=False, sections=True)
 
 

@@ -15,10 +15,8 @@ def _ropes(config: ConfigReader) -> list[RopeSpec | None]:
     bases, layers = config.take("layer_rope_theta"), config.size("num_hidden_layers")
     if len(bases) != layers:
         raise UserError(f"{config.file}: layer_rope_theta = {quote(bases)}: expected {layers} entries")
-    given, head_dim = config.take("rope_parameters"), common.head_dim(config)
-    return [
-        rope_spec(config, head_dim, {**given, "rope_theta": base}) if base != 0 else None for base in bases
-    ]
+    given = config.take("rope_parameters")
+    return [rope_spec(config, {**given, "rope_theta": base}) if base != 0 else None for base in bases]
 
 
 def _spec(config: ConfigReader) -> ModelSpec:

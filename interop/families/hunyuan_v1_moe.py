@@ -3,19 +3,15 @@
 from typing import Any
 
 from jaxmoe.errors import UserError, quote
-from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader, is_positive
-from jaxmoe.interop.families import common
-from jaxmoe.interop.families.common import LAYER
+from jaxmoe.interop.config_json import ConfigReader, is_positive
+from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.layouts import LAYER
 from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
-from jaxmoe.model.feed_forward.mlp import MLPSpec
-from jaxmoe.model.feed_forward.moe import MoESpec, SharedSpec
-from jaxmoe.model.feed_forward.router import RouterSpec
-from jaxmoe.model.mixers.grouped_query import AttentionSpec, QKNorm
+from jaxmoe.model.mixers.grouped_query import QKNorm
 from jaxmoe.model.mixers.rope import RopeSpec
-from jaxmoe.model.norms import NormSpec
-from jaxmoe.model.spec import LayerSpec, ModelSpec
+from jaxmoe.model.spec import ModelSpec
 
 # Published configs say these of the original code; transformers' model has no other way.
 _UNREAD = {
@@ -35,44 +31,31 @@ _UNREAD = {
 
 
 def _spec(config: ConfigReader) -> ModelSpec:
-    config.expect("hidden_act", "silu")
-    for name, value in _UNREAD.items():
-        config.expect(name, value, None)
-    depth, hidden = config.size("num_hidden_layers", MAX_LAYERS), config.size("intermediate_size")
-    head_dim, bias = config.size("head_dim"), config.take("attention_bias")
-    config.expect("attention_head_dim", head_dim, None)
+    depth, hidden, head_dim = common.depth(config), config.size("intermediate_size"), config.size("head_dim")
+    common.check_constants(config, _UNREAD | {"attention_head_dim": head_dim})
     config.expect("moe_intermediate_size", hidden, [hidden] * depth, None)
     config.expect("num_shared_expert", 1, [1] * depth, None)
-    norm = NormSpec(config.number("rms_norm_eps"))
-    attention = AttentionSpec(
-        num_heads=config.size("num_attention_heads"),
-        num_kv_heads=config.size("num_key_value_heads"),
-        head_dim=head_dim,
-        rope=_rope(config, head_dim),
-        qk_norm=QKNorm(norm, "head", after_rope=True),
-        bias=bias,
-        output_bias=bias,
-    )
-    layers = [
-        LayerSpec(
-            attention,
-            MoESpec(
-                router=RouterSpec(
-                    num_experts=config.size("num_experts"),
-                    top_k=top_k,
-                    renormalize=True,
-                    weight_dtype="float32",
-                    logits_dtype="float32",
-                    float32=True,
-                ),
-                hidden=hidden,
-                shared=SharedSpec(MLPSpec(hidden)),
-            ),
-            norm,
+    norm = common.rms_norm(config)
+    routers = [
+        common.router(
+            config,
+            top_k=top_k,
+            renormalize=True,
+            weight_dtype="float32",
+            logits_dtype="float32",
+            float32=True,
         )
         for top_k in _chosen(config, depth)
     ]
-    return common.model_spec(config, layers, norm)
+    shared = common.shared_expert(hidden)
+    return common.model_spec(
+        config,
+        common.attention(
+            config, _rope(config, head_dim), "attention_bias", qk_norm=QKNorm(norm, "head", after_rope=True)
+        ),
+        [common.moe(config, router, "intermediate_size", shared=shared) for router in routers],
+        norm,
+    )
 
 
 def _rope(config: ConfigReader, width: int) -> RopeSpec:
@@ -80,13 +63,13 @@ def _rope(config: ConfigReader, width: int) -> RopeSpec:
     given: dict[str, Any] = config.take("rope_parameters")
     theta, alpha = given.get("rope_theta"), given.get("alpha")
     if given.get("rope_type") != "dynamic" or not alpha:
-        return rope_spec(config, width, whole=True)
+        return rope_spec(config, whole=True)
     for name, value in (("rope_theta", theta), ("alpha", alpha)):
         if not is_positive(value):
             raise UserError(f"{config.file}: {name} = {value!r} of the rotation: expected a positive number")
     if width < 4:  # its exponent has width - 2 in the denominator
         raise UserError(f"{config.file}: head_dim = {width}: expected at least 4 with alpha in the rotation")
-    return rope_spec(config, width, {"rope_theta": theta * alpha ** (width / (width - 2))})
+    return rope_spec(config, {"rope_theta": theta * alpha ** (width / (width - 2))})
 
 
 def _chosen(config: ConfigReader, depth: int) -> list[int]:
@@ -100,14 +83,15 @@ def _chosen(config: ConfigReader, depth: int) -> list[int]:
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
-    return (
-        *common.trunk_rules(spec.tie_embeddings),
-        *common.norm_rules(),
-        *common.attention_rules(),
-        Rule("layers.{L}.attention.q_norm", LAYER + "self_attn.query_layernorm.weight", "H"),
-        Rule("layers.{L}.attention.k_norm", LAYER + "self_attn.key_layernorm.weight", "H"),
-        *common.expert_rules("mlp", ("gate_proj", "up_proj", "down_proj"), router="gate.wg"),
-        *common.shared_rules("mlp.shared_mlp"),
+    return layouts.decoder_rules(
+        spec,
+        *layouts.expert_rules(router="gate.wg"),
+        *layouts.shared_rules("mlp.shared_mlp"),
+        attention=(
+            *layouts.attention_rules(),
+            Rule("layers.{L}.attention.q_norm", LAYER + "self_attn.query_layernorm.weight", "H"),
+            Rule("layers.{L}.attention.k_norm", LAYER + "self_attn.key_layernorm.weight", "H"),
+        ),
     )
 
 

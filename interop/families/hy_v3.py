@@ -1,16 +1,11 @@
 """Hy3 (Tencent, 2026): per-head norms, experts chosen by sigmoid plus a constant, weights renormalised and scaled."""
 
 from jaxmoe.interop.config_json import ConfigReader
-from jaxmoe.interop.families import common
+from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
-from jaxmoe.model.feed_forward.mlp import MLPSpec
-from jaxmoe.model.feed_forward.moe import MoESpec, SharedSpec
-from jaxmoe.model.feed_forward.router import RouterSpec
-from jaxmoe.model.mixers.grouped_query import AttentionSpec, QKNorm
-from jaxmoe.model.norms import NormSpec
-from jaxmoe.model.spec import LayerSpec, ModelSpec
+from jaxmoe.model.spec import ModelSpec
 
 # Published configs say these of the original code; transformers' model has no other way.
 _UNREAD = {
@@ -28,55 +23,37 @@ sep_token_id use_grouped_mm
 
 
 def _spec(config: ConfigReader) -> ModelSpec:
-    config.expect("hidden_act", "silu")
-    for name, value in _UNREAD.items():
-        config.expect(name, value, None)
-    norm = NormSpec(config.number("rms_norm_eps"))
-    head_dim, bias, mlp_bias = common.head_dim(config), config.take("attention_bias"), config.take("mlp_bias")
-    attention = AttentionSpec(
-        num_heads=config.size("num_attention_heads"),
-        num_kv_heads=config.size("num_key_value_heads"),
-        head_dim=head_dim,
-        rope=rope_spec(config, head_dim, whole=True),
-        qk_norm=QKNorm(norm, "head"),
-        bias=bias,
-        output_bias=bias,
+    common.check_constants(config, _UNREAD)
+    config.expect("expert_hidden_dim", config.size("moe_intermediate_size"), None)
+    config.expect("first_k_dense_replace", common.mlp_types(config).count("dense"), None)
+    norm, mlp_bias = common.rms_norm(config), config.take("mlp_bias")
+    router = common.router(
+        config,
+        renormalize=True,
+        weight_dtype="float32",
+        score="sigmoid",
+        logits_dtype="float32",
+        correction="score",
+        sum_offset=1e-20,
+        scale=config.number("router_scaling_factor"),
     )
-    hidden = config.size("moe_intermediate_size")
-    config.expect("expert_hidden_dim", hidden, None)
-    sparse = MoESpec(
-        router=RouterSpec(
-            num_experts=config.size("num_experts"),
-            top_k=config.size("num_experts_per_tok"),
-            renormalize=True,
-            weight_dtype="float32",
-            score="sigmoid",
-            logits_dtype="float32",
-            correction="score",
-            sum_offset=1e-20,
-            scale=config.number("router_scaling_factor"),
-        ),
-        hidden=hidden,
-        shared=SharedSpec(MLPSpec(hidden * config.size("num_shared_experts"), bias=mlp_bias)),
+    shared = common.shared_experts(config, "num_shared_experts", bias=mlp_bias)
+    dense, sparse = common.dense(config, bias=mlp_bias), common.moe(config, router, shared=shared)
+    return common.model_spec(
+        config,
+        common.attention(config, rope_spec(config, whole=True), "attention_bias", head_norm=norm),
+        common.by_type(config, dense, sparse),
+        norm,
     )
-    ffns: dict[str, MLPSpec | MoESpec] = {
-        "dense": MLPSpec(config.size("intermediate_size"), bias=mlp_bias),
-        "sparse": sparse,
-    }
-    types = common.kinds(config, "mlp_layer_types", ("dense", "sparse"))
-    config.expect("first_k_dense_replace", types.count("dense"), None)
-    return common.model_spec(config, [LayerSpec(attention, ffns[kind], norm) for kind in types], norm)
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
-    return (
-        *common.trunk_rules(spec.tie_embeddings),
-        *common.norm_rules(),
-        *common.attention_rules(),
-        *common.mlp_rules(),
-        *common.expert_rules("mlp", ("gate_proj", "up_proj", "down_proj"), router="router.gate"),
-        common.correction_rule("mlp.expert_bias"),
-        *common.shared_rules("mlp.shared_mlp"),
+    return layouts.decoder_rules(
+        spec,
+        *layouts.mlp_rules(),
+        *layouts.expert_rules(router="router.gate"),
+        layouts.correction_rule("mlp.expert_bias"),
+        *layouts.shared_rules("mlp.shared_mlp"),
     )
 
 

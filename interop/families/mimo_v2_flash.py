@@ -1,41 +1,39 @@
 """MiMo-V2-Flash: windows with sinks and twice the key-value heads, values narrower than keys, DeepSeek-V3's router."""
 
+import dataclasses
 from typing import Any
 
 from jaxmoe.errors import UserError
 from jaxmoe.interop.config_json import ConfigReader
-from jaxmoe.interop.families import common
-from jaxmoe.interop.families.common import LAYER
+from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.layouts import LAYER
 from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
-from jaxmoe.model.feed_forward.mlp import MLPSpec
-from jaxmoe.model.feed_forward.moe import MoESpec
 from jaxmoe.model.mixers.grouped_query import AttentionSpec
-from jaxmoe.model.norms import NormSpec
-from jaxmoe.model.spec import LayerSpec, ModelSpec
+from jaxmoe.model.spec import ModelSpec
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _attention(config: ConfigReader, kind: str) -> AttentionSpec:
-    ropes, head_dim, sliding = config.take("rope_parameters"), common.head_dim(config), kind == _SLIDING
+    ropes = config.take("rope_parameters")
     if not isinstance(ropes.get(kind), dict):
         raise UserError(f"{config.file}: rope_parameters lack those of {kind!r}")
     given = dict(ropes[kind])
     if given.get("rope_type", "default") == "default":
         given.setdefault("partial_rotary_factor", 0.334)
-    return AttentionSpec(
-        num_heads=config.size("num_attention_heads"),
-        num_kv_heads=config.size("num_key_value_heads") * (2 if sliding else 1),
-        head_dim=head_dim,
-        rope=rope_spec(config, head_dim, given),
+    full = common.attention(
+        config,
+        rope_spec(config, given),
         bias=config.take("attention_bias"),
-        window=config.size("sliding_window") if sliding else None,
         value_dim=config.size("v_head_dim"),
         value_scale=config.number("attention_value_scale", 1.0),
-        sinks=sliding,
     )
+    if kind == _FULL:
+        return full
+    window, kv_heads = config.size("sliding_window"), 2 * full.num_kv_heads
+    return dataclasses.replace(full, num_kv_heads=kv_heads, window=window, sinks=True)
 
 
 def _published(config: ConfigReader, attention: tuple[str, ...], ffns: tuple[str, ...]) -> dict[str, Any]:
@@ -60,34 +58,28 @@ def _published(config: ConfigReader, attention: tuple[str, ...], ffns: tuple[str
 
 
 def _spec(config: ConfigReader) -> ModelSpec:
-    config.expect("hidden_act", "silu")
     attention = common.kinds(config, "layer_types", (_SLIDING, _FULL))
-    ffns = common.kinds(config, "mlp_layer_types", ("dense", "sparse"))
-    for name, value in _published(config, attention, ffns).items():
-        config.expect(name, value, None)
+    common.check_constants(config, _published(config, attention, common.mlp_types(config)))
     config.expect("n_shared_experts", 0, None)
     config.take("sliding_window_size", None)  # the config class makes sliding_window of it
     mixers = {kind: _attention(config, kind) for kind in set(attention)}
-    norm = NormSpec(config.number("rms_norm_eps"))
-    blocks: dict[str, MLPSpec | MoESpec] = {
-        "dense": MLPSpec(config.size("intermediate_size")),
-        "sparse": MoESpec(
-            router=common.grouped_sigmoid_router(config), hidden=config.size("moe_intermediate_size")
-        ),
-    }
-    layers = [LayerSpec(mixers[mixer], blocks[ffn], norm) for mixer, ffn in zip(attention, ffns, strict=True)]
-    return common.model_spec(config, layers, norm)
+    sparse = common.moe(config, common.grouped_sigmoid_router(config))
+    return common.model_spec(
+        config,
+        [mixers[kind] for kind in attention],
+        common.by_type(config, common.dense(config), sparse),
+        common.rms_norm(config),
+    )
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
-    return (
-        *common.trunk_rules(spec.tie_embeddings),
-        *common.norm_rules(),
-        Rule("layers.{L}.attention.sinks", LAYER + "self_attn.attention_sink_bias", "N"),
-        *common.attention_rules(),
-        *common.mlp_rules(),
-        *common.expert_rules("mlp", ("gate_proj", "up_proj", "down_proj")),
-        common.correction_rule("mlp.gate.e_score_correction_bias"),
+    sinks = Rule("layers.{L}.attention.sinks", LAYER + "self_attn.attention_sink_bias", "N")
+    return layouts.decoder_rules(
+        spec,
+        *layouts.mlp_rules(),
+        *layouts.expert_rules(),
+        layouts.correction_rule("mlp.gate.e_score_correction_bias"),
+        attention=(sinks, *layouts.attention_rules()),
     )
 
 

@@ -1,53 +1,33 @@
 """OLMoE (arXiv 2409.02060): every layer sparse, query and key norms over the whole projection."""
 
-from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
-from jaxmoe.interop.families import common
+from jaxmoe.interop.config_json import ConfigReader
+from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
-from jaxmoe.model.feed_forward.moe import MoESpec
-from jaxmoe.model.feed_forward.router import RouterSpec
-from jaxmoe.model.mixers.grouped_query import AttentionSpec, QKNorm
-from jaxmoe.model.norms import NormSpec
-from jaxmoe.model.spec import LayerSpec, ModelSpec
+from jaxmoe.model.mixers.grouped_query import QKNorm
+from jaxmoe.model.spec import ModelSpec
 
 
 def _spec(config: ConfigReader) -> ModelSpec:
-    config.expect("hidden_act", "silu")
-    norm = NormSpec(config.number("rms_norm_eps"))
-    head_dim = common.head_dim(config)
-    bias = config.take("attention_bias")
-    layer = LayerSpec(
-        mixer=AttentionSpec(
-            num_heads=config.size("num_attention_heads"),
-            num_kv_heads=config.size("num_key_value_heads"),
-            head_dim=head_dim,
-            rope=rope_spec(config, head_dim),
-            qk_norm=QKNorm(norm, "full"),
-            bias=bias,
-            output_bias=bias,
-            clip_qkv=None if config.take("clip_qkv", None) is None else config.number("clip_qkv"),
-        ),
-        ffn=MoESpec(
-            router=RouterSpec(
-                num_experts=config.size("num_experts"),
-                top_k=config.size("num_experts_per_tok"),
-                renormalize=config.take("norm_topk_prob"),
-                weight_dtype="model",
-            ),
-            hidden=config.size("intermediate_size"),
-        ),
-        norm=norm,
+    common.check_constants(config)
+    norm = common.rms_norm(config)
+    attention = common.attention(
+        config,
+        rope_spec(config),
+        "attention_bias",
+        qk_norm=QKNorm(norm, "full"),
+        clip_qkv=None if config.take("clip_qkv", None) is None else config.number("clip_qkv"),
     )
-    return common.model_spec(config, [layer] * config.size("num_hidden_layers", MAX_LAYERS), norm)
+    sparse = common.moe(config, common.router(config), "intermediate_size")
+    return common.model_spec(config, attention, sparse, norm)
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
-    return (
-        *common.trunk_rules(spec.tie_embeddings),
-        *common.norm_rules(),
-        *common.attention_rules(query_norm="Q", key_norm="U"),
-        *common.expert_rules("mlp", ("gate_proj", "up_proj", "down_proj")),
+    return layouts.decoder_rules(
+        spec,
+        *layouts.expert_rules(),
+        attention=layouts.attention_rules(query_norm="Q", key_norm="U"),
     )
 
 

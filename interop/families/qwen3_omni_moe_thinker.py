@@ -1,7 +1,7 @@
 """The thinker of Qwen3-Omni (arXiv 2509.17765) in a folder of its own: its text model. The towers stay as they are."""
 
 from jaxmoe.interop.config_json import ConfigReader
-from jaxmoe.interop.families import common
+from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.qwen3_vl_moe import text_spec
 from jaxmoe.interop.rules import Rule
@@ -13,19 +13,12 @@ _UNREAD = {"shared_expert_intermediate_size": 0, "use_qk_norm": True, "use_slidi
 
 
 def _spec(config: ConfigReader) -> ModelSpec:
-    for name, value in _UNREAD.items():
-        config.expect(name, value, None)
+    common.check_constants(config, _UNREAD)
     return text_spec(config, renormalize=config.take("norm_topk_prob"))
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
-    return (
-        *common.trunk_rules(spec.tie_embeddings),
-        *common.norm_rules(),
-        *common.attention_rules(),
-        *common.mlp_rules(),
-        *common.expert_rules("mlp", ("gate_proj", "up_proj", "down_proj")),
-    )
+    return layouts.decoder_rules(spec, *layouts.mlp_rules(), *layouts.expert_rules())
 
 
 FAMILY = Family(

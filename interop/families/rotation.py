@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxmoe.errors import UserError, quote
 from jaxmoe.interop.config_json import ConfigReader, is_positive
+from jaxmoe.interop.families.common import head_dim
 from jaxmoe.model.mixers.rope import Dynamic, Linear, Llama3, LongRope, Proportional, RopeSpec, Scaling, Yarn
 
 _NUMBERS = frozenset(
@@ -27,7 +28,6 @@ _NUMBERS = frozenset(
 
 def rope_spec(
     config: ConfigReader,
-    width: int,
     given: Mapping[str, Any] | None = None,
     sections: bool = False,
     whole: bool = False,
@@ -37,7 +37,6 @@ def rope_spec(
 
     Args:
         config: of the model.
-        width: of a head.
         given: other parameters than ``rope_parameters``, such as those of one kind of layer.
         sections: features may be split between positions in time, height and width, which are one and the same
             for text.
@@ -47,6 +46,7 @@ def rope_spec(
     Raises:
         UserError: an unknown rope type, a missing, unknown or malformed parameter of it.
     """
+    width = head_dim(config)
     rope = _Parameters(config, dict(config.take("rope_parameters") if given is None else given))
     if not isinstance(rope.kind, str) or rope.kind not in _SCALINGS:
         raise UserError(
@@ -73,6 +73,18 @@ def rope_spec(
     scaling = _SCALINGS[rope.kind](rope, pairs)
     rope.finish()
     return RopeSpec(theta, rotary, scaling, **options)
+
+
+def rotation_of(config: ConfigReader, kind: str) -> Mapping[str, Any]:
+    """The part of ``rope_parameters`` for layers of one kind.
+
+    Raises:
+        UserError: there is none.
+    """
+    given = config.take("rope_parameters").get(kind)
+    if not isinstance(given, dict):
+        raise UserError(f"{config.file}: rope_parameters lack an object {kind!r}")
+    return given
 
 
 class _Parameters:
