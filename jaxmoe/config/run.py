@@ -20,6 +20,7 @@ from jaxmoe.config.sections import (
     MAX_TOKENS_PER_STEP,
     BalanceConfig,
     DataConfig,
+    Items,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,

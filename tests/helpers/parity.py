@@ -2,6 +2,7 @@
 
 import functools
 from typing import Any
+from unittest import mock
 
 import families
 import jax
@@ -9,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.model import decoder
+from jaxmoe.model.batch import IGNORED, Batch, next_token_targets
+from jaxmoe.model.feed_forward import moe
+from jaxmoe.model.feed_forward.router import RouterStats, router_stats
 from jaxmoe.params import named
-from jaxmoe.training import losses
+from jaxmoe.training.cross_entropy import linear_cross_entropy
 
 LENGTH = 75
 
@@ -68,18 +72,31 @@ def together(documents: Documents, rows: np.ndarray) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "coefficient"))
-def value_and_grad(params: Any, batch: decoder.Batch, *, spec: Any, coefficient: float) -> Any:
+def value_and_grad(params: Any, batch: Batch, *, spec: Any, coefficient: float) -> Any:
     """Gradients of the loss, and (logits, language-model loss, balance loss)."""
 
     def loss(params: Any) -> Any:
-        hidden, stats = decoder.hidden_states(params, spec, batch, dtype=jnp.float32, remat=True)
-        targets = losses.next_token_targets(batch.tokens, batch.segment_ids)
-        nll = losses.linear_cross_entropy(hidden, decoder.output_head(params, spec), targets)
-        language = nll / jnp.sum(targets != losses.IGNORED)
-        balance = losses.pooled_load_balancing_loss(stats)
+        with mock.patch.object(moe, "router_stats", stats_of_highest_logits):
+            hidden, stats = decoder.hidden_states(params, spec, batch, dtype=jnp.float32, remat=True)
+        targets = next_token_targets(batch.tokens, batch.segment_ids)
+        nll = linear_cross_entropy(hidden, decoder.output_head(params, spec), targets)
+        language = nll / jnp.sum(targets != IGNORED)
+        balance = pooled_load_balancing_loss(stats)
         return language + coefficient * balance, (decoder.logits(params, spec, hidden), language, balance)
 
     return jax.grad(loss, has_aux=True)(params)
+
+
+def stats_of_highest_logits(routing: Any, valid: jax.Array | None) -> RouterStats:
+    """`router_stats` with the experts of the K highest raw logits for the load, which transformers' loss counts."""
+    highest = jax.lax.top_k(routing.logits, routing.experts.shape[1])[1]
+    return router_stats(routing._replace(experts=highest), valid)
+
+
+def pooled_load_balancing_loss(stats: RouterStats) -> jax.Array:
+    """The loss that transformers calls ``load_balancing_loss_func``: K when balanced, layers pooled."""
+    tokens = jnp.maximum(stats.tokens.sum(), 1.0)
+    return stats.load.shape[-1] * jnp.sum(stats.load.sum(0) / tokens * stats.probability.sum(0) / tokens)
 
 
 def assert_close(ours: Any, theirs: Any, tolerance: float, what: str) -> None:
@@ -111,9 +128,9 @@ def compare(
 
     mine = from_torch(model)
     tokens = tokens_of(mine.spec.vocab_size)
-    targets = np.asarray(losses.next_token_targets(jnp.asarray(tokens), jnp.asarray(segments)))
+    targets = np.asarray(next_token_targets(jnp.asarray(tokens), jnp.asarray(segments)))
     labels = np.full_like(tokens, -100)  # transformers predicts labels[t + 1] at t
-    labels[:, 1:] = np.where(targets[:, :-1] == losses.IGNORED, -100, targets[:, :-1])
+    labels[:, 1:] = np.where(targets[:, :-1] == IGNORED, -100, targets[:, :-1])
     valid = segments > 0
     documents = None if masked or case.packs else documents_of(segments)
     mask = apart(documents, valid) if masked or documents is not None else None
@@ -138,7 +155,7 @@ def compare(
         )
     )
     coefficient = model.config.get_text_config().router_aux_loss_coef if case.balance else 0.0
-    batch = decoder.Batch(jnp.asarray(tokens), jnp.asarray(positions, jnp.int32), jnp.asarray(segments))
+    batch = Batch(jnp.asarray(tokens), jnp.asarray(positions, jnp.int32), jnp.asarray(segments))
     grads, (logits, language, balance) = value_and_grad(
         mine.pure_params(), batch, spec=mine.spec, coefficient=coefficient
     )

@@ -15,6 +15,7 @@ from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.rules import bind
 from jaxmoe.interop.source import config_source
 from jaxmoe.model import decoder
+from jaxmoe.model.batch import Batch
 from jaxmoe.model.module import MoEModel
 from jaxmoe.params import count, named
 
@@ -42,7 +43,7 @@ def logits_of(params, spec, tokens, segments=None, positions=None):
     """Of (2, T) arrays, by default one document each; one compilation for all tests of a spec."""
     if segments is None:
         segments, positions = np.ones_like(tokens), np.tile(np.arange(parity.LENGTH), (2, 1))
-    batch = decoder.Batch(*(np.asarray(x, np.int32) for x in (tokens, positions, segments)))
+    batch = Batch(*(np.asarray(x, np.int32) for x in (tokens, positions, segments)))
     return np.asarray(logits_of_batch(params, batch, spec=spec))
 
 

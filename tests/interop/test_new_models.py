@@ -10,7 +10,7 @@ from helpers import parity
 import jaxmoe
 from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.source import config_source
-from jaxmoe.model import decoder
+from jaxmoe.model.batch import make_batch
 from jaxmoe.model.module import MoEModel
 from jaxmoe.parallel.sharding import make_mesh, shardings
 from jaxmoe.params import named
@@ -55,7 +55,7 @@ def test_a_mesh_changes_nothing(name):
     tokens = np.random.default_rng(1).integers(3, spec.vocab_size, (8, 20))
     segments = np.ones((8, 20), np.int32)
     segments[:, 13:] = 2
-    batch = decoder.make_batch(jnp.asarray(tokens), None, jnp.asarray(segments))
+    batch = make_batch(jnp.asarray(tokens), None, jnp.asarray(segments))
 
     def run(params):
         grads, (logits, *_) = parity.value_and_grad(params, batch, spec=spec, coefficient=0.01)

@@ -11,6 +11,7 @@ import pytest
 
 from jaxmoe.interop.pretrained import from_config
 from jaxmoe.model import decoder
+from jaxmoe.model.batch import make_batch
 from jaxmoe.model.feed_forward.moe import MoESpec
 from jaxmoe.model.spec import LayerGroup
 from jaxmoe.params import named
@@ -54,9 +55,7 @@ def test_later_tokens_change_nothing_before_them(family):
 
 def test_remat_changes_nothing():
     model = model_of("qwen3_moe")
-    batch = decoder.make_batch(
-        jnp.asarray(np.random.default_rng(2).integers(0, model.spec.vocab_size, (2, 9)))
-    )
+    batch = make_batch(jnp.asarray(np.random.default_rng(2).integers(0, model.spec.vocab_size, (2, 9))))
 
     def loss(params, remat):
         hidden, stats = decoder.hidden_states(params, model.spec, batch, dtype=jnp.float32, remat=remat)
@@ -77,7 +76,7 @@ def test_router_statistics_are_in_layer_order():
     params = model.pure_params()
     ((stacked,),) = params["groups"]
     halves = tuple(jax.tree.map(lambda x, place=place: x[place::2], stacked) for place in range(2))
-    batch = decoder.make_batch(jnp.asarray(np.random.default_rng(3).integers(0, 104, (2, 17))))
+    batch = make_batch(jnp.asarray(np.random.default_rng(3).integers(0, 104, (2, 17))))
     hidden, stats = hidden_states(params, batch, spec=model.spec)
     hidden2, stats2 = hidden_states(params | {"groups": (halves,)}, batch, spec=two)
     np.testing.assert_allclose(hidden, hidden2, atol=1e-5)
@@ -92,7 +91,7 @@ def test_jitter_needs_a_key_and_is_seeded():
     plain, noisy = model_of("mixtral"), model_of("mixtral", router_jitter_noise=0.3)
     assert isinstance(noisy.spec.layers[0].ffn, MoESpec)
     assert noisy.spec.layers[0].ffn.router.jitter == 0.3
-    batch = decoder.make_batch(jnp.asarray(np.random.default_rng(4).integers(0, 104, (2, 9))))
+    batch = make_batch(jnp.asarray(np.random.default_rng(4).integers(0, 104, (2, 9))))
 
     def run(model, key):
         return np.asarray(hidden_states(model.pure_params(), batch, key, spec=model.spec)[0])
@@ -111,7 +110,7 @@ def test_jitter_needs_a_key_and_is_seeded():
 def test_bfloat16_is_close_to_float32():
     model = model_of("qwen3_moe", initializer_range=0.05)
     tokens = jnp.asarray(np.random.default_rng(5).integers(0, 104, (2, 21)))
-    batch = decoder.make_batch(tokens)
+    batch = make_batch(tokens)
     wide, _ = hidden_states(model.pure_params(), batch, spec=model.spec)
     narrow, _ = hidden_states(model.pure_params(), batch, spec=model.spec, dtype=jnp.dtype("bfloat16"))
     assert narrow.dtype == jnp.bfloat16

@@ -11,10 +11,12 @@ from jax.sharding import AxisType, Mesh
 
 from jaxmoe.interop.pretrained import from_config
 from jaxmoe.model import decoder
+from jaxmoe.model.batch import learning_batch
 from jaxmoe.model.feed_forward.router import RouterSpec, route, router_stats
 from jaxmoe.model.head import Head
-from jaxmoe.training import losses
-from jaxmoe.training.step import StepSpec, init_state, make_eval_step, make_train_step
+from jaxmoe.training.cross_entropy import linear_cross_entropy
+from jaxmoe.training.state import init_state
+from jaxmoe.training.step import StepSpec, make_eval_step, make_train_step
 
 
 def products(jaxpr):
@@ -41,12 +43,14 @@ def test_float32_steps_are_float32(family):
         ("data", "fsdp", "expert", "tensor"),
         axis_types=(AxisType.Auto,) * 4,
     )
-    batch = {name: np.ones((2, 3, 11), np.int32) for name in ("tokens", "segment_ids", "positions")}
+    micro = learning_batch(*np.ones((3, 3, 11), np.int32))
+    batch = jax.tree.map(lambda x: np.stack([x, x]), micro)
     with jax.set_mesh(mesh):
-        state = init_state(model.pure_params(), optax.sgd(1.0), model.spec, 0, mesh)
+        state = init_state(
+            model.pure_params(), optax.sgd(1.0), jax.tree.map(lambda _: True, model.spec.declared), 0, mesh
+        )
         step = make_train_step(spec, optax.sgd(1.0), optax.constant_schedule(1.0), None)
         training = list(products(step.trace(state, batch).jaxpr))
-        micro = {name: x[0] for name, x in batch.items()} | {"targets": batch["tokens"][0]}
         evaluation = list(products(make_eval_step(spec).trace(state.params, micro).jaxpr))
     assert len(training) > len(evaluation) > 10
     for dtype, precision in training + evaluation:
@@ -58,7 +62,7 @@ def test_bfloat16_steps_keep_the_device_default_but_for_the_router():
     spec = RouterSpec(num_experts=6, top_k=2, renormalize=True, weight_dtype="float32")
 
     def route_and_count(weight, x):
-        return router_stats(spec, route({"weight": weight}, spec, x), None)
+        return router_stats(route({"weight": weight}, spec, x), None)
 
     traced = jax.make_jaxpr(route_and_count)(jnp.ones((6, 4), jnp.bfloat16), jnp.ones((9, 4), jnp.bfloat16))
     found = list(products(traced.jaxpr))
@@ -66,7 +70,7 @@ def test_bfloat16_steps_keep_the_device_default_but_for_the_router():
     assert all(is_exact(precision) for dtype, precision in found if dtype == "float32")
 
     hidden, head = jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((7, 4))
-    traced = jax.make_jaxpr(losses.linear_cross_entropy)(hidden, Head(head), jnp.ones((2, 3), jnp.int32))
+    traced = jax.make_jaxpr(linear_cross_entropy)(hidden, Head(head), jnp.ones((2, 3), jnp.int32))
     assert [precision for _, precision in products(traced.jaxpr)] == [None]
 
 

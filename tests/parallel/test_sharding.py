@@ -11,10 +11,12 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxmoe import UserError, params
 from jaxmoe.config import OptimizerConfig
 from jaxmoe.interop.pretrained import from_config
+from jaxmoe.model.batch import learning_batch
 from jaxmoe.optim import build_optimizer
 from jaxmoe.parallel import sharding
 from jaxmoe.params import named
-from jaxmoe.training.step import StepSpec, abstract_state, init_state, make_train_step
+from jaxmoe.training.state import abstract_state, init_state
+from jaxmoe.training.step import StepSpec, make_train_step
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -39,7 +41,7 @@ def test_two_letters_on_one_axis_are_refused():
 def test_mesh_must_fit():
     with pytest.raises(UserError, match=r"data=1, fsdp=3, .* needs 3 devices but this run has 8"):
         sharding.make_mesh(fsdp=3)
-    tree = model_params(from_config(families.config_json("mixtral"), "float32").spec)
+    tree = from_config(families.config_json("mixtral"), "float32").spec.declared
     with pytest.raises(UserError, match="E=12 is not divisible by expert=8"):
         sharding.shardings(tree, mesh_of(1, 1, 8, 1))
     # 4 heads of 16: their 64 rows could be cut in eight, a head must not be.
@@ -49,6 +51,17 @@ def test_mesh_must_fit():
 
 
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 2, 1), (1, 1, 1, 4), (1, 2, 2, 2), (2, 1, 2, 2)]
+
+
+def all_of(spec):
+    """Every parameter is trained."""
+    return jax.tree.map(lambda _: True, spec.declared)
+
+
+def micro_batches(tokens, positions, segments):
+    """(count, B, T) each."""
+    parts = [learning_batch(*part) for part in zip(tokens, positions, segments, strict=True)]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
 
 
 def trained(mesh, steps=2, name="muon"):
@@ -67,11 +80,13 @@ def trained(mesh, steps=2, name="muon"):
     positions = np.where(segments == 2, np.arange(21) - 13, np.arange(21)).astype(np.int32)
     with jax.set_mesh(mesh):
         weights = jax.device_put(model.pure_params(), sharding.shardings(spec.declared, mesh))
-        state = init_state(weights, optimizer, spec, 0, mesh)
+        mask = all_of(spec)
+        state = init_state(weights, optimizer, mask, 0, mesh)
         where = jax.tree.map(lambda x: x.sharding, state)
-        assert jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, spec, mesh)) == where
+        planned = abstract_state(optimizer, spec.declared, mask, jnp.float32, mesh)
+        assert jax.tree.map(lambda x: x.sharding, planned) == where
         step = make_train_step(step_spec, optimizer, optax.constant_schedule(0.01), where)
-        batch = {"tokens": tokens, "segment_ids": segments, "positions": positions}
+        batch = micro_batches(tokens, positions, segments)
         for _ in range(steps):
             state, metrics = step(state, jax.device_put(batch, sharding.batch_sharding(mesh, leading=1)))
     return jax.device_get(state.params), jax.device_get(metrics), state
@@ -103,19 +118,15 @@ def test_accumulation_changes_only_rounding():
     tokens = rng.integers(0, 104, (8, 15)).astype(np.int32)
     segments = np.ones_like(tokens)
     segments[:3, 4:] = 0
-    batch = {
-        "tokens": tokens,
-        "segment_ids": segments,
-        "positions": np.tile(np.arange(15, dtype=np.int32), (8, 1)),
-    }
+    batch = learning_batch(tokens, np.tile(np.arange(15, dtype=np.int32), (8, 1)), segments)
     mesh = mesh_of(1, 1, 1, 1)
     results = []
     for count in (1, 2):
         with jax.set_mesh(mesh):
             weights = jax.tree.map(jnp.array, model.pure_params())
-            state = init_state(weights, sgd, model.spec, 0, mesh)
+            state = init_state(weights, sgd, all_of(model.spec), 0, mesh)
             step = make_train_step(spec, sgd, optax.constant_schedule(1.0), None)
-            micro = {name: x.reshape(count, 8 // count, 15) for name, x in batch.items()}
+            micro = jax.tree.map(lambda x, count=count: x.reshape(count, 8 // count, 15), batch)
             state, metrics = step(state, micro)
             results.append((jax.device_get(state.params), float(metrics["loss"]), float(metrics["targets"])))
     assert results[0][2] == results[1][2] == 3 * 3 + 5 * 14
@@ -145,11 +156,10 @@ def test_padded_rows_need_no_mask(monkeypatch):
         spec = StepSpec(model.spec, jnp.dtype("float32"), True, aux_loss=0.01, z_loss=0.02, packed=packed)
         with jax.set_mesh(mesh):
             state = init_state(
-                jax.tree.map(jnp.array, model.pure_params()), optax.sgd(1.0), model.spec, 0, mesh
+                jax.tree.map(jnp.array, model.pure_params()), optax.sgd(1.0), all_of(model.spec), 0, mesh
             )
             step = make_train_step(spec, optax.sgd(1.0), optax.constant_schedule(1.0), None)
-            batch = {"tokens": tokens, "segment_ids": segments, "positions": positions}
-            state, metrics = step(state, batch)
+            state, metrics = step(state, micro_batches(tokens, positions, segments))
         assert {mask is not None for mask in masks} == {packed}
         results.append((jax.device_get(state.params), jax.device_get(metrics)))
     for (name, a), (_, b) in zip(named(results[0]), named(results[1]), strict=True):

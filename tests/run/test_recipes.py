@@ -10,10 +10,10 @@ from jax.sharding import AbstractMesh
 
 from jaxmoe.config import load_config
 from jaxmoe.interop.source import config_source
-from jaxmoe.optim import build_optimizer
+from jaxmoe.kernels.devices import Device
 from jaxmoe.parallel.sharding import MESH_AXES
-from jaxmoe.params import count, roles
-from jaxmoe.training.step import abstract_state
+from jaxmoe.params import count
+from jaxmoe.run.assemble import assemble
 
 RECIPES = sorted(
     (file for file in resources.files("jaxmoe.configs").iterdir() if file.name.endswith(".yaml")),
@@ -21,6 +21,7 @@ RECIPES = sorted(
 )
 HUB_RECIPES = [file for file in RECIPES if not file.name.startswith("quickstart")]
 
+H200 = Device("NVIDIA H200", "gpu", 132, (9, 0), present=False)
 H200_BYTES = 141e9
 DEVICES_PER_NODE = 8
 
@@ -105,11 +106,11 @@ def test_mesh_divides_the_model_and_holds_it(file):
     sizes = config.mesh.model_dump()
     devices = config.mesh.batch_shards * config.mesh.tensor
     assert devices % DEVICES_PER_NODE == 0
-    mesh = AbstractMesh(tuple(sizes[axis] for axis in MESH_AXES), MESH_AXES)
-    optimizer = build_optimizer(config.optimizer, roles(spec.declared), config.train.steps)
-    state = abstract_state(optimizer, spec, mesh)  # a UserError if the mesh does not divide the model
+    mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+    # A UserError if the mesh does not divide the model.
+    state = assemble(config, mesh, H200, config_source(raw)).state
     # Gradients are float32 like the weights; with micro-batches, their sum is held beside those of one.
-    gradients = shard_bytes(state.params) * (1 if config.train.accumulation == 1 else 2)
+    gradients = shard_bytes(state.trainable) * (1 if config.train.accumulation == 1 else 2)
     needed = shard_bytes(state) + gradients
     stated = re.search(r"# State and gradients: (\d+) GB per GPU", file.read_text(encoding="utf-8"))
     assert stated is not None

@@ -30,7 +30,7 @@ from jaxmoe.interop.loading import load_params
 from jaxmoe.interop.source import config_source, open_source
 from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import named
-from jaxmoe.run.model import RunModel
+from jaxmoe.run import model as run_model
 
 
 @pytest.mark.parametrize(
@@ -113,13 +113,15 @@ def test_of_a_run(folders):
     config, stored, _ = made("mxfp4")
     quantize.write(folders.source, config, stored)
     source = open_source(folders.source)
-    model = RunModel(source, jnp.bfloat16)
-    model.export(load_params(source, jnp.float32), folders.export, {}, quantization="source")
+    weights = load_params(source, jnp.float32)
+    run_model.export_model(
+        source, weights, folders.export, dtype=jnp.bfloat16, tokenizer_files={}, quantization="source"
+    )
     assert bytes_of(folders.source) == bytes_of(folders.export)
     sizes = [sum(p.stat().st_size for p in folders.source.glob("*.safetensors")), 0]
     jaxmoe.save_pretrained(jaxmoe.from_pretrained(folders.source), folders.plain)
     sizes[1] = sum(p.stat().st_size for p in folders.plain.glob("*.safetensors"))
-    assert [model._stored_bytes(form) for form in ("source", "none")] == sizes
+    assert [run_model._stored_bytes(source, jnp.bfloat16, form) for form in ("source", "none")] == sizes
 
 
 def test_minimax_m2_as_published(folders):

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.model.mixers import grouped_query as module
-from jaxmoe.model.mixers.grouped_query import AttentionSpec, QKNorm, attention, attention_params, sequence
+from jaxmoe.kernels.devices import Device
+from jaxmoe.kernels.logs import log_once
+from jaxmoe.model.batch import Batch
+from jaxmoe.model.mixers.attend import _implementation
+from jaxmoe.model.mixers.context import make_context
+from jaxmoe.model.mixers.grouped_query import AttentionSpec, QKNorm
 from jaxmoe.model.mixers.rope import RopeSpec
 from jaxmoe.model.norms import NormSpec
 from jaxmoe.parallel.sharding import BATCH_AXES, current_mesh, make_mesh, shardings
@@ -43,7 +47,7 @@ def attend_per_device(q, k, v, *, mask, **options):
 def test_every_device_has_the_keys_of_its_queries(num_heads, num_kv_heads, tensor, options, monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend_per_device)
     spec = AttentionSpec(num_heads, num_kv_heads, 10, RopeSpec(1e4, 10), **options)
-    declared = attention_params(spec, 24)
+    declared = spec.params(24)
     weights = initialize(declared, jax.random.key(0), 0.3, jnp.float32)
     weights = jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), weights)
     x = jax.random.normal(jax.random.key(1), (8, 7, 24))
@@ -51,7 +55,8 @@ def test_every_device_has_the_keys_of_its_queries(num_heads, num_kv_heads, tenso
     segments = jnp.where(positions < 5, 1, 2)
 
     def loss(weights, x):
-        out = attention(weights, spec, x, sequence({spec.rope}, positions, segments, jnp.float32))
+        context = make_context(spec.rotations(), Batch(None, positions, segments), jnp.float32)
+        out = spec.apply(weights, x, context)
         return jnp.sum(jnp.sin(out)), out
 
     compute = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
@@ -84,12 +89,12 @@ HOPPER, BLACKWELL, AMPERE = (9, 0), (10, 0), (8, 0)
         (None, 64, 128, "bfloat16", True, False, "-"),
     ],
 )
-def test_what_is_not_cudnn_says_why(gpu, length, width, dtype, masked, sinks, reason, monkeypatch, caplog):
-    monkeypatch.setattr(module, "_compute_capability", lambda: gpu)
-    module._log_once.cache_clear()
+def test_what_is_not_cudnn_says_why(gpu, length, width, dtype, masked, sinks, reason, caplog):
+    device = Device("a device", "cpu" if gpu is None else "gpu", 132, gpu, present=False)
+    log_once.cache_clear()
     queries = jax.ShapeDtypeStruct((2, length, 3, width), jnp.dtype(dtype))
     with caplog.at_level(logging.WARNING):
-        chosen = [module._implementation(queries, masked, sinks) for _ in range(2)]
+        chosen = [_implementation(queries, masked, sinks, device) for _ in range(2)]
     assert chosen == ["cudnn" if reason is None else "blockwise" if gpu or sinks else "xla"] * 2
     if reason in (None, "-"):
         assert not caplog.records

@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.model.feed_forward.router import RouterSpec, RouterStats, route, router_stats
+from jaxmoe.model.batch import IGNORED, next_token_targets
 from jaxmoe.model.head import Head
 from jaxmoe.parallel.sharding import BATCH_AXES, MESH_AXES
-from jaxmoe.training import losses
+from jaxmoe.training import cross_entropy as module
+from jaxmoe.training.cross_entropy import linear_cross_entropy
 
 B, T, D, V = 3, 11, 5, 17
 
@@ -22,23 +23,23 @@ def inputs():
     rng = np.random.default_rng(0)
     hidden, head = rng.normal(size=(B, T, D)), rng.normal(size=(V, D))
     targets = rng.integers(0, V, (B, T)).astype(np.int32)
-    targets[0, 3:6] = losses.IGNORED
+    targets[0, 3:6] = IGNORED
     return jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32), jnp.asarray(targets)
 
 
 def cross_entropy(hidden, weight, targets):
-    return losses.linear_cross_entropy(hidden, Head(weight), targets)
+    return linear_cross_entropy(hidden, Head(weight), targets)
 
 
 def plain(hidden, head, targets):
     logp = jax.nn.log_softmax(hidden @ head.T, axis=-1)
     picked = jnp.take_along_axis(logp, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
-    return -jnp.sum(jnp.where(targets == losses.IGNORED, 0.0, picked))
+    return -jnp.sum(jnp.where(targets == IGNORED, 0.0, picked))
 
 
 @pytest.mark.parametrize("chunk", [1, 4, T, 3])
 def test_cross_entropy_and_gradients(chunk, monkeypatch):
-    monkeypatch.setattr(losses, "_LOGITS_PER_CHUNK", chunk * B * V)
+    monkeypatch.setattr(module, "_LOGITS_PER_CHUNK", chunk * B * V)
     hidden, head, targets = inputs()
     np.testing.assert_allclose(cross_entropy(hidden, head, targets), plain(hidden, head, targets), rtol=1e-6)
     ours = jax.grad(lambda h, w: 3.0 * cross_entropy(h, w, targets), argnums=(0, 1))(hidden, head)
@@ -61,8 +62,8 @@ def test_cross_entropy_never_holds_all_logits():
     )
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert temporary < 4 * 4 * losses._LOGITS_PER_CHUNK
-    assert 4 * rows * length * vocab >= 2 * 4 * losses._LOGITS_PER_CHUNK, "the case is too small to tell"
+    assert temporary < 4 * 4 * module._LOGITS_PER_CHUNK
+    assert 4 * rows * length * vocab >= 2 * 4 * module._LOGITS_PER_CHUNK, "the case is too small to tell"
 
 
 def mesh_of(*shape):
@@ -72,7 +73,7 @@ def mesh_of(*shape):
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (1, 2, 2, 2)])
 @pytest.mark.parametrize("rows", [8, 3])
 def test_cross_entropy_on_a_mesh(shape, rows, monkeypatch):
-    monkeypatch.setattr(losses, "_LOGITS_PER_CHUNK", 200)  # several chunks on every mesh
+    monkeypatch.setattr(module, "_LOGITS_PER_CHUNK", 200)  # several chunks on every mesh
     length, width, vocab = 11, 24, 40
     rng = np.random.default_rng(7)
     hidden = jnp.asarray(rng.normal(size=(rows, length, width)), jnp.float32)
@@ -97,7 +98,7 @@ def test_cross_entropy_on_a_mesh(shape, rows, monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 8, 1, 1), (1, 2, 2, 2)])
 def test_the_head_travels_once_and_not_per_chunk(shape, monkeypatch):
     rows, length, width, vocab = 8, 32, 128, 512
-    monkeypatch.setattr(losses, "_LOGITS_PER_CHUNK", 4 * vocab)
+    monkeypatch.setattr(module, "_LOGITS_PER_CHUNK", 4 * vocab)
     mesh = mesh_of(*shape)
 
     def arg(shape, dtype, *axes):
@@ -137,47 +138,5 @@ def test_head_gradient_keeps_float32():
 def test_targets_stay_within_documents():
     tokens = jnp.asarray([[5, 6, 7, 8, 9, 0]])
     segments = jnp.asarray([[1, 1, 2, 2, 2, 0]])
-    ignored = losses.IGNORED
-    assert losses.next_token_targets(tokens, segments).tolist() == [[6, ignored, 8, 9, ignored, ignored]]
-    assert losses.next_token_targets(tokens, None).tolist() == [[6, 7, 8, 9, 0, ignored]]
-
-
-def stats_of(load, probability, tokens):
-    load = jnp.asarray(load)
-    return RouterStats(load, load, jnp.asarray(probability), jnp.zeros(len(load)), jnp.asarray(tokens))
-
-
-def test_balance_loss_is_one_when_balanced_and_e_when_collapsed():
-    tokens, top_k = 12.0, 2
-    balanced = stats_of([[tokens * top_k / 4] * 4], [[tokens / 4] * 4], [tokens])
-    assert float(losses.load_balancing_loss(balanced)) == pytest.approx(1.0)
-    assert float(losses.pooled_load_balancing_loss(balanced)) == pytest.approx(top_k)
-    collapsed = stats_of([[tokens, 0.0, 0.0, 0.0]], [[tokens, 0.0, 0.0, 0.0]], [tokens])
-    assert float(losses.load_balancing_loss(collapsed)) == pytest.approx(4.0)
-
-
-def test_imbalances_of_layers_do_not_cancel():
-    a, b = [10.0, 0.0], [0.0, 10.0]
-    stats = stats_of([a, b], [a, b], [10.0, 10.0])
-    assert float(losses.load_balancing_loss(stats)) == pytest.approx(2.0)
-    assert float(losses.pooled_load_balancing_loss(stats)) == pytest.approx(1.0)
-
-
-def test_balance_gradient_reaches_the_router_and_ignores_padding():
-    rng = np.random.default_rng(1)
-    spec = RouterSpec(num_experts=6, top_k=2, renormalize=True, weight_dtype="float32")
-    x = jnp.asarray(rng.normal(size=(9, 4)), jnp.float32)
-    weight = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
-    valid = jnp.arange(9) < 7
-
-    def terms(weight, x):
-        one = router_stats(spec, route({"weight": weight}, spec, x), valid)
-        stats = jax.tree.map(lambda a: a[None], one)
-        return losses.load_balancing_loss(stats) + losses.router_z_loss(stats), one
-
-    grad, one = jax.grad(terms, has_aux=True)(weight, x)
-    assert float(jnp.abs(grad).max()) > 1e-3
-    assert float(one.load.sum()) == 2 * 7
-    assert float(one.tokens) == 7
-    changed, _ = jax.grad(terms, has_aux=True)(weight, x.at[7:].set(100.0))
-    np.testing.assert_array_equal(grad, changed)
+    assert next_token_targets(tokens, segments).tolist() == [[6, IGNORED, 8, 9, IGNORED, IGNORED]]
+    assert next_token_targets(tokens, None).tolist() == [[6, 7, 8, 9, 0, IGNORED]]
