@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from helpers import tiny
 from jaxmoe.cli import main as cli
+from jaxmoe.run import loop
 
 
 def write_workspace(folder: Path) -> Path:
@@ -109,3 +111,18 @@ def refused(config: Path, expected: str, capfd, *overrides: str) -> None:
     assert expected in err
     assert "Traceback" not in out + err
     assert output.exists() == existed, "nothing is left of a run that did not begin"
+
+
+def run_until(config, step: int, monkeypatch) -> None:
+    """Run until a fault ends the run after the computation of `step`; later runs are not disturbed."""
+    report = loop.Trainer._report
+
+    def interrupted(self, number, *rest):
+        if number == step:
+            raise RuntimeError("interrupted")
+        return report(self, number, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Trainer, "_report", interrupted)
+        with pytest.raises(RuntimeError, match="interrupted"):
+            loop.run(config)

@@ -46,9 +46,8 @@ def test_float32_steps_are_float32(family):
     micro = learning_batch(*np.ones((3, 3, 11), np.int32))
     batch = jax.tree.map(lambda x: np.stack([x, x]), micro)
     with jax.set_mesh(mesh):
-        state = init_state(
-            model.pure_params(), optax.sgd(1.0), jax.tree.map(lambda _: True, model.spec.declared), 0, mesh
-        )
+        everything = jax.tree.map(lambda _: True, model.spec.declared)
+        state = init_state(model.pure_params(), optax.sgd(1.0), everything, 0, mesh)
         step = make_train_step(spec, optax.sgd(1.0), optax.constant_schedule(1.0), None)
         training = list(products(step.trace(state, batch).jaxpr))
         evaluation = list(products(make_eval_step(spec).trace(state.params, micro).jaxpr))

@@ -1,5 +1,7 @@
-"""The fused cross-entropy and the balance terms against their plain formulas."""
+"""The fused cross-entropy, and targets' log-probabilities one by one, against their plain formulas."""
 
+import contextlib
+import functools
 import math
 import re
 
@@ -7,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.model.batch import IGNORED, next_token_targets
 from jaxmoe.model.head import Head
-from jaxmoe.parallel.sharding import BATCH_AXES, MESH_AXES
+from jaxmoe.parallel.sharding import BATCH_AXES, make_mesh
+from jaxmoe.params import named
 from jaxmoe.training import cross_entropy as module
 from jaxmoe.training.cross_entropy import linear_cross_entropy
 
@@ -67,7 +70,7 @@ def test_cross_entropy_never_holds_all_logits():
 
 
 def mesh_of(*shape):
-    return Mesh(np.array(jax.devices()).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    return make_mesh(*shape)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (1, 2, 2, 2)])
@@ -140,3 +143,77 @@ def test_targets_stay_within_documents():
     segments = jnp.asarray([[1, 1, 2, 2, 2, 0]])
     assert next_token_targets(tokens, segments).tolist() == [[6, IGNORED, 8, 9, IGNORED, IGNORED]]
     assert next_token_targets(tokens, None).tolist() == [[6, 7, 8, 9, 0, IGNORED]]
+
+
+def plain_logprobs(hidden, weight, targets):
+    logits = jnp.einsum("btd,vd->btv", hidden, weight)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[..., None], axis=-1)
+    return jnp.where(targets == IGNORED, 0.0, picked[..., 0])
+
+
+def larger_inputs():
+    """Of sizes that a mesh divides, but for the rows."""
+    rng = np.random.default_rng(8)
+    hidden, head = rng.normal(size=(3, 11, 24)), rng.normal(size=(40, 24))
+    return *(jnp.asarray(x, jnp.float32) for x in (hidden, head)), jnp.asarray(
+        rng.integers(-1, 40, (3, 11)), jnp.int32
+    )
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 1, 8)])
+def test_log_probabilities_of_targets_one_by_one(monkeypatch, shape):
+    """Also when what is made of them weighs each token by its own probability, as preference losses do."""
+    hidden, head, targets = larger_inputs()
+    monkeypatch.setattr(module, "_LOGITS_PER_CHUNK", 200)
+
+    def loss(logprobs, hidden, weight):
+        found = logprobs(hidden, weight, targets)
+        return jnp.sum(jnp.sin(3 * found) * jnp.arange(found.size).reshape(found.shape)), found
+
+    def ours(hidden, weight, targets):
+        return module.target_logprobs(hidden, Head(weight), targets)
+
+    def both(logprobs):
+        return jax.jit(jax.value_and_grad(functools.partial(loss, logprobs), argnums=(0, 1), has_aux=True))
+
+    want = both(plain_logprobs)(hidden, head)
+    with contextlib.nullcontext() if shape is None else jax.set_mesh(mesh_of(*shape)):
+        got = both(ours)(hidden, head)
+    assert got[0][1].shape == targets.shape
+    for (name, a), (_, b) in zip(named(got), named(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()), rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 1, 2)])
+def test_weights_of_targets(shape):
+    hidden, head, targets = larger_inputs()
+    weights = (
+        jnp.asarray(np.random.default_rng(2).uniform(0, 2, targets.shape), jnp.float32).at[0, 1].set(0.0)
+    )
+
+    def ours(hidden, head):
+        return linear_cross_entropy(hidden, Head(head), targets, weights)
+
+    def plain(hidden, head):
+        return -jnp.sum(weights * plain_logprobs(hidden, head, targets))
+
+    want = jax.value_and_grad(plain, argnums=(0, 1))(hidden, head)
+    with contextlib.nullcontext() if shape is None else jax.set_mesh(mesh_of(*shape)):
+        got = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(hidden, head)
+    for (name, a), (_, b) in zip(named(got), named(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()), rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("function", ["linear_cross_entropy", "target_logprobs"])
+def test_a_frozen_head_costs_no_gradient(function):
+    """Products with the size of the head: logits and hidden's gradient, and one more only where the head learns."""
+    hidden, head, targets = inputs()
+
+    def products(argnums):
+        def loss(hidden, head):
+            return jnp.sum(getattr(module, function)(hidden, Head(head), targets))
+
+        text = str(jax.make_jaxpr(jax.grad(loss, argnums=argnums))(hidden, head))
+        return text.count("dot_general")
+
+    assert products((0, 1)) - products(0) == 1

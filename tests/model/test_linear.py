@@ -1,0 +1,218 @@
+"""One place where a dense weight meets an activation: whatever it is made of, the caller cannot tell."""
+
+import dataclasses
+import functools
+
+import families
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import parity
+
+from jaxmoe.interop.pretrained import from_config
+from jaxmoe.model import decoder
+from jaxmoe.model.batch import learning_batch
+from jaxmoe.model.linear import (
+    BlockScaled,
+    LowRank,
+    dense,
+    linear,
+    linear_gradients,
+    lookup,
+    part,
+    unpacked,
+)
+from jaxmoe.parallel.sharding import make_mesh, shardings
+from jaxmoe.params import named
+from jaxmoe.training.cross_entropy import linear_cross_entropy
+
+OUT, IN, RANK = 12, 7, 3
+
+
+def random(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng((seed, *shape)).standard_normal(shape), jnp.float32)
+
+
+def weights():
+    """One of every kind, (12, 7)."""
+    array = random(OUT, IN)
+    pair = (random(RANK, IN, seed=1), random(OUT, RANK, seed=2))
+    blocks = BlockScaled(
+        jnp.asarray(np.random.default_rng(3).integers(-127, 128, (OUT, IN)), jnp.int8),
+        0.01 + 0.01 * jnp.abs(random(3, 2, seed=4)),
+        (5, 4),
+    )
+    return {
+        "array": array,
+        "low rank": LowRank(array, *pair, 0.7),
+        "blocks": blocks,
+        "low rank beside blocks": LowRank(blocks, *pair, 1.6),
+    }
+
+
+def meaning(weight):
+    """The matrix in float64, by the definitions."""
+    if isinstance(weight, LowRank):
+        return meaning(weight.base) + weight.scale * (np.float64(weight.b) @ np.float64(weight.a))
+    if isinstance(weight, BlockScaled):
+        rows, columns = (np.arange(n) // size for n, size in zip(weight.shape, weight.block, strict=True))
+        return np.float64(weight.codes) * np.float64(weight.scales)[rows[:, None], columns[None]]
+    return np.float64(weight)
+
+
+@pytest.mark.parametrize("kind", weights())
+def test_every_kind_means_one_matrix(kind):
+    weight, x, bias = weights()[kind], random(2, 5, IN, seed=8), random(OUT, seed=9)
+    want = meaning(weight)
+    np.testing.assert_allclose(dense(weight, jnp.float32), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(linear(x, weight, bias), np.float64(x) @ want.T + bias[None, None], atol=2e-5)
+    index = jnp.asarray([[3, 0], [11, 3]])
+    np.testing.assert_allclose(lookup(weight, index, jnp.float32), want[np.asarray(index)], atol=1e-5)
+    np.testing.assert_allclose(dense(unpacked(weight, jnp.float32), jnp.float32), want, rtol=1e-5, atol=1e-5)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([0 * leaf, leaf]), weight)
+    np.testing.assert_allclose(linear(x, part(stacked, 1)), np.float64(x) @ want.T, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["array", "low rank"])
+def test_written_out_gradients_are_those_of_jax(kind):
+    weight, x, dout = weights()[kind], random(2, 5, IN, seed=8), random(2, 5, OUT, seed=9)
+    dx, dweight = linear_gradients(x, weight, dout, jax.tree.map(jnp.zeros_like, weight))
+    want_dx, want = jax.grad(lambda x, weight: jnp.sum(dout * linear(x, weight)), argnums=(0, 1))(x, weight)
+    np.testing.assert_allclose(dx, want_dx, rtol=1e-5, atol=1e-5)
+    for (name, a), (_, b) in zip(named(dweight), named(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_the_sum_of_a_low_rank_weight_is_never_formed():
+    weight, x = weights()["low rank"], random(2, 5, IN, seed=8)
+    traced = jax.make_jaxpr(jax.grad(lambda weight: jnp.sum(linear(x, weight) ** 2), allow_int=True))(weight)
+    shapes = [v.aval.shape for equation in traced.eqns for v in equation.outvars]
+    assert shapes.count((OUT, IN)) == 1, "the base's own gradient, and nothing else of its shape"
+
+
+def model_of(family):
+    return from_config(families.config_json(family), "float32", seed=3)
+
+
+def with_pairs(params, declared):
+    """Every matrix with a low-rank pair beside it, but experts' gate and up share one a, as the kernels have it."""
+
+    def paired(parameter, weight):
+        if parameter.role not in ("matrix", "router", "embedding"):
+            return weight
+        *lead, out, width = weight.shape
+        if parameter.dims.endswith("EGFD"):
+            a = 0.3 * random(*lead[:-1], RANK, width, seed=5)
+        else:
+            a = 0.3 * random(*lead, RANK, width, seed=5)
+        return LowRank(weight, a, 0.3 * random(*lead, out, RANK, seed=6), 0.5)
+
+    return jax.tree.map(paired, declared, params)
+
+
+def summed(weight):
+    """The array that a low-rank weight stands for, also where gate and up share one a."""
+    if not isinstance(weight, LowRank):
+        return weight
+    a = weight.a if weight.a.ndim == weight.b.ndim else weight.a[:, :, None]
+    return weight.base + weight.scale * jnp.einsum("...or,...ri->...oi", weight.b, a)
+
+
+def is_weight(leaf):
+    return isinstance(leaf, LowRank | BlockScaled)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def loss_and_gradients(params, batch, *, spec):
+    def loss(params):
+        hidden, stats = decoder.hidden_states(params, spec, batch, dtype=jnp.float32, remat=True)
+        head = decoder.output_head(params, spec)
+        nll = linear_cross_entropy(hidden, head, batch.targets, batch.weights)
+        return nll + stats.z.sum(), decoder.logits(params, spec, hidden)
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+def batch_for(spec):
+    tokens = np.random.default_rng(4).integers(3, spec.vocab_size, (8, 11)).astype(np.int32)
+    segments = np.ones_like(tokens)
+    segments[:, 7:] = 2
+    positions = np.where(segments == 2, np.arange(11)[None] - 7, np.arange(11)[None]).astype(np.int32)
+    return jax.tree.map(jnp.asarray, learning_batch(tokens, positions, segments))
+
+
+@pytest.mark.parametrize(
+    ("family", "on_mesh"),
+    [("qwen3_moe", False), ("qwen3_moe", True), ("gpt_oss", True), ("gemma4_text", True)],
+)
+def test_a_model_of_low_rank_weights_is_that_of_their_sums(family, on_mesh):
+    """Attention, dense and shared feed-forwards, router, experts, embedding and head, tied or not."""
+    model = model_of(family)
+    spec, batch = model.spec, batch_for(model.spec)
+    params = with_pairs(model.pure_params(), spec.declared)
+    sums = jax.tree.map(summed, params, is_leaf=is_weight)
+    (want, want_logits), want_grads = loss_and_gradients(sums, batch, spec=spec)
+    if on_mesh:
+        mesh = make_mesh(fsdp=2, expert=2, tensor=2)
+        where = shardings(spec.declared, mesh)
+        params = jax.tree.map(
+            lambda place, weight: (
+                dataclasses.replace(weight, base=jax.device_put(weight.base, place))
+                if isinstance(weight, LowRank)
+                else jax.device_put(weight, place)
+            ),
+            where,
+            params,
+        )
+        with jax.set_mesh(mesh):
+            (got, logits), grads = loss_and_gradients(params, batch, spec=spec)
+    else:
+        (got, logits), grads = loss_and_gradients(params, batch, spec=spec)
+    parity.assert_close(logits, want_logits, 3e-5, "logits")
+    parity.assert_close(got, want, 1e-5, "loss")
+    for (name, weight), (_, sum_of), (_, gradient) in zip(
+        named_weights(params), named_weights(want_grads), named_weights(grads), strict=True
+    ):
+        if not isinstance(weight, LowRank):
+            continue
+        # d sum = d base; dB = scale · d sum · Aᵀ; dA = scale · Bᵀ · d sum, over gate and up where they share it.
+        parity.assert_close(gradient.base, sum_of, 2e-4, f"{name}, base")
+        shared = weight.a.ndim < weight.b.ndim
+        a = weight.a[:, :, None] if shared else weight.a
+        db = weight.scale * jnp.einsum("...oi,...ri->...or", sum_of, a)
+        da = weight.scale * jnp.einsum("...or,...oi->...ri", weight.b, sum_of)
+        parity.assert_close(gradient.b, db, 2e-4, f"{name}, b")
+        parity.assert_close(gradient.a, da.sum(2) if shared else da, 2e-4, f"{name}, a")
+
+
+def named_weights(tree):
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_weight)[0]
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
+
+
+def test_a_model_of_quantised_weights_is_that_of_their_arrays():
+    model = model_of("qwen3_moe")
+    spec, batch = model.spec, batch_for(model.spec)
+
+    def quantised(parameter, weight):
+        if parameter.role not in ("matrix", "router", "embedding"):
+            return weight
+        *lead, out, width = weight.shape
+        codes = jnp.clip(jnp.round(weight / 0.01), -127, 127).astype(jnp.int8)
+        scales = 0.01 + 0.002 * jnp.abs(random(*lead, -(-out // 8), -(-width // 6), seed=7))
+        return BlockScaled(codes, scales, (8, 6))
+
+    params = jax.tree.map(quantised, spec.declared, model.pure_params())
+    arrays = jax.tree.map(
+        lambda weight: dense(weight, jnp.float32), params, is_leaf=lambda leaf: isinstance(leaf, BlockScaled)
+    )
+
+    @functools.partial(jax.jit, static_argnames="spec")
+    def logits(params, batch, spec):
+        hidden, _ = decoder.hidden_states(params, spec, batch, dtype=jnp.float32)
+        head = decoder.output_head(params, spec)
+        return decoder.logits(params, spec, hidden), linear_cross_entropy(hidden, head, batch.targets)
+
+    for got, want in zip(logits(params, batch, spec), logits(arrays, batch, spec), strict=True):
+        parity.assert_close(got, want, 1e-5, "logits and loss")
