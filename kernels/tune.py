@@ -75,7 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m jaxmoe.kernels.tune", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxmoe.kernels.tune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     only = parser.add_mutually_exclusive_group()
     only.add_argument(
         "--check", action="store_true", help="only check, and note that the kernels are right here"
