@@ -112,13 +112,8 @@ class _Layer:
     ) -> None:
         if x_RD.dtype not in (jnp.bfloat16, jnp.float16):
             raise NotImplementedError(f"the tensor cores take bfloat16 and float16, x is {x_RD.dtype}")
-        self.backend, self.options, self.x, self.experts, self.weights = (
-            backend,
-            options,
-            x_RD,
-            experts,
-            weights_RK,
-        )
+        self.backend, self.options = backend, options
+        self.x, self.experts, self.weights = x_RD, experts, weights_RK
         self.held, self.parts, self.hidden, self.width = experts.gate_up.shape
         for name, size in (("width", self.width), ("hidden width", self.hidden)):
             if size % SLAB:
