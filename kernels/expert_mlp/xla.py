@@ -135,7 +135,7 @@ def _scaled(b: jax.Array, options: Options) -> jax.Array:
 
 
 def _up_lora(experts: Experts) -> tuple[Any, Any]:
-    """A (E, r, D) and B (E, G*F, r)."""
+    """A (E, r, D) and B (E, f, r)."""
     a, b = experts.lora.gate_up_a, experts.lora.gate_up_b
     return a, None if b is None else b.reshape(b.shape[0], -1, b.shape[-1])
 
