@@ -15,7 +15,7 @@ import jax
 from jaxmoe.kernels.devices import device_at_hand
 from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
 from jaxmoe.kernels.expert_mlp.specs import LAYERS, ExpertLayer, layer_of
-from jaxmoe.kernels.expert_mlp.tuning import check as checks
+from jaxmoe.kernels.expert_mlp.tuning.check import CASES, SMALLEST, Case, WrongResults, check
 from jaxmoe.kernels.expert_mlp.tuning.measured import FOLDER, Measured, measured_on
 from jaxmoe.kernels.expert_mlp.tuning.search import Timer, device_time, launches, tune_launch
 from jaxmoe.kernels.grouped_matmul.specs import ExpertShape
@@ -38,7 +38,7 @@ class Machine:
 
     device: str
     backend: Mosaic
-    cases: Sequence[checks.Case] = checks.CASES
+    cases: Sequence[Case] = CASES
     repeats: int = 3
     timer: Timer = device_time
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.tiles:
         try:
             known = _check(machine, known, folder)
-        except checks.WrongResults as error:
+        except WrongResults as error:
             print(f"error: kernels are wrong on {machine.device}: {error}", file=sys.stderr)
             return 1
     if arguments.check:
@@ -75,7 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m jaxmoe.kernels.tune", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxmoe.kernels.tune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     only = parser.add_mutually_exclusive_group()
     only.add_argument(
         "--check", action="store_true", help="only check, and note that the kernels are right here"
@@ -106,8 +110,8 @@ def _check(machine: Machine, known: Measured, folder: Path | None) -> Measured:
     """Check, and note what came of it, also where kernels that were right are so no longer."""
     others = {version: ratio for version, ratio in known.checked.items() if version != jax.__version__}
     try:
-        worst = checks.check(machine.backend, machine.cases, repeats=machine.repeats, say=_say)
-    except checks.WrongResults:
+        worst = check(machine.backend, machine.cases, repeats=machine.repeats, say=_say)
+    except WrongResults:
         _write(dataclasses.replace(known, checked=others), folder)
         raise
     _say(f"all kernels are right on {machine.device}: largest error over the naive one {worst:.2f}")
@@ -153,7 +157,7 @@ def _rehearsal() -> Machine:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     backend = Mosaic(multiprocessors=2, interpret=InterpretGPUParams())
-    return Machine("rehearsal", backend, checks.SMALLEST, repeats=1, timer=lambda _: 1.0)
+    return Machine("rehearsal", backend, SMALLEST, repeats=1, timer=lambda _: 1.0)
 
 
 def _write(known: Measured, folder: Path | None) -> None:

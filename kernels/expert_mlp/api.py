@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxmoe.kernels.devices import Device, device_at_hand
 from jaxmoe.kernels.expert_mlp import reference, xla
 from jaxmoe.kernels.expert_mlp.activations import Activation
-from jaxmoe.kernels.expert_mlp.contract import Chosen, Grads, Options, OtherDevice
+from jaxmoe.kernels.expert_mlp.contract import Decided, Grads, Options, OtherDevice
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch, make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic import backend as mosaic
 from jaxmoe.kernels.expert_mlp.operands import Experts
@@ -111,14 +111,14 @@ def _forward(
     operands, dispatch = jax.tree.map(lambda leaf: leaf.value, (marked, dispatch), is_leaf=is_primal)
     kept = (operands.x, operands.experts, operands.weights, dispatch)
     name, (out, saved) = _first_forward(options, candidates, *kept, save=True)
-    return out, (Chosen(name, wanted), *kept, saved)
+    return out, (Decided(name, wanted), *kept, saved)
 
 
 def _backward(options: Options, candidates: tuple[str, ...], residuals: Any, dout: jax.Array) -> Any:
     del candidates
-    (chosen, x, experts, weights, dispatch, saved) = residuals
-    backend = _BACKENDS[chosen.backend]
-    grads = backend.backward(options, x, experts, weights, dispatch, saved, dout, chosen.wanted)
+    decided, x, experts, weights, dispatch, saved = residuals
+    backend = _BACKENDS[decided.backend]
+    grads = backend.backward(options, x, experts, weights, dispatch, saved, dout, decided.wanted)
     return grads.x, grads.experts, grads.weights, None
 
 

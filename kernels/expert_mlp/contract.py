@@ -35,7 +35,7 @@ class Grads(NamedTuple):
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Chosen:
+class Decided:
     """Decided in the forward pass, needed in the backward pass: the backend, and which gradients are wanted."""
 
     backend: str

@@ -20,7 +20,7 @@ def forward(
     *,
     save: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The layer's output (R, D), and with `save` the pre-activation (Z, G*F) that `backward` wants."""
+    """The layer's output (R, D), and with `save` the pre-activation (Z, f) that `backward` wants."""
     sizes = dispatch.group_sizes
     pre_Zf = _up(options, to_slots(x_RD, dispatch), experts, dispatch)
     a_ZF = options.activation.value(_parts(options, pre_Zf)).astype(x_RD.dtype)
@@ -108,7 +108,7 @@ def backward(
 
 
 def _up(options: Options, x_ZD: jax.Array, experts: Experts, dispatch: Dispatch) -> jax.Array:
-    """The pre-activation (Z, G*F), parts one after the other."""
+    """The pre-activation (Z, f), parts one after the other."""
     gate_up = experts.gate_up.reshape(experts.gate_up.shape[0], -1, experts.gate_up.shape[-1])
     pre_Zf = _with_lora(options, x_ZD, gate_up, *_up_lora(experts), dispatch.group_sizes)
     if experts.gate_up_bias is not None:
@@ -135,7 +135,7 @@ def _scaled(b: jax.Array, options: Options) -> jax.Array:
 
 
 def _up_lora(experts: Experts) -> tuple[Any, Any]:
-    """A (E, r, D) and B (E, G*F, r)."""
+    """A (E, r, D) and B (E, f, r)."""
     a, b = experts.lora.gate_up_a, experts.lora.gate_up_b
     return a, None if b is None else b.reshape(b.shape[0], -1, b.shape[-1])
 

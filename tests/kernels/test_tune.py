@@ -13,8 +13,7 @@ from jaxmoe.kernels.expert_mlp import xla
 from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
 from jaxmoe.kernels.expert_mlp.mosaic.tiles import GradientLaunch, MatmulLaunch
 from jaxmoe.kernels.expert_mlp.specs import LAYERS, choose_experts, layer_of
-from jaxmoe.kernels.expert_mlp.tuning import check as checks
-from jaxmoe.kernels.expert_mlp.tuning.check import Case, WrongResults, check
+from jaxmoe.kernels.expert_mlp.tuning.check import CASES, LIMIT, Case, WrongResults, check
 from jaxmoe.kernels.expert_mlp.tuning.measured import measured_on
 from jaxmoe.kernels.expert_mlp.tuning.search import launches, search
 
@@ -85,12 +84,11 @@ def test_check_goes_on_after_a_case_that_does_not_run():
 
 
 def test_cases_reach_every_way_through_the_kernels():
-    cases = checks.CASES
-    assert {case.activation.name for case in cases} == {"silu", "gelu_tanh", "swiglu_clamped", "relu2"}
-    outs = {case.activation.parts * case.hidden for case in cases} | {case.width for case in cases}
+    assert {case.activation.name for case in CASES} == {"silu", "gelu_tanh", "swiglu_clamped", "relu2"}
+    outs = {case.activation.parts * case.hidden for case in CASES} | {case.width for case in CASES}
     gradients = [next(GradientLaunch(out, 64).candidates()).out for out in outs]
     assert set(gradients) == {64, 128, 192}
-    assert {case.dtype for case in cases} == {"bfloat16", "float16"}
+    assert {case.dtype for case in CASES} == {"bfloat16", "float16"}
 
 
 def test_search_finds_the_fastest_on_the_way():
@@ -208,7 +206,7 @@ def test_wrong_kernels_are_no_longer_taken_for_right(
 def test_rehearsal(tmp_path: Any, capsys: pytest.CaptureFixture[str]):
     assert tune.main(["--rehearse", "--seconds", "0", "--output", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "rehearsal.json").read_text())
-    assert content["checked"][jax.__version__] < checks.LIMIT
+    assert content["checked"][jax.__version__] < LIMIT
     assert len(content["tiles"]) == 6
     assert "does not run" not in capsys.readouterr().out
 

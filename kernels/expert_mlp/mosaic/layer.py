@@ -15,12 +15,12 @@ import jax.numpy as jnp
 
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch
-from jaxmoe.kernels.expert_mlp.mosaic import tiles as tile_sizes
 from jaxmoe.kernels.expert_mlp.mosaic.epilogues import Activate, ActivationGradient, StoreRows
 from jaxmoe.kernels.expert_mlp.mosaic.gradient import Side, weight_gradient
 from jaxmoe.kernels.expert_mlp.mosaic.matmul import Epilogue, Geometry, Segment, grouped_matmul
 from jaxmoe.kernels.expert_mlp.mosaic.rows import SLAB
 from jaxmoe.kernels.expert_mlp.mosaic.slots import Slots, make_slots, sum_choices
+from jaxmoe.kernels.expert_mlp.mosaic.tiles import GradientLaunch, MatmulLaunch, Measurements, slot_rows
 from jaxmoe.kernels.expert_mlp.operands import Experts, Lora
 
 
@@ -36,7 +36,7 @@ class Mosaic:
 
     multiprocessors: int
     interpret: Any = None
-    tiles: tile_sizes.Measurements = dataclasses.field(default_factory=dict)
+    tiles: Measurements = dataclasses.field(default_factory=dict)
 
     def forward(
         self,
@@ -70,7 +70,7 @@ class Mosaic:
         return _Backward(layer, pre_pf, dout_RD.astype(x_RD.dtype)).grads(wanted)
 
     def matmul(
-        self, launch: tile_sizes.MatmulLaunch, segments: Sequence[Segment], slots: Slots, epilogue: Epilogue
+        self, launch: MatmulLaunch, segments: Sequence[Segment], slots: Slots, epilogue: Epilogue
     ) -> list[jax.Array]:
         """One launch of the grouped matmul."""
         geometry = Geometry(launch.tiles(self.tiles), launch.parts, launch.columns, launch.contract_first)
@@ -84,7 +84,7 @@ class Mosaic:
         )
 
     def gradient(
-        self, launch: tile_sizes.GradientLaunch, out: Side, columns: Side, slots: Slots, tile_rows: int
+        self, launch: GradientLaunch, out: Side, columns: Side, slots: Slots, tile_rows: int
     ) -> jax.Array:
         """One launch of the weight gradient: (E, n, c)."""
         return weight_gradient(
@@ -112,20 +112,15 @@ class _Layer:
     ) -> None:
         if x_RD.dtype not in (jnp.bfloat16, jnp.float16):
             raise NotImplementedError(f"the tensor cores take bfloat16 and float16, x is {x_RD.dtype}")
-        self.backend, self.options, self.x, self.experts, self.weights = (
-            backend,
-            options,
-            x_RD,
-            experts,
-            weights_RK,
-        )
+        self.backend, self.options = backend, options
+        self.x, self.experts, self.weights = x_RD, experts, weights_RK
         self.held, self.parts, self.hidden, self.width = experts.gate_up.shape
         for name, size in (("width", self.width), ("hidden width", self.hidden)):
             if size % SLAB:
                 raise NotImplementedError(f"{name} {size} is no multiple of {SLAB}")
         self.lora = _padded(experts.lora, options.lora_scale)
         simple = self.width % 128 == 0 and self.hidden % 128 == 0 and experts.lora == Lora()
-        self.rows = tile_sizes.slot_rows(dispatch.order.shape[0], self.held) if simple else 128
+        self.rows = slot_rows(dispatch.order.shape[0], self.held) if simple else 128
         self.slots = make_slots(dispatch, weights_RK, self.rows)
 
     @property
@@ -178,7 +173,7 @@ class _Layer:
         contract_first: bool = False,
     ) -> list[jax.Array]:
         """The products of the segments, added up and given to the epilogue."""
-        launch = tile_sizes.MatmulLaunch(
+        launch = MatmulLaunch(
             rows=self.rows,
             columns=size,
             contraction=segments[0].rows.shape[1],
@@ -190,7 +185,7 @@ class _Layer:
 
     def gradient(self, out: Side, columns: Side) -> jax.Array:
         """(E, n, c)."""
-        launch = tile_sizes.GradientLaunch(out.rows.shape[1], columns.rows.shape[1])
+        launch = GradientLaunch(out.rows.shape[1], columns.rows.shape[1])
         return self.backend.gradient(launch, out, columns, self.slots, self.rows)
 
     def column(self, values: jax.Array | float) -> jax.Array:
