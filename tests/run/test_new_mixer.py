@@ -15,13 +15,14 @@ import jaxmoe
 from jaxmoe.config import RunConfig
 from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.pretrained import from_config
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.batch import Batch
 from jaxmoe.model.blocks import Mixer
 from jaxmoe.model.linear import linear
 from jaxmoe.model.mixers.context import make_context
 from jaxmoe.model.spec import group_layers
-from jaxmoe.params import param
+from jaxmoe.params import named, param
 from jaxmoe.run import loop
 
 
@@ -115,7 +116,7 @@ def close(one, other, tolerance):
 def test_it_trains_shards_resumes_and_exports(family, tmp_path, monkeypatch):
     workspace = write_workspace(tmp_path / "work")
     raw = families.config_json("qwen3_moe", initializer_range=0.02)
-    model = jaxmoe.interop.pretrained.from_config(raw, "float32", seed=2)
+    model = from_config(raw, "float32", seed=2)
     (workspace / "model").rename(workspace / "tokenizer")
     jaxmoe.save_pretrained(model, workspace / "model")
     tiny.write_tokenizer(workspace / "model", raw["vocab_size"])
@@ -126,7 +127,7 @@ def test_it_trains_shards_resumes_and_exports(family, tmp_path, monkeypatch):
         assert path.read_bytes() == (tmp_path / "untouched" / path.name).read_bytes(), path.name
 
     def config(name, **changes):
-        changes = {"train__steps": 6, "train__checkpoint_every": 2} | changes
+        changes = {"train__steps": 6, "train__checkpoint_every": 2, "train__micro_batch_size": 8} | changes
         return RunConfig.from_mapping(run_config(workspace, tmp_path / name, mesh={"data": 8}, **changes))
 
     whole = loop.run(config("whole"))
@@ -140,7 +141,5 @@ def test_it_trains_shards_resumes_and_exports(family, tmp_path, monkeypatch):
 
     exported = jaxmoe.from_pretrained(tmp_path / "whole" / "export", "float32").pure_params()
     before = again.pure_params()
-    for (name, new), (_, old) in zip(
-        *(jaxmoe.params.named(tree) for tree in (exported, before)), strict=True
-    ):
+    for (name, new), (_, old) in zip(*(named(tree) for tree in (exported, before)), strict=True):
         assert (np.asarray(new) != np.asarray(old)).any(), f"{name} was not trained"
