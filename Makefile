@@ -33,6 +33,10 @@ test-newest: ## the tests that need no torch, on the newest Python found
 pytest-newest: $(READY_NEWEST)
 	.venv-newest/bin/python -m pytest -n 2 --durations=20
 
+.PHONY: readme
+readme: $(READY_TO_TEST) ## write the README's tables of keys and of supported models anew
+	cd tests && ../.venv/bin/python -m helpers.readme
+
 .PHONY: kernels
 kernels: $(READY_TO_TEST) ## compile the GPU kernels of real models without a GPU, on two Pythons: registers, spills
 	@.ci/compile-kernels .venv/bin/python
