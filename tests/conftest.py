@@ -1,6 +1,7 @@
 """Settings that must stand before jax is imported, and what runs where."""
 
 import gc
+import importlib
 import importlib.util
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 
 CACHE = Path(__file__).parent.parent / ".cache" / f"jax-{sys.version_info.major}.{sys.version_info.minor}"
@@ -38,6 +40,14 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # torch's threads, without the seconds that importing it here costs
 
+
+STRICT = False
+"""Whether axes that jax.numpy would add are errors, and shapes and dtypes of annotations are checked at every call."""
+
+if STRICT:
+    os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # also of the commands that tests start
+    importlib.import_module("helpers.strict")
+    jaxtyping.install_import_hook("jaxmoe", "helpers.strict.checked")
 
 MOST_MAPPINGS = 30_000
 """Of memory in a process: Linux allows 65,530, each compiled function takes some, and XLA crashes without."""
