@@ -6,6 +6,8 @@ import pytest
 
 from jaxmoe.run import meter
 
+pytestmark = pytest.mark.once  # A table of names.
+
 
 @pytest.mark.parametrize(
     ("kind", "tflops"),
