@@ -70,6 +70,14 @@ def few_mappings() -> Iterator[None]:
         gc.collect()
 
 
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """For what a function says of wrong operands itself: where tests are strict, its annotations would come first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 def pytest_report_header() -> str | None:
     return None if HAS_TORCH else WITHOUT_TORCH
 
