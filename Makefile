@@ -32,7 +32,11 @@ test-newest: ## the tests that need no torch, on the newest Python found
 
 .PHONY: pytest-newest
 pytest-newest: $(READY_NEWEST)
-	.venv-newest/bin/python -m pytest -n 2 --durations=20
+	.venv-newest/bin/python -m pytest -n 2 --durations=20 -m "not once"
+
+.PHONY: readme
+readme: $(READY_TO_TEST) ## write the README's tables of keys and of supported models anew
+	cd tests && ../.venv/bin/python -m helpers.readme
 
 .PHONY: kernels
 kernels: $(READY_TO_TEST) ## compile the GPU kernels of real models without a GPU, on two Pythons: registers, spills

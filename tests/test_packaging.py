@@ -3,6 +3,10 @@
 import tomllib
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.once  # Names of files and of packages.
+
 ROOT = Path(__file__).parent.parent
 
 

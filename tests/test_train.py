@@ -2,12 +2,9 @@
 
 import json
 import math
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -253,8 +250,7 @@ def test_a_multimodal_folder_trains_as_a_text_model(workspace, tmp_path):
         optimizer__name="adamw",
         train__eval_every=None,
     )
-    command = [sys.executable, "-m", "jaxmoe.train", str(write_config(tmp_path, config))]
-    subprocess.run(command, check=True, env=os.environ | {"XLA_FLAGS": ""})
+    finish(start(write_config(tmp_path, config)))
     before, after = (
         load_file(folder / "model.safetensors")
         for folder in (tmp_path / "model", tmp_path / "run" / "export")

@@ -1,6 +1,9 @@
 """Shapes of the grouped matmuls that models run, and ways to fill their groups, for tests and benchmarks."""
 
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import resources
 
 import numpy as np
 
@@ -40,15 +43,29 @@ class ExpertShape:
         return GroupedMatmulShape(f"{self.name} down", rows, self.experts, self.d_hidden, self.d_model)
 
 
-# From the config.json of each model.
-MODELS = (
-    ExpertShape("Mixtral-8x7B", d_model=4096, d_hidden=14336, experts=8, top_k=2),
-    ExpertShape("Qwen3-30B-A3B", d_model=2048, d_hidden=768, experts=128, top_k=8),
-    ExpertShape("OLMoE-1B-7B", d_model=2048, d_hidden=1024, experts=64, top_k=8),
-    ExpertShape("DeepSeek-V3", d_model=7168, d_hidden=2048, experts=256, top_k=8),
-    ExpertShape("gpt-oss-20b", d_model=2880, d_hidden=2880, experts=32, top_k=4),
-    ExpertShape("Gemma-4-26B-A4B", d_model=2816, d_hidden=704, experts=128, top_k=8),
-)
+_NAMES = ("Mixtral-8x7B", "Qwen3-30B-A3B", "OLMoE-1B-7B", "DeepSeek-V3", "gpt-oss-20b", "Gemma-4-26B-A4B")
+
+
+def _published(names: Iterable[str]) -> Iterator[ExpertShape]:
+    """The experts of published models.
+
+    Families spell three of the sizes in several ways; the first field that a config has is taken.
+    """
+    text = resources.files("jaxmoe.configs").joinpath("published.json").read_text(encoding="utf-8")
+    models = json.loads(text)
+    for name in names:
+        config = models[name]["config"]
+        first = lambda *fields, config=config: next(config[field] for field in fields if field in config)
+        yield ExpertShape(
+            name,
+            d_model=config["hidden_size"],
+            d_hidden=first("moe_intermediate_size", "intermediate_size"),
+            experts=first("num_experts", "num_local_experts", "n_routed_experts"),
+            top_k=first("num_experts_per_tok", "top_k_experts"),
+        )
+
+
+MODELS = tuple(_published(_NAMES))
 
 # Sized so that a CPU takes milliseconds; the first four differ in what they are bound by.
 CPU_SHAPES = (

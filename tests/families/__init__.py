@@ -14,6 +14,8 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxmoe.configs import published as models
+
 BASE: Mapping[str, Any] = {
     "vocab_size": 104,
     "hidden_size": 40,
@@ -45,6 +47,14 @@ class Preset:
 
     fields: Mapping[str, Any]
     parameters: int
+
+
+def published(name: str) -> Preset:
+    """A model whose sizes are in configs/published.json."""
+    model = models()[name]
+    assert model.parameters is not None
+    beside = ("model_type", "architectures")
+    return Preset({key: value for key, value in model.config.items() if key not in beside}, model.parameters)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-from families import Case, Preset, gemma4_text
+from families import Case, gemma4_text, published
 
 CASE = Case(
     {
@@ -17,5 +17,5 @@ CASE = Case(
     },
     "Gemma4ForConditionalGeneration",
     variants=({"text_config": gemma4_text.VARIANT, "tie_word_embeddings": False},),
-    presets={"Gemma-4-26B-A4B": Preset(gemma4_text.A4B, 25_233_141_760)},
+    presets={"Gemma-4-26B-A4B": published("Gemma-4-26B-A4B")},
 )

@@ -1,4 +1,4 @@
-from families import BASE, Case, Preset
+from families import BASE, Case, published
 
 CONFIG = {
     **BASE,
@@ -34,25 +34,9 @@ VARIANT = {
     "use_bidirectional_attention": "vision",
 }
 
-A4B = {
-    "hidden_size": 2816,
-    "intermediate_size": 2112,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "num_global_key_value_heads": 2,
-    "enable_moe_block": True,
-    "num_experts": 128,
-    "top_k_experts": 8,
-    "moe_intermediate_size": 704,
-    "attention_k_eq_v": True,
-    "hidden_size_per_layer_input": 0,
-    "sliding_window": 1024,
-    "final_logit_softcapping": 30.0,
-}
-
 CASE = Case(
     CONFIG,
     "Gemma4ForCausalLM",
     variants=({**VARIANT, "tie_word_embeddings": False},),
-    presets={"Gemma-4-26B-A4B, text alone": Preset(A4B, 25_233_141_760)},
+    presets={"Gemma-4-26B-A4B, text alone": published("Gemma-4-26B-A4B")},
 )

@@ -1,4 +1,4 @@
-from families import BASE, Case, Preset
+from families import BASE, Case, Preset, published
 
 CASE = Case(
     {
@@ -30,7 +30,7 @@ CASE = Case(
     balance=True,
     presets={
         "gpt-oss-120b": Preset({}, 116_829_156_672),
-        "gpt-oss-20b": Preset({"num_hidden_layers": 24, "num_local_experts": 32}, 20_914_757_184),
+        "gpt-oss-20b": published("gpt-oss-20b"),
     },
     scales={"sinks": 1.0},
     packs=False,

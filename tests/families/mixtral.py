@@ -1,4 +1,4 @@
-from families import BASE, Case, Preset
+from families import BASE, Case, published
 
 CASE = Case(
     {
@@ -12,17 +12,5 @@ CASE = Case(
     "MixtralForCausalLM",
     variants=({"sliding_window": None, "tie_word_embeddings": True},),
     balance=True,
-    presets={
-        "Mixtral-8x7B": Preset({}, 46_702_792_704),
-        "Mixtral-8x22B": Preset(
-            {
-                "hidden_size": 6144,
-                "intermediate_size": 16384,
-                "num_hidden_layers": 56,
-                "num_attention_heads": 48,
-                "vocab_size": 32768,
-            },
-            140_630_071_296,
-        ),
-    },
+    presets={name: published(name) for name in ("Mixtral-8x7B", "Mixtral-8x22B")},
 )

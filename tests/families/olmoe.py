@@ -1,4 +1,4 @@
-from families import BASE, Case, Preset
+from families import BASE, Case, published
 
 CASE = Case(
     {
@@ -14,5 +14,5 @@ CASE = Case(
         {"norm_topk_prob": True, "clip_qkv": None, "attention_bias": True, "tie_word_embeddings": True},
     ),
     balance=True,
-    presets={"OLMoE-1B-7B": Preset({"intermediate_size": 1024}, 6_919_161_856)},
+    presets={"OLMoE-1B-7B": published("OLMoE-1B-7B")},
 )

@@ -1,4 +1,4 @@
-from families import BASE, Case, Preset
+from families import BASE, Case, published
 
 CASE = Case(
     {
@@ -16,21 +16,5 @@ CASE = Case(
         {"norm_topk_prob": False, "attention_bias": True, "mlp_only_layers": [1], "decoder_sparse_step": 1},
     ),
     balance=True,
-    presets={
-        "Qwen3-30B-A3B": Preset(
-            {"num_hidden_layers": 48, "head_dim": 128, "norm_topk_prob": True}, 30_532_122_624
-        ),
-        "Qwen3-235B-A22B": Preset(
-            {
-                "num_hidden_layers": 94,
-                "norm_topk_prob": True,
-                "hidden_size": 4096,
-                "num_attention_heads": 64,
-                "head_dim": 128,
-                "moe_intermediate_size": 1536,
-                "intermediate_size": 12288,
-            },
-            235_093_634_560,
-        ),
-    },
+    presets={name: published(name) for name in ("Qwen3-30B-A3B", "Qwen3-235B-A22B")},
 )

@@ -23,9 +23,7 @@ from jaxmoe.model.mixers.rope import Dynamic, Linear, Llama3, LongRope, RopeSpec
 from jaxmoe.model.norms import NormSpec
 from jaxmoe.model.spec import LayerGroup, LayerSpec, ModelSpec, group_layers
 
-MIXTRAL, QWEN, OLMOE = (
-    published.CONFIGS[name] for name in ("Mixtral-8x7B-v0.1", "Qwen3-30B-A3B", "OLMoE-1B-7B-0924")
-)
+MIXTRAL, QWEN, OLMOE = (published.CONFIGS[name] for name in ("Mixtral-8x7B", "Qwen3-30B-A3B", "OLMoE-1B-7B"))
 
 
 def spec_of(config, *, without=(), **changes):
@@ -58,7 +56,7 @@ def model_spec(rope, attention, router, hidden, *, width, vocab, layers, eps):
 
 
 PUBLISHED_SPECS = {
-    "Mixtral-8x7B-v0.1": model_spec(
+    "Mixtral-8x7B": model_spec(
         RopeSpec(1e6, 128),
         {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128},
         RouterSpec(8, 2, renormalize=True, weight_dtype="float32"),
@@ -68,7 +66,7 @@ PUBLISHED_SPECS = {
         layers=32,
         eps=1e-5,
     ),
-    "Mixtral-8x22B-Instruct-v0.1": model_spec(
+    "Mixtral-8x22B": model_spec(
         RopeSpec(1e6, 128),
         {"num_heads": 48, "num_kv_heads": 8, "head_dim": 128},
         RouterSpec(8, 2, renormalize=True, weight_dtype="float32"),
@@ -98,7 +96,7 @@ PUBLISHED_SPECS = {
         layers=94,
         eps=1e-6,
     ),
-    "Qwen3-Coder-30B-A3B-Instruct": model_spec(
+    "Qwen3-Coder-30B-A3B": model_spec(
         RopeSpec(1e7, 128),
         {"num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "qk_norm": "head"},
         RouterSpec(128, 8, renormalize=True, weight_dtype="model"),
@@ -108,7 +106,7 @@ PUBLISHED_SPECS = {
         layers=48,
         eps=1e-6,
     ),
-    "OLMoE-1B-7B-0924": model_spec(
+    "OLMoE-1B-7B": model_spec(
         RopeSpec(1e4, 128),
         {"num_heads": 16, "num_kv_heads": 16, "head_dim": 128, "qk_norm": "full"},
         RouterSpec(64, 8, renormalize=False, weight_dtype="model"),

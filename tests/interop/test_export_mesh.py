@@ -161,7 +161,11 @@ def test_two_processes_write_one_export(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(PROCESS), address, str(i), tmp_path / "source", tmp_path],

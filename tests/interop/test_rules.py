@@ -12,6 +12,8 @@ from jaxmoe.interop.rules import Binding, Rule, bind
 from jaxmoe.model.spec import LayerGroup
 from jaxmoe.params import Param, count, named
 
+pytestmark = pytest.mark.once  # Names, shapes and indices of numpy arrays.
+
 PUBLISHED = list(published.CONFIGS)
 
 # Configs that between them have every kind of layer, bias, norm and head that the rules know.

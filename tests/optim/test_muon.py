@@ -57,7 +57,7 @@ def test_scale_of_a_wide_matrix():
 
 
 def test_a_stack_equals_a_loop_over_layers_experts_gate_and_up():
-    gradient = normal(3, L, E, G, F, D) * jnp.logspace(-4, 4, E).reshape(E, 1, 1, 1)
+    gradient = normal(3, L, E, G, F, D) * jnp.logspace(-4, 4, E).reshape(1, E, 1, 1, 1)
     update, transform = one_update(gradient), scale_by_muon()
     alone = jax.jit(lambda one: transform.update(one, transform.init(one))[0])
     for index in np.ndindex(L, E, G):

@@ -35,7 +35,9 @@ def test_singular_values_end_in_the_band_and_vectors_stay(coefficients, out, in_
 
 @pytest.mark.parametrize(("out", "in_"), [(10, 28), (28, 10), (16, 16)])
 def test_batched_equals_a_loop_over_matrices(out, in_):
-    x = jax.random.normal(jax.random.key(1), (3, 5, 2, out, in_)) * jnp.logspace(-6, 6, 5).reshape(5, 1, 1, 1)
+    x = jax.random.normal(jax.random.key(1), (3, 5, 2, out, in_)) * jnp.logspace(-6, 6, 5).reshape(
+        1, 5, 1, 1, 1
+    )
     jitted = jax.jit(orthogonalize)
     batched = jitted(x)
     for index in np.ndindex(3, 5, 2):
@@ -109,6 +111,7 @@ def test_shapes_beyond_two_to_the_31_elements():
     assert (y.shape, y.dtype) == (x.shape, x.dtype)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_refuses_vectors_integers_and_unknown_names():
     with pytest.raises(ValueError, match=r"needs \(\.\.\., out, in\), found shape \(7,\)"):
         orthogonalize(jnp.ones(7))

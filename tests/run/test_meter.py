@@ -5,6 +5,8 @@ import pytest
 from jaxmoe.kernels.devices import Device
 from jaxmoe.run import meter
 
+pytestmark = pytest.mark.once  # A table of names.
+
 
 @pytest.mark.parametrize(
     ("kind", "tflops"),

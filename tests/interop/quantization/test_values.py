@@ -14,6 +14,8 @@ from helpers.quantized import (
     view_of,
 )
 
+pytestmark = pytest.mark.once  # Tables of values, and numpy arrays.
+
 
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16, E8M0])
 @pytest.mark.parametrize("shape", [(30, 56), (3, 30, 56), (7, 16), (8, 5)])

@@ -5,6 +5,8 @@ import pytest
 
 from jaxmoe.interop.storage.slices import finer_axes, runs
 
+pytestmark = pytest.mark.once  # Indices of numpy arrays.
+
 
 def test_runs_of_fused_axes():
     for sizes in ((6,), (2, 5), (3, 2, 4)):

@@ -23,7 +23,7 @@ def operands():
 def plain(q, k, v, mask, sinks, window):
     k, v = (jnp.repeat(x, N // M, axis=2) for x in (k, v))
     scores = 0.7 * jnp.einsum("btnh,bsnh->bnts", q, k)
-    age = jnp.arange(T)[:, None] - jnp.arange(T)
+    age = jnp.arange(T)[None, None, :, None] - jnp.arange(T)[None, None, None, :]
     seen = (age >= 0) & (age < (window or T)) & (True if mask is None else mask)
     column = jnp.broadcast_to(sinks[:, None, None], (B, N, T, 1))
     shares = jax.nn.softmax(jnp.concatenate([jnp.where(seen, scores, -1e30), column], axis=-1), axis=-1)
