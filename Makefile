@@ -47,6 +47,10 @@ kernels: $(READY_TO_TEST) ## compile the GPU kernels of real models without a GP
 kernels-newest: $(READY_NEWEST)
 	@.ci/compile-kernels .venv-newest/bin/python
 
+.PHONY: recipes
+recipes: $(READY_TO_TEST) ## compile the training steps of configs/ for GPUs that are not there: memory of each
+	@.ci/compile-recipes .venv/bin/python
+
 .PHONY: lint
 lint: $(READY_TO_TEST) ## ruff: rules and formatting
 	.venv/bin/ruff check .
