@@ -15,7 +15,7 @@ from jaxmoe.interop.storage.format import DTYPES
 from jaxmoe.interop.storage.slices import Box, pieces
 from jaxmoe.model.spec import ModelSpec
 from jaxmoe.parallel.sharding import shardings
-from jaxmoe.params import Param, Tree, dtypes, named
+from jaxmoe.params import Param, Tree, dtypes, is_none, named
 
 _ALIGNMENT = 64
 """Bytes; jax takes a host array so aligned as a CPU buffer without copying it."""
@@ -39,7 +39,7 @@ def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> Tree:
 
     Args:
         source: an open checkpoint.
-        dtype: of the arrays but those kept in float32, or a tree with that of each.
+        dtype: of the arrays but those kept in float32, or a tree with that of each, None for those not wanted.
         mesh: shards them by `jaxmoe.parallel.sharding`; by default they are whole, on the first device.
 
     Raises:
@@ -61,11 +61,14 @@ def read_params(
         if mesh is None
         else shardings(tree, mesh)
     )
-    arrays = []
-    kinds = jax.tree.leaves(dtypes(tree, dtype))
+    arrays: list[jax.Array | None] = []
+    kinds = jax.tree.leaves(dtypes(tree, dtype), is_leaf=is_none)
     for (name, declared), placement, kind in zip(
         named(tree), jax.tree.leaves(placements), kinds, strict=True
     ):
+        if kind is None:
+            arrays.append(None)
+            continue
         shards = LocalShards(declared, placement, np.dtype(kind))
         for part in bindings.of_parameter[name]:
             shards.fill(part, reader)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, first_line
 from jaxmoe.files import why_unusable
 from jaxmoe.interop.config_json import read_config
 from jaxmoe.interop.families import family_of
@@ -127,9 +127,8 @@ def resolve_folder(path_or_hub_id: str | Path) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(str(path_or_hub_id), allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # the hub client's own errors, and those of three network libraries
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path_or_hub_id!r} is no folder here, and could not be downloaded from the hub: {reason}"
+            f"{path_or_hub_id!r} is no folder here, and could not be downloaded from the hub: {first_line(error)}"
         ) from error
 
 

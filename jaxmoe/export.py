@@ -10,6 +10,7 @@ from jaxmoe.config import RunConfig, recorded_config
 from jaxmoe.errors import UserError
 from jaxmoe.files import path_argument
 from jaxmoe.run.checkpoints import Checkpoints
+from jaxmoe.run.folder import RunLayout
 
 
 def main(argv: list[str]) -> None:
@@ -29,33 +30,30 @@ def main(argv: list[str]) -> None:
     )
     options = parser.parse_args(argv)
     run, folder = Path(options.run), Path(options.folder)
-    if not (run / "config.yaml").exists():
-        raise UserError(f"{run}: found no config.yaml, expected the folder of a run")
+    layout = RunLayout(run)
+    if not layout.config.exists():
+        raise UserError(f"{run}: found no {layout.config.name}, expected the folder of a run")
     # Imported only now: a wrong folder is reported without waiting for it.
     from jaxmoe.parallel.sharding import make_mesh
-    from jaxmoe.params import split
     from jaxmoe.run.assemble import assemble
     from jaxmoe.run.data import tokenizer_files
-    from jaxmoe.run.model import export_model, initial_weights, open_model
+    from jaxmoe.run.model import export_model, open_model
     from jaxmoe.training.state import Saved
 
-    config = recorded_config(run).model_copy(update={"output_dir": str(run)})
-    checkpoints = Checkpoints(run / "checkpoints", None)
+    config = recorded_config(layout.config).model_copy(update={"output_dir": str(run)})
+    checkpoints = Checkpoints(layout.checkpoints, None)
     step = checkpoints.latest() if options.step is None else options.step
     if step is None:
         raise UserError(f"{run}: the run has no checkpoint yet")
     try:
         source = open_model(config.model)
-        _check_tokenizer(config)
+        _check_tokenizer(config, layout)
     except UserError as error:
-        raise UserError(f"{error}{_hint(run, config)}") from None
+        raise UserError(f"{error}{_hint(layout, config)}") from None
     # Whatever mesh the run has: the weights alone, spread over the devices that are here.
     usable = math.gcd(jax.device_count(), source.spec.width)
     assembled = assemble(config, make_mesh(fsdp=usable, devices=jax.devices()[:usable]), source=source)
-    state = assembled.state
-    if jax.tree.leaves(state.frozen):
-        weights = initial_weights(assembled.source, assembled.dtypes, assembled.mesh, config.train.seed)
-        state = state._replace(frozen=split(weights, assembled.mask)[1])
+    state = assembled.state._replace(frozen=assembled.frozen_weights())
     unread = jax.tree.map(lambda _: ..., state.saved)
     saved, _ = checkpoints.restore(step, unread._replace(params=state.trainable))
     left_out = export_model(
@@ -73,15 +71,15 @@ def main(argv: list[str]) -> None:
         print(f"left out, weights from before training in other files: {', '.join(left_out)}")
 
 
-def _check_tokenizer(config: RunConfig) -> None:
+def _check_tokenizer(config: RunConfig, layout: RunLayout) -> None:
     """Without this the export would have none."""
     given = config.data.tokenizer
-    path = Path(given) if isinstance(given, str) else Path(config.output_dir, "tokenizer")
+    path = Path(given) if isinstance(given, str) else layout.tokenizer
     if given is not None and not path.exists():
         raise UserError(f"data.tokenizer: found no {path}, which the run used, expected it where it was")
 
 
-def _hint(run: Path, config: RunConfig) -> str:
+def _hint(layout: RunLayout, config: RunConfig) -> str:
     given = {
         "model.path": config.model.path,
         "model.config": config.model.config,
@@ -93,7 +91,7 @@ def _hint(run: Path, config: RunConfig) -> str:
     if not relative:
         return ""
     return (
-        f" ({run}/config.yaml has {' and '.join(relative)}, relative to the folder where the run was started: "
+        f" ({layout.config} has {' and '.join(relative)}, relative to the folder where the run was started: "
         "start this command there as well)"
     )
 

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from jaxmoe.errors import UserError, shortened
 
-PARTIAL = ".partial"
+_PARTIAL = ".partial"
 """Ends the names of files and folders that are not whole yet."""
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -94,21 +94,26 @@ def lock(path: Path, owner: str) -> int:
     return descriptor
 
 
+def partial(path: Path) -> Path:
+    """What a file or folder is called until it is whole."""
+    return path.with_name(path.name + _PARTIAL)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file. After a crash at any moment it has its old content or all of the new one.
 
     Raises:
         UserError: it cannot be written; it has its old content.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    unfinished = partial(path)
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with unfinished.open("w", encoding="utf-8") as file:
             file.write(text)
             sync(file)
-        partial.replace(path)
+        unfinished.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise cannot_write(f"{path}: cannot write", error) from None
 
 

@@ -93,8 +93,11 @@ def stacked(tree: Tree, repeats: int) -> Tree:
 
 
 def dtypes(tree: Tree, dtype: Any) -> Tree:
-    """The dtype of every declared parameter in a model of `dtype`; a tree of dtypes stays as it is."""
-    if jax.tree.structure(dtype) == jax.tree.structure(tree):
+    """The dtype of every declared parameter in a model of `dtype`; a tree of dtypes stays as it is.
+
+    In such a tree None stands for a parameter that is not wanted.
+    """
+    if isinstance(dtype, Mapping):
         return dtype
     return jax.tree.map(lambda p: p.dtype(dtype), tree)
 
@@ -127,9 +130,12 @@ def split(tree: Tree, mask: Tree) -> tuple[Tree, Tree]:
 
 def joined(chosen: Tree, others: Tree) -> Tree:
     """The tree that `split` took apart."""
-    return jax.tree.map(
-        lambda one, other: other if one is None else one, chosen, others, is_leaf=lambda leaf: leaf is None
-    )
+    return jax.tree.map(lambda one, other: other if one is None else one, chosen, others, is_leaf=is_none)
+
+
+def is_none(leaf: Any) -> bool:
+    """For ``is_leaf``, so that jax does not pass over None."""
+    return leaf is None
 
 
 def initialize(tree: Tree, key: jax.Array, std: float, dtype: Any, shardings: Tree | None = None) -> Tree:
@@ -151,10 +157,21 @@ def initialize(tree: Tree, key: jax.Array, std: float, dtype: Any, shardings: Tr
         return jnp.full(declared.shape, 1.0 if declared.init == "ones" else 0.0, dtype)
 
     leaves, structure = jax.tree.flatten(tree)
-    kinds = jax.tree.leaves(dtypes(tree, dtype))
+    kinds = jax.tree.leaves(dtypes(tree, dtype), is_leaf=is_none)
+    if shardings is not None:
+        shardings = jax.tree.unflatten(
+            structure,
+            [
+                None if kind is None else one
+                for kind, one in zip(kinds, jax.tree.leaves(shardings), strict=True)
+            ],
+        )
 
     def draw_all(key: jax.Array) -> Tree:
-        drawn = [draw(key, index, *each) for index, each in enumerate(zip(leaves, kinds, strict=True))]
+        drawn = [
+            None if kind is None else draw(key, index, leaf, kind)
+            for index, (leaf, kind) in enumerate(zip(leaves, kinds, strict=True))
+        ]
         return jax.tree.unflatten(structure, drawn)
 
     return jax.jit(draw_all, out_shardings=shardings)(key)

@@ -132,13 +132,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     return RunConfig.from_mapping(mapping, f"{source} with overrides" if overrides else source)
 
 
-def recorded_config(folder: Path) -> RunConfig:
-    """The configuration that the folder of a run holds, written by this version or an earlier one.
+def recorded_config(file: Path) -> RunConfig:
+    """The configuration that a run wrote into its folder, in this version or an earlier one.
 
     Raises:
         UserError: the file is not there, cannot be read, or is no valid run.
     """
-    file = folder / "config.yaml"
     mapping = read_mapping(file)
     _renamed(mapping)
     mapping.pop("then", None)  # in 0.1.0, the runs that came after this one: no part of it

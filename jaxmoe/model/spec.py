@@ -73,12 +73,13 @@ class LayerSpec:
         tree: dict[str, Any] = {}
         for block in self.blocks:
             tree |= block.params(width)
-        for name, block in (("attention", self.mixer), ("ffn", self.ffn)):
-            if block is None:
-                continue
-            if self.normed_before and not (self.one_norm and block is self.ffn and self.mixer is not None):
+        named = (("attention", self.mixer is not None), ("ffn", self.ffn is not None))
+        present = [name for name, is_there in named if is_there]
+        if self.normed_before:
+            for name in present[:1] if self.one_norm else present:
                 tree |= norm_params(f"{name}_norm", self.norm, width)
-            if self.normed_after:
+        if self.normed_after:
+            for name in present:
                 tree |= norm_params(f"{name}_post_norm", self.norm, width)
         if self.output_scale:
             tree["output_scale"] = param("J", {"J": 1}, role="constant", init="ones")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import jax
 import numpy as np
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ def join() -> None:
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"train.distributed: found no cluster to join ({str(error).splitlines()[0]}): start the command "
+            f"train.distributed: found no cluster to join ({first_line(error)}): start the command "
             "with srun or mpirun, set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or set "
             "train.distributed=false"
         ) from error

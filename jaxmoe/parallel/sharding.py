@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, listed
 from jaxmoe.params import Param, Tree, named
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -114,10 +114,7 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
             if parts % mesh.shape[axis]:
                 problems.append(f"{name}: {what} is not divisible by {axis}={mesh.shape[axis]}")
     if problems:
-        listed = "; ".join(sorted(problems)[:8]) + (
-            f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        )
-        raise UserError(f"mesh does not fit the model: {listed}")
+        raise UserError(f"mesh does not fit the model: {listed(sorted(problems), 8, '; ')}")
     return jax.tree.map(lambda declared: NamedSharding(mesh, partition_spec(declared)), tree)
 
 

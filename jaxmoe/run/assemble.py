@@ -17,8 +17,8 @@ from jaxmoe.model.batch import Batch
 from jaxmoe.model.spec import ModelSpec
 from jaxmoe.optim import build_optimizer, schedule
 from jaxmoe.parallel.sharding import batch_sharding, shardings
-from jaxmoe.params import Tree, roles
-from jaxmoe.run.model import open_model
+from jaxmoe.params import Tree, roles, split
+from jaxmoe.run.model import initial_weights, open_model
 from jaxmoe.training.state import TrainState, abstract_state, init_state, stored_dtypes
 from jaxmoe.training.step import StepSpec, make_eval_step, make_train_step
 
@@ -89,9 +89,20 @@ class Assembled:
         """See `jaxmoe.training.step.make_eval_step`."""
         return make_eval_step(self.step_spec)
 
+    def initial_weights(self) -> Tree:
+        """Those that the run begins with."""
+        return initial_weights(self.source, self.dtypes, self.mesh, self.config.train.seed)
+
     def begin(self, weights: Tree) -> TrainState:
         """The state before the first step."""
         return init_state(weights, self.optimizer, self.mask, self.config.train.seed, self.mesh)
+
+    def frozen_weights(self) -> Tree:
+        """What no checkpoint holds, as it was at the start; nothing else is read."""
+        wanted = split(self.dtypes, self.mask)[1]
+        if not jax.tree.leaves(wanted):
+            return self.state.frozen
+        return initial_weights(self.source, wanted, self.mesh, self.config.train.seed)
 
     def lower(self) -> Any:
         """The training step traced for the devices; ``.compile()`` of it needs their compiler and not them."""

@@ -26,8 +26,9 @@ from jaxmoe.data import (
     vocabulary_size,
 )
 from jaxmoe.errors import UserError
+from jaxmoe.files import cannot_write, partial
 from jaxmoe.parallel import processes
-from jaxmoe.run.folder import holds_run
+from jaxmoe.run.folder import RunLayout
 
 BASELINE_BYTES = 2**24
 """Training text that the byte baselines count."""
@@ -71,35 +72,35 @@ class RunData:
         kept = _kept(self.config)
         if kept.exists():
             return
-        partial = kept.with_name(kept.name + ".partial")
+        unfinished = partial(kept)
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            save_tokenizer(self.tokenizer, partial)
-            partial.rename(kept)  # whole or not there, whenever the process is killed
+            shutil.rmtree(unfinished, ignore_errors=True)
+            save_tokenizer(self.tokenizer, unfinished)
+            unfinished.rename(kept)  # whole or not there, whenever the process is killed
         except OSError as error:
-            raise UserError(f"{kept}: cannot write the tokenizer: {error.strerror}") from error
+            raise cannot_write(f"{kept}: cannot write the tokenizer", error) from error
 
     def training_batches(self) -> Any:
-        """This host's endless training batches; a step takes one: (batch_size / hosts, T)."""
-        hosts = jax.process_count()
-        spec = self._batch_spec(self.config.train.batch_size // hosts)
+        """This process's endless training batches; a step takes one: (batch_size / processes, T)."""
+        count = jax.process_count()
+        spec = self._batch_spec(self.config.train.batch_size // count)
         return training_batches(
-            self.train, self.tokenizer, spec, process_index=jax.process_index(), process_count=hosts
+            self.train, self.tokenizer, spec, process_index=jax.process_index(), process_count=count
         )
 
     @functools.cached_property
     def evaluation(self) -> Evaluation | None:
-        """This host's held-out batches of one micro-batch each."""
+        """This process's held-out batches of one micro-batch each."""
         if self.heldout is None:
             return None
-        hosts = jax.process_count()
+        count = jax.process_count()
         return evaluation_windows(
             self.heldout,
             self.tokenizer,
-            self._batch_spec(self.config.train.rows // hosts),
+            self._batch_spec(self.config.train.rows // count),
             max_tokens=self.config.data.eval_tokens,
             process_index=jax.process_index(),
-            process_count=hosts,
+            process_count=count,
         )
 
     def baselines(self) -> dict[str, float]:
@@ -174,7 +175,9 @@ def _tokenizer(
     """The tokenizer and the folder that it was read from, None if it was just made."""
     given = config.data.tokenizer
     if isinstance(given, TrainTokenizer):
-        if holds_run(Path(config.output_dir)) and _kept(config).exists():  # a run that goes on keeps it
+        if (
+            RunLayout(Path(config.output_dir)).holds_run() and _kept(config).exists()
+        ):  # a run that goes on keeps it
             return load_tokenizer(_kept(config)), _kept(config)
         return train_byte_bpe(documents, given.train_bpe), None
     if given is not None:
@@ -192,4 +195,4 @@ def _folder_of(path: Path) -> Path:
 
 
 def _kept(config: RunConfig) -> Path:
-    return Path(config.output_dir) / "tokenizer"
+    return RunLayout(Path(config.output_dir)).tokenizer

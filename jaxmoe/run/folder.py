@@ -1,12 +1,6 @@
-"""The folder of a run: its configuration, its metrics, and a lock that keeps a second process out.
+"""The folder of a run: what lies where in it, its metrics, and a lock that keeps a second process out."""
 
-config.yaml     the run as resolved
-metrics.jsonl   one JSON object per line
-checkpoints/    see `jaxmoe.run.checkpoints`
-export/         a Hugging Face folder
-.lock           held by the process that writes
-"""
-
+import dataclasses
 import json
 import math
 import os
@@ -22,11 +16,8 @@ import numpy as np
 from jaxmoe import files
 from jaxmoe.config import RunConfig, recorded_config
 from jaxmoe.errors import UserError
-from jaxmoe.files import PARTIAL, cannot_write, sync, write_atomically
+from jaxmoe.files import cannot_write, partial, sync, write_atomically
 from jaxmoe.parallel import processes
-
-_LOCK = ".lock"
-_TOKENIZERS = frozenset({"tokenizer", f"tokenizer{PARTIAL}"})
 
 # What may change between the start of a run and its resumption, because it changes no weight. The folder's
 # own name is not compared either: the folder may have been moved.
@@ -44,17 +35,76 @@ _FREE_KEYS = frozenset(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class RunLayout:
+    """What lies where in the folder of a run. Nobody else knows these names.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The run as resolved, YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """The file of metrics, JSON Lines."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints; see `jaxmoe.run.checkpoints`."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """Folder of the exported model, as Hugging Face's."""
+        return self.path / "export"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of a tokenizer that was made for the run."""
+        return self.path / "tokenizer"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that writes."""
+        return self.path / ".lock"
+
+    def holds_run(self) -> bool:
+        """Whether there is anything that training made; a start that failed leaves nothing of it."""
+        if self.metrics.exists() or self.export.exists():
+            return True
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+
+    def is_failed_start(self) -> bool:
+        """Whether a locked folder holds what this program writes before it trains, and nothing else."""
+        own = {self.lock, self.config, partial(self.config), self.checkpoints, *self.tokenizers}
+        return set(self.path.iterdir()) <= own and not self.holds_run()
+
+    @property
+    def tokenizers(self) -> tuple[Path, Path]:
+        """The tokenizer's folder, and what it is called until it is whole."""
+        return self.tokenizer, partial(self.tokenizer)
+
+
 class RunFolder:
     """An open run folder. Only process 0 touches files, but every process calls every method.
 
     Attributes:
         path: the folder.
+        layout: what lies where in it.
         resumed: whether it held this run already. A start that failed before the first step is none.
     """
 
     def __init__(self, path: Path, *, resumed: bool, lock: int | None) -> None:
         """For `open`. `lock` is the descriptor of the locked file; None for processes that do not write."""
         self.path = path
+        self.layout = RunLayout(path)
         self.resumed = resumed
         self._lock = lock
 
@@ -67,23 +117,8 @@ class RunFolder:
                 written.
         """
         path = Path(config.output_dir)
-        resumed, lock = processes.first(lambda: _claim(path, config))
+        resumed, lock = processes.first(lambda: _claim(RunLayout(path), config))
         return cls(path, resumed=resumed, lock=lock if jax.process_index() == 0 else None)
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def export(self) -> Path:
-        """Folder of the exported model."""
-        return self.path / "export"
-
-    @property
-    def metrics(self) -> Path:
-        """The file of metrics, JSON Lines."""
-        return self.path / "metrics.jsonl"
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one line of metrics, on disk when this returns.
@@ -103,11 +138,11 @@ class RunFolder:
 
     def _write(self, line: str) -> None:
         try:
-            with self.metrics.open("a", encoding="utf-8") as file:
+            with self.layout.metrics.open("a", encoding="utf-8") as file:
                 file.write(line)
                 sync(file)
         except OSError as error:
-            raise cannot_write(f"{self.metrics}: cannot write", error) from None
+            raise cannot_write(f"{self.layout.metrics}: cannot write", error) from None
 
     def truncate_metrics(self, step: int) -> None:
         """Forget what was logged after `step`, and a last line that was cut off in the middle.
@@ -119,17 +154,17 @@ class RunFolder:
 
     def _truncate(self, step: int) -> None:
         try:
-            before = self.metrics.read_bytes()
+            before = self.layout.metrics.read_bytes()
         except FileNotFoundError:
             return
         except OSError as error:
             raise UserError(
-                f"{self.metrics}: cannot read: {error.strerror}; expected the file that this run logs to: "
+                f"{self.layout.metrics}: cannot read: {error.strerror}; expected the file that this run logs to: "
                 "move it away"
             ) from None
         kept = b"".join(line for found, line in self._records(before) if found <= step)
         if kept != before:
-            write_atomically(self.metrics, kept.decode("utf-8"))
+            write_atomically(self.layout.metrics, kept.decode("utf-8"))
 
     def _records(self, content: bytes) -> Iterator[tuple[int, bytes]]:
         """Step and text of every whole record; only the last may lack its line break."""
@@ -141,7 +176,7 @@ class RunFolder:
             except (ValueError, KeyError, TypeError):
                 if number < len(lines):
                     raise UserError(
-                        f"{self.metrics}: line {number} is no record of metrics: delete that line to resume"
+                        f"{self.layout.metrics}: line {number} is no record of metrics: delete that line to resume"
                     ) from None
 
     def close(self) -> None:
@@ -159,63 +194,51 @@ class RunFolder:
         self.close()
 
 
-def holds_run(path: Path) -> bool:
-    """Whether a folder has anything that training made; a start that failed leaves nothing of it."""
-    if any((path / name).exists() for name in ("metrics.jsonl", "export")):
-        return True
-    checkpoints = path / "checkpoints"
-    return checkpoints.is_dir() and any(checkpoints.iterdir())
-
-
-def _claim(path: Path, config: RunConfig) -> tuple[bool, int]:
+def _claim(layout: RunLayout, config: RunConfig) -> tuple[bool, int]:
     """Whether the folder held this run already, and the descriptor of its lock."""
+    path = layout.path
     try:
-        _refuse_foreign(path)
+        _refuse_foreign(layout)
         path.mkdir(parents=True, exist_ok=True)
-        ours = (path / _LOCK).exists()
-        lock = files.lock(path / _LOCK, f"output_dir {path}")
+        ours = layout.lock.exists()
+        lock = files.lock(layout.lock, f"output_dir {path}")
     except OSError as error:
         raise cannot_write(f"output_dir {path}: cannot write there", error) from None
     try:
-        failed_start = ours and _is_failed_start(path)
-        resumed = (path / "config.yaml").exists() and not failed_start
+        failed_start = ours and layout.is_failed_start()
+        resumed = layout.config.exists() and not failed_start
         if resumed:
-            _refuse_other_run(path, config)
+            _refuse_other_run(layout, config)
         elif failed_start:  # the command that follows it is the corrected one
-            for name in _TOKENIZERS:
-                shutil.rmtree(path / name, ignore_errors=True)
+            for folder in layout.tokenizers:
+                shutil.rmtree(folder, ignore_errors=True)
         text = config.to_yaml()
-        if not resumed or (path / "config.yaml").read_text(encoding="utf-8") != text:
-            write_atomically(path / "config.yaml", text)
+        if not resumed or layout.config.read_text(encoding="utf-8") != text:
+            write_atomically(layout.config, text)
     except BaseException:
         os.close(lock)
         raise
     return resumed, lock
 
 
-def _is_failed_start(path: Path) -> bool:
-    """Whether a locked folder holds what this program writes before it trains, and nothing else."""
-    own = {_LOCK, "config.yaml", f"config.yaml{PARTIAL}", "checkpoints"} | _TOKENIZERS
-    return {entry.name for entry in path.iterdir()} <= own and not holds_run(path)
-
-
-def _refuse_foreign(path: Path) -> None:
+def _refuse_foreign(layout: RunLayout) -> None:
+    path = layout.path
     if path.exists() and not path.is_dir():
         raise UserError(f"output_dir {path}: found a file, expected a folder or nothing: choose another name")
-    if not path.exists() or (path / "config.yaml").exists():
+    if not path.exists() or layout.config.exists():
         return
     # A run killed while it began leaves these.
-    own = {_LOCK, f"config.yaml{PARTIAL}"}
-    others = sorted(entry.name for entry in path.iterdir() if entry.name not in own)
+    own = {layout.lock, partial(layout.config)}
+    others = sorted(entry.name for entry in path.iterdir() if entry not in own)
     if others:
         raise UserError(
-            f"output_dir {path}: found a folder with {others[0]!r} in it but no config.yaml, expected an "
+            f"output_dir {path}: found a folder with {others[0]!r} in it but no {layout.config.name}, expected an "
             "empty folder or that of a run: choose another one"
         )
 
 
-def _refuse_other_run(path: Path, config: RunConfig) -> None:
-    there = dict(_flat(recorded_config(path).model_dump(mode="json")))
+def _refuse_other_run(layout: RunLayout, config: RunConfig) -> None:
+    there = dict(_flat(recorded_config(layout.config).model_dump(mode="json")))
     here = dict(_flat(config.model_dump(mode="json")))
     differences = [
         f"{key} is {_shown(there, key)} there and {_shown(here, key)} here"
@@ -223,10 +246,10 @@ def _refuse_other_run(path: Path, config: RunConfig) -> None:
         if there.get(key, ...) != here.get(key, ...)
     ]
     if differences:
-        export = path / "export"
+        export = layout.export
         longer = f"; to train further, start a new run with model.path={export}" if export.exists() else ""
         raise UserError(
-            f"output_dir {path}: holds another run: {'; '.join(differences)}: choose another output_dir, or "
+            f"output_dir {layout.path}: holds another run: {'; '.join(differences)}: choose another output_dir, or "
             f"give the values from there to resume that run{longer}"
         )
 

@@ -15,21 +15,21 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmoe.config import RunConfig
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, listed, shortened
 from jaxmoe.files import why_unusable
 from jaxmoe.interop.source import check_copies
 from jaxmoe.model.batch import Batch, learning_batch
 from jaxmoe.model.sampling import continue_text
 from jaxmoe.parallel import processes
 from jaxmoe.parallel.sharding import batch_sharding, make_mesh
-from jaxmoe.params import Tree, count, named, split
+from jaxmoe.params import Tree, count, named
 from jaxmoe.run.assemble import Assembled, assemble
 from jaxmoe.run.checkpoints import Checkpoints
 from jaxmoe.run.data import RunData, open_data, tokenizer_files
 from jaxmoe.run.display import RunDisplay, show_table
 from jaxmoe.run.folder import RunFolder
 from jaxmoe.run.meter import Meter
-from jaxmoe.run.model import export_model, initial_weights
+from jaxmoe.run.model import export_model
 from jaxmoe.training.balance import router_metrics
 from jaxmoe.training.state import Saved, TrainState
 
@@ -74,7 +74,7 @@ def _check_devices() -> None:
         wanted = os.environ.get("JAX_PLATFORMS")
         if wanted is None:
             raise
-        told = " ".join(str(error).split())[:300] or "no device of that kind was found"
+        told = shortened(" ".join(str(error).split())) or "no device of that kind was found"
         raise UserError(
             f"the environment has JAX_PLATFORMS = {wanted!r} and the installed jax {jax.__version__} cannot use "
             f"it ({told}): unset JAX_PLATFORMS, or for NVIDIA GPUs install jaxmoe[cuda13]"
@@ -112,7 +112,7 @@ class Trainer:
         self.config = assembled.config
         self.folder = folder
         self.data = data
-        self.checkpoints = Checkpoints(folder.checkpoints, self.config.train.keep_checkpoints)
+        self.checkpoints = Checkpoints(folder.layout.checkpoints, self.config.train.keep_checkpoints)
         self._begun = time.perf_counter()
 
     def run(self) -> Result:
@@ -134,14 +134,11 @@ class Trainer:
 
     def _start(self, batches: Any) -> TrainState:
         """The newest checkpoint, or the state before the first step."""
-        assembled, source = self.assembled, self.assembled.source
+        assembled = self.assembled
         latest = self.checkpoints.latest()
         self.folder.truncate_metrics(latest or 0)
-        if latest is None or jax.tree.leaves(assembled.state.frozen):
-            weights = processes.agree(
-                lambda: initial_weights(source, assembled.dtypes, assembled.mesh, self.config.train.seed)
-            )
         if latest is None:
+            weights = processes.agree(assembled.initial_weights)
             self._check_finite(weights)
             return assembled.begin(weights)
         saved, extra = self.checkpoints.restore(latest, assembled.state.saved)
@@ -152,7 +149,7 @@ class Trainer:
                 f"{jax.process_count()}: start it with as many as before, or export it and begin another run"
             )
         processes.agree(lambda: batches.set_state(positions[jax.process_index()]))
-        _, frozen = split(weights, assembled.mask)
+        frozen = processes.agree(assembled.frozen_weights)
         return assembled.state._replace(frozen=frozen).restored(Saved(*saved))
 
     def _check_finite(self, weights: Tree) -> None:
@@ -165,8 +162,8 @@ class Trainer:
         bad = [name for (name, _), finite in found if not finite]
         if bad:
             raise UserError(
-                f"{self.assembled.source.folder or 'model.config'}: found nan or infinity in {', '.join(bad[:5])}"
-                f"{f' and {len(bad) - 5} more parameters' if len(bad) > 5 else ''}, expected finite weights: "
+                f"{self.assembled.source.folder or 'model.config'}: found nan or infinity in {listed(bad, 5)}, "
+                "expected finite weights: "
                 "give a checkpoint without them"
             )
 
@@ -274,7 +271,7 @@ class Trainer:
             rows["held-out bits per byte"] = f"{bits:.4f}"
             rows |= {f"  a {name} model of bytes": f"{value:.4f}" for name, value in baselines.items()}
         if config.train.export:
-            export = self.folder.export
+            export = self.folder.layout.export
             result = dataclasses.replace(result, export=export)
             rows["export"] = str(export)
             left_out = (
@@ -321,9 +318,11 @@ def _last(folder: RunFolder, name: str) -> float:
     """The last logged value of a metric; nan where there is none."""
 
     def find() -> float:
-        if not folder.metrics.exists():
+        if not folder.layout.metrics.exists():
             return math.nan
-        records = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+        records = [
+            json.loads(line) for line in folder.layout.metrics.read_text(encoding="utf-8").splitlines()
+        ]
         return next((float(record[name]) for record in reversed(records) if name in record), math.nan)
 
     return processes.first(find)

@@ -32,7 +32,7 @@ def initial_weights(source: Source, dtypes: Tree, mesh: Mesh, seed: int) -> Tree
 
     Args:
         source: the model.
-        dtypes: of each parameter.
+        dtypes: of each parameter; None for those that are not wanted.
         mesh: that shards them.
         seed: of random ones.
     """

@@ -214,7 +214,8 @@ def _local_logprobs(hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array, *,
     head = _gathered(head, hidden_BTD.dtype, axes)
 
     def one(piece: Any) -> jax.Array:
-        chunk = _chunk(*piece, head, axes)
+        hidden, targets = piece
+        chunk = _chunk(hidden, targets, head, axes)
         return jnp.where(chunk.ignored, 0.0, chunk.target_logit - chunk.lse)
 
     pieces = jax.lax.map(one, _chunks(head, hidden_BTD, targets_BT))

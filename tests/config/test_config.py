@@ -402,7 +402,7 @@ def test_a_folder_of_an_earlier_version_is_read(tmp_path, capsys):
     text = config.to_yaml().replace("you_jiacheng", "quintic")
     for then in ("[]", "\n- output_dir: runs/y"):
         (tmp_path / "config.yaml").write_text(f"{text}then: {then}\n")
-        assert recorded_config(tmp_path) == config
+        assert recorded_config(tmp_path / "config.yaml") == config
     assert capsys.readouterr().err == ""
 
 

@@ -199,10 +199,10 @@ DISAGREEMENTS = """
     folder = RunFolder.open(config)
     told(lambda: RunFolder.open(config).resumed)  # locked by process 0
     folder.append({"step": 1})
-    told(lambda: processes.first(folder.metrics.read_text))  # of process 0 alone
-    folder.metrics.write_text("nonsense\\n{}\\n") if me == 0 else None
+    told(lambda: processes.first(folder.layout.metrics.read_text))  # of process 0 alone
+    folder.layout.metrics.write_text("nonsense\\n{}\\n") if me == 0 else None
     told(lambda: folder.truncate_metrics(1))
-    processes.first(lambda: (folder.metrics.unlink(), folder.metrics.mkdir())[1])
+    processes.first(lambda: (folder.layout.metrics.unlink(), folder.layout.metrics.mkdir())[1])
     told(lambda: folder.append({"step": 2}))
     folder.close()
 

@@ -41,7 +41,7 @@ def config(tmp_path):
 
 
 def lines(folder):
-    return [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    return [json.loads(line) for line in folder.layout.metrics.read_text().splitlines()]
 
 
 def test_a_new_folder_holds_the_configuration_as_resolved(config):
@@ -236,7 +236,7 @@ def test_records_are_valid_json_whatever_the_numbers(config):
                 "none": None,
             }
         )
-        text = folder.metrics.read_text()
+        text = folder.layout.metrics.read_text()
         strict = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
         assert strict == {
             "step": 3,
@@ -259,7 +259,7 @@ def test_records_need_a_step_and_plain_values(config):
             folder.append({"loss": 1.0})
         with pytest.raises(ValueError, match="found object"):
             folder.append({"step": 1, "loss": object()})
-        assert not folder.metrics.exists()
+        assert not folder.layout.metrics.exists()
 
 
 @pytest.mark.parametrize("tail", ["", '{"step": 9, "lo', '{"step": 9}', "\x00\x00", "{}\n"])
@@ -267,7 +267,7 @@ def test_resuming_forgets_later_steps_and_a_half_written_line(config, tail):
     with RunFolder.open(config) as folder:
         for step in (1, 2, 3, 4, 5):
             folder.append({"step": step, "text": "a b"})
-        with folder.metrics.open("a") as file:
+        with folder.layout.metrics.open("a") as file:
             file.write(tail)
         folder.truncate_metrics(3)
         assert [record["step"] for record in lines(folder)] == [1, 2, 3]
@@ -285,8 +285,8 @@ def test_resuming_forgets_later_steps_and_a_half_written_line(config, tail):
 def test_truncating_nothing_is_fine_and_a_record_without_its_line_break_is_whole(config):
     with RunFolder.open(config) as folder:
         folder.truncate_metrics(3)
-        assert not folder.metrics.exists()
-        folder.metrics.write_text('{"step": 1}\n{"step": 2}')  # cut off right before the line break
+        assert not folder.layout.metrics.exists()
+        folder.layout.metrics.write_text('{"step": 1}\n{"step": 2}')  # cut off right before the line break
         folder.truncate_metrics(5)
         folder.append({"step": 3})
         assert [record["step"] for record in lines(folder)] == [1, 2, 3]
@@ -294,7 +294,7 @@ def test_truncating_nothing_is_fine_and_a_record_without_its_line_break_is_whole
 
 def test_metrics_that_are_a_folder(config):
     with RunFolder.open(config) as folder:
-        folder.metrics.mkdir()
+        folder.layout.metrics.mkdir()
         with pytest.raises(
             UserError, match=r"metrics\.jsonl: cannot read: Is a directory; expected the file"
         ):
@@ -303,7 +303,7 @@ def test_metrics_that_are_a_folder(config):
 
 def test_a_damaged_line_in_the_middle_is_named(config):
     with RunFolder.open(config) as folder:
-        folder.metrics.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+        folder.layout.metrics.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
         with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is no record of metrics"):
             folder.truncate_metrics(5)
 

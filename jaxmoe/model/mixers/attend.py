@@ -63,7 +63,7 @@ def _fused(
     *,
     scale: float,
     window: int | None,
-    implementation: str,
+    implementation: Literal["cudnn", "xla"],
     padded: int,
 ) -> jax.Array:
     """jax's attention, with values padded to the width of keys, which is all that it takes."""
