@@ -8,15 +8,11 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from common import print_table, write_results
 
-from jaxmoe.config import OptimizerConfig
-from jaxmoe.interop.source import config_source
-from jaxmoe.optim import build_optimizer, schedule
+from jaxmoe.config import RunConfig
 from jaxmoe.parallel.sharding import make_mesh
-from jaxmoe.params import roles
-from jaxmoe.training.step import StepSpec, abstract_state, make_train_step
+from jaxmoe.run.assemble import assemble
 
 CONFIG = {
     "model_type": "qwen3_moe",
@@ -34,22 +30,22 @@ CONFIG = {
 
 def measure(depth: int, optimizer_name: str) -> dict[str, Any]:
     """Seconds to trace and to compile a step of `depth` layers; nothing is allocated or run."""
-    spec = config_source({**CONFIG, "num_hidden_layers": depth}).spec
-    config = OptimizerConfig(name=optimizer_name, learning_rate=1e-3)
-    optimizer = build_optimizer(config, roles(spec.declared), 100)
-    mesh = make_mesh()
-    with jax.set_mesh(mesh):
-        state = abstract_state(optimizer, spec, mesh)
-        where = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step_spec = StepSpec(spec, jnp.dtype("float32"), remat=True, aux_loss=0.01, z_loss=0.001)
-        step = make_train_step(step_spec, optimizer, schedule(config, 100), where)
-        array = jax.ShapeDtypeStruct((1, 4, 256), jnp.int32)
-        batch = {"tokens": array, "segment_ids": array, "positions": array}
-        start = time.perf_counter()
-        lowered = step.lower(state, batch)
-        traced = time.perf_counter()
-        compiled = lowered.compile()
-        done = time.perf_counter()
+    config = RunConfig.from_mapping(
+        {
+            "model": {"config": {**CONFIG, "num_hidden_layers": depth}, "dtype": "float32"},
+            "data": {"path": "python:stdlib", "sequence_length": 256},
+            "optimizer": {"name": optimizer_name, "learning_rate": 1e-3},
+            "balance": {"aux_loss": 0.01, "z_loss": 0.001},
+            "train": {"steps": 100, "batch_size": 4},
+            "output_dir": "never-made",
+        }
+    )
+    assembled = assemble(config, make_mesh())
+    start = time.perf_counter()
+    lowered = assembled.lower()
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    done = time.perf_counter()
     return {
         "optimizer": optimizer_name,
         "layers": depth,

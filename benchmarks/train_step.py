@@ -21,12 +21,11 @@ import torch
 import transformers
 from common import print_table, write_results
 
-from jaxmoe.config import OptimizerConfig
+from jaxmoe.config import RunConfig
 from jaxmoe.interop.torch_bridge import from_torch
-from jaxmoe.optim import build_optimizer, schedule
+from jaxmoe.model.batch import learning_batch
 from jaxmoe.parallel.sharding import make_mesh
-from jaxmoe.params import roles
-from jaxmoe.training.step import StepSpec, init_state, make_train_step
+from jaxmoe.run.assemble import assemble
 
 SIZES = {
     "quickstart": {
@@ -100,26 +99,26 @@ def torch_step(model: Any, attention: str, experts: str, tokens: np.ndarray) -> 
 def jax_step(model: Any, tokens: np.ndarray) -> Callable[[], float]:
     """The same in jaxmoe."""
     mine = from_torch(model)
-    config = OptimizerConfig(learning_rate=RATE, schedule="constant")
-    optimizer = build_optimizer(config, roles(mine.spec.declared), 1000)
-    mesh = make_mesh()
-    with jax.set_mesh(mesh):
-        state = init_state(jax.tree.map(jnp.array, mine.pure_params()), optimizer, mine.spec, 0, mesh)
-        where = jax.tree.map(lambda leaf: leaf.sharding, state)
-        spec = StepSpec(mine.spec, jnp.dtype("float32"), remat=False, aux_loss=0.0, z_loss=0.0)
-        compiled = make_train_step(spec, optimizer, schedule(config, 1000), where)
+    config = RunConfig.from_mapping(
+        {
+            "model": {"config": dict(mine.source.raw), "dtype": "float32", "remat": False},
+            "data": {"path": "python:stdlib", "sequence_length": LENGTH},
+            "optimizer": {"learning_rate": RATE, "schedule": "constant"},
+            "train": {"steps": 1000, "batch_size": len(tokens)},
+            "output_dir": "never-made",
+        }
+    )
+    assembled = assemble(config, make_mesh(), source=mine.source)
+    with jax.set_mesh(assembled.mesh):
+        state = assembled.begin(jax.tree.map(jnp.array, mine.pure_params()))
     positions = np.tile(np.arange(LENGTH, dtype=np.int32), (len(tokens), 1))
-    batch = {
-        "tokens": tokens.astype(np.int32),
-        "positions": positions,
-        "segment_ids": np.ones_like(positions),
-    }
-    batch = {name: jnp.asarray(array)[None] for name, array in batch.items()}
+    batch = learning_batch(tokens.astype(np.int32), positions, np.ones_like(positions))
+    batch = jax.tree.map(lambda array: jnp.asarray(array)[None], batch)
     box = [state]
 
     def step() -> float:
-        with jax.set_mesh(mesh):
-            box[0], metrics = compiled(box[0], batch)
+        with jax.set_mesh(assembled.mesh):
+            box[0], metrics = assembled.train_step(box[0], batch)
         return float(metrics["loss"])
 
     return step

@@ -35,7 +35,7 @@ def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> Tree:
     """Read the parameters, each process what its own devices hold of them, once.
 
     Tensors are read piece by piece and cast into the arrays that the devices take over. On a CPU these are the
-    devices' memory; for a GPU the host holds its part of one parameter (all layers of it) until it is copied.
+    devices' memory; for a GPU the process holds its part of one parameter (all layers of it) until it is copied.
 
     Args:
         source: an open checkpoint.
@@ -72,7 +72,7 @@ def read_params(
         shards = LocalShards(declared, placement, np.dtype(kind))
         for part in bindings.of_parameter[name]:
             shards.fill(part, reader)
-        # Waiting keeps a host from holding a second parameter while the first is on its way to its devices.
+        # Waiting keeps a process from holding a second parameter while the first is on its way to its devices.
         arrays.append(jax.make_array_from_callback(declared.shape, placement, shards.at).block_until_ready())
     return jax.tree.unflatten(jax.tree.structure(tree), arrays)
 

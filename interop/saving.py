@@ -115,7 +115,7 @@ def export_like_source(
 ) -> list[str]:
     """Write `params` as `source` is laid out.
 
-    On several hosts all must call it; the first one writes.
+    In several processes all must call it; the first one writes.
 
     Args:
         params: the tree of `ModelSpec.declared`.
@@ -264,7 +264,7 @@ class _Tensors:
         self._to_skip = 0
 
     def take_part(self, shards: Sequence[Shard]) -> None:
-        """Run the same device computations as the host that writes, and drop the results."""
+        """Run the same device computations as the process that writes, and drop the results."""
         for info in (info for shard in shards for info in shard.tensors):
             for bits in self._computed(info):
                 if bits is not None:
@@ -272,7 +272,7 @@ class _Tensors:
 
     @contextlib.contextmanager
     def kept_company(self, shards: Sequence[Shard]) -> Iterator[None]:
-        """Where writing `shards` fails, do the rest of `take_part`, which the other hosts are in, before it is told."""
+        """Where writing `shards` fails, do the rest of `take_part`, which other processes are in, before it is told."""
         try:
             yield
         except Exception:
@@ -384,9 +384,9 @@ class _QuantizedTensors(_Tensors):
 
 
 def slice_bits(array: jax.Array, box: Sequence[slice]) -> jax.Array:
-    """The part `box` of a sharded array as unsigned integers, whole on every device, so any host can fetch it.
+    """The part `box` of a sharded array as unsigned integers, whole on every device, so any process can fetch it.
 
-    Memory and traffic are in proportion to the part. On several hosts all must call it.
+    Memory and traffic are in proportion to the part. In several processes all must call it.
 
     Raises:
         TypeError: the array is on several devices without a `NamedSharding`.

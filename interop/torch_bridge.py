@@ -1,5 +1,6 @@
 """From transformers' torch models in memory. The only module that needs torch (extra ``torch``)."""
 
+import json
 from typing import Any
 
 import ml_dtypes
@@ -61,4 +62,4 @@ def params_from_tensors(model: Any, tensors: dict[str, torch.Tensor], dtype: Any
 
 def _config_json(model: Any) -> dict[str, Any]:
     """What transformers would write as config.json."""
-    return model.config.to_dict()
+    return json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}

@@ -20,7 +20,7 @@ from pydantic import (
 from jaxmoe.files import why_unusable
 
 MAX_TOKENS_PER_STEP = 2**28
-"""A batch of so many tokens takes each host some gigabytes."""
+"""A batch of so many tokens takes each process some gigabytes."""
 
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
@@ -214,6 +214,11 @@ class OptimizerConfig(Section):
     )
     coefficients: Literal["you_jiacheng", "jordan", "polar_express"] = Field(
         default="you_jiacheng", description="Muon: polynomials of the Newton-Schulz iteration."
+    )
+    freeze_idle: bool = Field(
+        default=False,
+        description="Muon: a matrix whose gradient is exactly zero, such as that of an expert that got no token, stays "
+        "where it is in that step. Otherwise its old momentum moves it at full size.",
     )
     router: Literal["muon", "adamw"] = Field(
         default="muon", description="Muon: the optimiser of router matrices."

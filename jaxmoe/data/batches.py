@@ -1,4 +1,4 @@
-"""Training batches: documents shuffled, sharded by host, tokenized, packed into rows, and resumable.
+"""Training batches: documents shuffled, sharded by process, tokenized, packed into rows, and resumable.
 
 The state of an iterator is a position in the pipeline, not a count of batches: restoring it reads again only
 the documents of the shuffle window (``_WINDOW_TOKENS``) that was open, wherever in the run that was.
@@ -26,11 +26,11 @@ _BATCHES_AHEAD = 2
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """The shape and content of the batches of one host.
+    """The shape and content of the batches of one process.
 
     Attributes:
         sequence_length: T, tokens in a row.
-        batch_size: B, rows of this host in a batch.
+        batch_size: B, rows of this process in a batch.
         packing: True fills every row with documents one after the other and cuts where a row ends, so that
             nothing is padded and nothing is lost; False gives each document a row, cut or padded to T.
         seed: of the shuffling, from 0 to 2^32 - 1.
@@ -63,24 +63,24 @@ def training_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Endless batches of this host: dict of int32 (B, T) ``tokens``, ``segment_ids`` and ``positions``.
+    """Endless batches of this process: dict of int32 (B, T) ``tokens``, ``segment_ids`` and ``positions``.
 
     Segments number the pieces of documents in a row from 1, 0 is padding (token 0); positions count from 0 in
-    each segment. Every epoch is shuffled anew, and in it every document goes to exactly one host. The rows of
+    each segment. Every epoch is shuffled anew, and in it every document goes to exactly one process. The rows of
     a packed epoch are shuffled once more within a window of at most about a quarter of a million tokens and
     never more than the epoch.
 
-    ``get_state()`` returns a small JSON-able dict, the host's own, and ``set_state`` of it continues with the
+    ``get_state()`` returns a small JSON-able dict, the process's own, and ``set_state`` of it continues with the
     same batches bit for bit, in a new process too. ``batch_size`` may differ then; what else decides the
     order must not.
 
     Raises:
-        UserError: fewer documents than hosts; a document without any token (when it is read); in
+        UserError: fewer documents than processes; a document without any token (when it is read); in
             ``set_state``, a state of other data or another spec.
     """
     if len(documents) < process_count:
         raise UserError(
-            f"{len(documents)} documents for {process_count} hosts; expected at least one per host"
+            f"{len(documents)} documents for {process_count} processes; expected at least one per process"
         )
     # Not spec.seed itself: grain adds the epoch to it, so that seed 1 would repeat the epochs of seed 0.
     shuffle_seed, window_seed = (int(s) >> 1 for s in np.random.SeedSequence(spec.seed).generate_state(2))

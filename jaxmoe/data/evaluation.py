@@ -27,14 +27,14 @@ class _Window:
 class Evaluation:
     """Held-out batches and the totals that turn their loss into bits per byte.
 
-    With the loss in nats summed over all targets of all hosts, bits per byte is
+    With the loss in nats summed over all targets of all processes, bits per byte is
     loss / (ln 2 · ``num_bytes``).
 
     Attributes:
-        batches: this host's batches, to be iterated any number of times; ``len`` gives how many.
+        batches: this process's batches, to be iterated any number of times; ``len`` gives how many.
         num_documents: documents covered: the first of those given.
-        num_bytes: UTF-8 bytes of those documents, over all hosts.
-        num_targets: tokens predicted, over all hosts.
+        num_bytes: UTF-8 bytes of those documents, over all processes.
+        num_targets: tokens predicted, over all processes.
     """
 
     batches: "EvaluationBatches"
@@ -88,10 +88,10 @@ def evaluation_windows(
     The first token of a document is predicted from the tokenizer's BOS, else ``spec.context``, else
     ``spec.eos``; with none of them it is not predicted. A document longer than T is cut into windows that
     share one token: the last target of one is the first input of the next. Windows share rows, first fit,
-    as segments of their own. Documents keep their order and every host has equally many batches, the last
+    as segments of their own. Documents keep their order and every process has equally many batches, the last
     ones filled with padding (segment 0). ``spec.seed`` and ``spec.packing`` play no part.
 
-    All hosts tokenize all the documents, and keep 4 bytes per token.
+    All processes tokenize all the documents, and keep 4 bytes per token.
 
     Args:
         max_tokens: stop after the document that brings the number of targets to this; None takes all.

@@ -91,6 +91,7 @@ def build_optimizer(config: OptimizerConfig, roles: Any, total_steps: int) -> op
             scale=config.scale,
             coefficients=config.coefficients,
             weight_decay=config.weight_decay,
+            freeze_idle=config.freeze_idle,
         )
     labels = lambda params: _labels(config, roles, params)
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,6 @@ def muon(
     scale: Scale = "rms",
     coefficients: Coefficients = "you_jiacheng",
     weight_decay: float = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
     freeze_idle: bool = False,
 ) -> optax.GradientTransformation:
     """Muon with decoupled weight decay: ``W ← W − lr·(scale·orthogonalised + weight_decay·W)``.
@@ -127,7 +126,6 @@ def muon(
         learning_rate: a number, or a schedule from the step (first step: 0) to a number.
         momentum, nesterov, scale, coefficients, freeze_idle: see `scale_by_muon`.
         weight_decay: fraction of a weight that is removed per unit of learning rate.
-        mask: a tree of booleans, or a function from parameters to one: which leaves decay. None: all.
 
     Returns:
         A transformation whose `update` needs the parameters when `weight_decay` is not zero.
@@ -141,7 +139,7 @@ def muon(
     )
     return optax.chain(
         direction,
-        optax.add_decayed_weights(weight_decay, mask) if weight_decay else optax.identity(),
+        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 class RunDisplay:
-    """Shows a run's progress on stderr; silent on all hosts but the first."""
+    """Shows a run's progress on stderr; silent in all processes but the first."""
 
     def __init__(self, steps: int, done: int, quiet: bool) -> None:
         # No markup: paths and generated text may hold anything in brackets.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from rich.filesize import decimal
 
 from jaxmoe.config import RunConfig
 from jaxmoe.errors import UserError, listed, shortened
@@ -88,8 +89,8 @@ def _open(config: RunConfig) -> tuple[Assembled, RunData]:
     mesh = make_mesh(**config.mesh.model_dump())
     if jax.local_device_count() % config.mesh.tensor:
         raise UserError(
-            f"mesh.tensor = {config.mesh.tensor} does not divide the {jax.local_device_count()} devices of a host: "
-            "tensor parallelism must stay within a host"
+            f"mesh.tensor = {config.mesh.tensor} does not divide the {jax.local_device_count()} devices of a process: "
+            "tensor parallelism must stay within a process"
         )
     assembled = assemble(config, mesh)
     origin = assembled.source.folder
@@ -303,15 +304,22 @@ class Trainer:
         return result
 
     def _headline(self, done: int, meter: Meter) -> str:
-        spec = self.assembled.spec
-        trained = sum(leaf.size for leaf in jax.tree.leaves(self.assembled.state.trainable))
+        spec, state = self.assembled.spec, self.assembled.state
+        trained = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
         of_these = "" if trained == count(spec.declared) else f" ({trained:,} trained)"
+        held = {"weights": state.params, "optimiser": state.opt_state}
+        memory = ", ".join(f"{decimal(_bytes(tree))} of {name}" for name, tree in held.items())
         return (
             f"{self.folder.path}: {f'resuming after step {done}' if done else 'starting'}, "
-            f"{len(spec.layers)} layers, {count(spec.declared):,} parameters{of_these}, "
+            f"{len(spec.layers)} layers, {count(spec.declared):,} parameters{of_these}, {memory}, "
             f"{len(self.data.train):,} documents; MFU against {meter.peak / 1e12:.4g} TFLOP/s per device "
             f"({meter.peak_origin})"
         )
+
+
+def _bytes(tree: Tree) -> int:
+    """Over all devices, copies not counted."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _last(folder: RunFolder, name: str) -> float:

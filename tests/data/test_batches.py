@@ -210,7 +210,7 @@ def test_hosts_share_each_epoch_out(documents, tokenizer):
 
 
 def test_batch_mistakes(documents, tokenizer, write_jsonl):
-    with pytest.raises(UserError, match="19 documents for 20 hosts"):
+    with pytest.raises(UserError, match="19 documents for 20 processes"):
         training_batches(documents, tokenizer, BatchSpec(8, 2), process_count=20)
     mistakes: list[dict[str, Any]] = [
         {"sequence_length": 1},

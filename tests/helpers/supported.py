@@ -1,5 +1,6 @@
 """The table of supported models in the README: from the specs of published models, and what the tests prove of them."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,6 @@ from transformers import AutoConfig
 from jaxmoe.interop import families as package
 from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.source import config_source
-from jaxmoe.model.feed_forward.moe import DenseMoESpec, MoESpec
-from jaxmoe.model.feed_forward.router import RouterSpec
-from jaxmoe.model.mixers.grouped_query import AttentionSpec
-from jaxmoe.model.mixers.rope import RopeSpec
 from jaxmoe.model.spec import ModelSpec
 from jaxmoe.params import count
 
@@ -42,7 +39,15 @@ def lines_of(model_type: str) -> int:
 
 def table() -> str:
     """Markdown."""
-    head = ("model_type", "published sizes checked", "attention", "experts", "layers", "compared", "lines")
+    head = (
+        "model_type",
+        "published sizes checked",
+        "token mixer",
+        "feed-forward",
+        "layers",
+        "compared",
+        "lines",
+    )
     rows = [head, ("---",) * len(head), *(_row(name) for name in FAMILIES)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -59,9 +64,9 @@ def _row(model_type: str) -> tuple[str, ...]:
     return (
         f"`{model_type}`",
         ", ".join(sizes),
-        _joined(text for spec in specs for text in _attention_of(spec)),
-        _joined(text for spec in specs for text in _experts_of(spec)),
-        _joined(text for spec in specs for text in _layers_of(spec)),
+        _joined(text for spec in specs for text in _mixers(spec)),
+        _joined(text for spec in specs for text in _feed_forwards(spec)),
+        _joined(text for spec in specs for text in _layers(spec)),
         f"{configs} configs{balance}" if configs > 1 else f"1 config{balance}",
         str(lines_of(model_type)),
     )
@@ -72,92 +77,13 @@ def _joined(texts: Iterator[str]) -> str:
     return ", ".join(dict.fromkeys(texts)) or "plain"
 
 
-def _attention_of(spec: ModelSpec) -> Iterator[str]:
-    for layer in spec.layers:
-        yield from _attention(layer.mixer)
+def _mixers(spec: ModelSpec) -> Iterator[str]:
+    return (trait for layer in spec.layers if layer.mixer is not None for trait in layer.mixer.traits())
 
 
-def _attention(mixer: AttentionSpec) -> Iterator[str]:
-    if mixer.qk_norm is not None:
-        where = " after rope" if mixer.qk_norm.after_rope else ""
-        yield f"q/k norm per head{where}" if mixer.qk_norm.over == "head" else f"q/k norm in full{where}"
-        if mixer.qk_norm.values:
-            yield "value norm"
-    told = {
-        "biases": mixer.bias or mixer.output_bias,
-        "windows": mixer.window is not None,
-        "clipped": mixer.clip_qkv is not None,
-        "sinks": mixer.sinks,
-        "gate": mixer.gated,
-        "values from keys": mixer.values_from_keys,
-        "narrower values": mixer.width_of_value != mixer.head_dim,
-        "scaled values": mixer.value_scale != 1.0,
-        "own score scale": mixer.scale is not None,
-        "no rope in some layers": mixer.rope is None,
-    }
-    yield from (text for text, holds in told.items() if holds)
-    if mixer.rope is not None:
-        yield from _rope(mixer.rope, mixer.head_dim)
+def _feed_forwards(spec: ModelSpec) -> Iterator[str]:
+    return (trait for layer in spec.layers if layer.ffn is not None for trait in layer.ffn.traits())
 
 
-def _rope(rope: RopeSpec, width: int) -> Iterator[str]:
-    if rope.rotary_dim != width:
-        yield "partial rope"
-    if rope.interleaved:
-        yield "interleaved rope"
-    if rope.scaling is not None:
-        yield f"{type(rope.scaling).__name__.lower()} rope"
-
-
-def _experts_of(spec: ModelSpec) -> Iterator[str]:
-    for layer in spec.layers:
-        if layer.moe is not None:
-            yield from _experts(layer.moe)
-
-
-def _experts(moe: MoESpec) -> Iterator[str]:
-    yield f"top {moe.router.top_k} of {moe.router.num_experts}"
-    yield from _router(moe.router)
-    if moe.activation.name != "silu":
-        yield moe.activation.name
-    if moe.bias:
-        yield "biases"
-    if moe.shared is not None:
-        yield "gated shared expert" if moe.shared.gated else "shared expert"
-
-
-def _router(router: RouterSpec) -> Iterator[str]:
-    yield "softmax of the chosen" if router.score == "logits" else router.score
-    told = {
-        "renormalised": router.renormalize,
-        "bias": router.bias,
-        "correction bias": router.correction != "none",
-        "groups": router.groups is not None and router.groups.count > 1,
-        "scaled weights": router.scale != 1.0,
-        "scale per expert": router.expert_scale,
-        "normed input": router.input_scale is not None,
-    }
-    yield from (text for text, holds in told.items() if holds)
-
-
-def _layers_of(spec: ModelSpec) -> Iterator[str]:
-    for layer in spec.layers:
-        told = {
-            "dense layers": layer.moe is None,
-            "dense beside experts": isinstance(layer.ffn, DenseMoESpec),
-            "norms after": layer.placement == "post",
-            "norms before and after": layer.placement == "sandwich",
-            "attention beside feed-forward": layer.placement == "parallel",
-            "scaled residuals": layer.residual_scale != 1.0,
-            "layer scale": layer.output_scale,
-            "LayerNorm": layer.norm.kind == "layer",
-        }
-        yield from (text for text, holds in told.items() if holds)
-    told = {
-        "tied": spec.tie_embeddings,
-        "scaled embedding": spec.embedding_scale != 1.0,
-        "scaled logits": spec.logit_scale != 1.0,
-        "logit softcap": spec.logit_softcap is not None,
-        "head bias": spec.head_bias,
-    }
-    yield from (text for text, holds in told.items() if holds)
+def _layers(spec: ModelSpec) -> Iterator[str]:
+    return itertools.chain((trait for layer in spec.layers for trait in layer.traits()), spec.traits())

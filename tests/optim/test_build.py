@@ -161,3 +161,57 @@ def test_the_optimiser_follows_the_schedule():
     for step in range(6):
         update, state = optimizer.update(gradients, state, params)
         np.testing.assert_allclose(update["embedding"], -rate(step), rtol=1e-3)
+
+
+def test_filters_decay_and_rates_do_not():
+    """What is neither matrix nor vector goes to AdamW, whatever the optimiser of matrices."""
+    roles = {"filter": "convolution", "rate": "decay", "matrix": "matrix"}
+    keys = jax.random.split(jax.random.key(3), 6)
+    shapes = {"filter": (E, 4), "rate": (E,), "matrix": (F, D)}
+    params, gradients = (
+        {
+            name: jax.random.normal(key, shape)
+            for key, (name, shape) in zip(keys[i::2], shapes.items(), strict=True)
+        }
+        for i in range(2)
+    )
+    optimizer = build_optimizer(config(name="muon", weight_decay=0.2), roles, 10)
+    update, _ = optimizer.update(gradients, optimizer.init(params), params)
+    moves_by_adam(update["filter"], gradients["filter"], 0.2, params["filter"])
+    moves_by_adam(update["rate"], gradients["rate"], 0.0, params["rate"])
+    moves_by_muon(update["matrix"], gradients["matrix"], 0.2, params["matrix"])
+
+
+def test_what_is_frozen_has_no_state():
+    params, gradients = tree(4), tree(5)
+    frozen = {"layers": ({"norm": None, "experts": None},)}
+
+    def without(whole):
+        layer = whole["layers"][0] | frozen["layers"][0]
+        return whole | {"layers": (layer,), "lm_head": None}
+
+    settings = config(name="muon", weight_decay=0.2)
+    optimizer = build_optimizer(settings, ROLES, 10)
+    state = optimizer.init(without(params))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
+    assert (L, E, 2, F, D) not in shapes
+    assert shapes.count((V, D)) == 2, "both moments of the embedding, none of the head"
+    update, _ = optimizer.update(without(gradients), state, without(params))
+    whole, _ = one_update(settings, params, gradients)
+    np.testing.assert_allclose(update["embedding"], whole["embedding"], rtol=1e-6)
+    np.testing.assert_allclose(update["layers"][0]["router"], whole["layers"][0]["router"], rtol=1e-6)
+    assert update["lm_head"] is None
+
+
+@pytest.mark.parametrize("freeze_idle", [True, False])
+def test_the_configuration_says_whether_an_idle_expert_moves(freeze_idle):
+    params, gradients = tree(6), tree(7)
+    settings = config(name="muon", weight_decay=0.0, freeze_idle=freeze_idle)
+    optimizer = build_optimizer(settings, ROLES, 10)
+    _, state = optimizer.update(gradients, optimizer.init(params), params)
+    layer = gradients["layers"][0]
+    idle = layer | {"experts": layer["experts"].at[:, 3].set(0.0)}
+    update, _ = optimizer.update(gradients | {"layers": (idle,)}, state, params)
+    moved = jnp.abs(update["layers"][0]["experts"]).max(axis=(0, 2, 3, 4))
+    assert (float(moved[3]) == 0.0) == freeze_idle
+    assert float(jnp.delete(moved, 3).min()) > 0

@@ -127,15 +127,14 @@ def test_nesterov_looks_one_step_ahead():
         np.testing.assert_allclose(update, 0.2 * D**0.5 * orthogonalize(ahead), rtol=1e-4, atol=1e-5)
 
 
-def test_weight_decay_is_decoupled_and_masked():
-    params = {"a": normal(14, F, D), "b": normal(15, F, D)}
-    gradients = {"a": jnp.zeros((F, D)), "b": jnp.zeros((F, D))}
-    transform = muon(lambda step: 0.5 / (1 + step), weight_decay=0.1, mask={"a": True, "b": False})
+def test_weight_decay_is_decoupled():
+    params = {"a": normal(14, F, D)}
+    gradients = {"a": jnp.zeros((F, D))}
+    transform = muon(lambda step: 0.5 / (1 + step), weight_decay=0.1)
     state, step = transform.init(params), jax.jit(transform.update)
     for factor in (0.5, 0.25):
         update, state = step(gradients, state, params)
         np.testing.assert_allclose(update["a"], -factor * 0.1 * params["a"], rtol=1e-6)
-        assert (update["b"] == 0.0).all()
 
 
 def test_descends():

@@ -47,7 +47,7 @@ def blockwise_attention(
         seen = _seen(start + jnp.arange(size), length, window)
         if mask is not None:
             own = jax.lax.dynamic_slice_in_dim(mask, start, size, mask.ndim - 2)
-            seen = seen & jnp.expand_dims(own, -3)
+            seen = _leading(seen, own) & own
         return _attend(query, k_BSMH, v_BSMH, seen, scale, sinks)
 
     if count == 1:
@@ -64,8 +64,13 @@ def _padded(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 def _seen(query: jax.Array, keys: int, window: int | None) -> jax.Array:
     """(queries, keys) bool: not later, and not before the window."""
-    age = query[:, None] - jnp.arange(keys)
+    age = query[:, None] - jnp.arange(keys)[None]
     return (age >= 0) if window is None else (age >= 0) & (age < window)
+
+
+def _leading(x: jax.Array, like: jax.Array) -> jax.Array:
+    """x with axes of 1 before its own, as many as `like` has."""
+    return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
 
 
 def _attend(
@@ -79,11 +84,13 @@ def _attend(
     groups = key.shape[-2]
     query = einops.rearrange(query, "... t (m n) h -> ... t m n h", m=groups)
     scores = scale * jnp.einsum("...tmnh,...smh->...mnts", query, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+    # (…, heads, queries, keys) as the mask has it; those of keys and the queries that share them are two axes here.
+    seen = jnp.expand_dims(seen, -3) if seen.ndim > 2 else seen
+    scores = jnp.where(_leading(seen, scores), scores, jnp.finfo(jnp.float32).min)
     if sinks is None:
         shares = jax.nn.softmax(scores, axis=-1)
     else:
-        sink = sinks.astype(jnp.float32).reshape(groups, -1)[:, :, None, None]
+        sink = _leading(sinks.astype(jnp.float32).reshape(groups, -1)[:, :, None, None], scores)
         top = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sink))
         exponentials = jnp.exp(scores - top)
         shares = exponentials / (exponentials.sum(-1, keepdims=True) + jnp.exp(sink - top))
