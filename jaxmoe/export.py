@@ -53,9 +53,9 @@ def main(argv: list[str]) -> None:
     # Whatever mesh the run has: the weights alone, spread over the devices that are here.
     usable = math.gcd(jax.device_count(), source.spec.width)
     assembled = assemble(config, make_mesh(fsdp=usable, devices=jax.devices()[:usable]), source=source)
-    state = assembled.state._replace(frozen=assembled.frozen_weights())
-    unread = jax.tree.map(lambda _: ..., state.saved)
-    saved, _ = checkpoints.restore(step, unread._replace(params=state.trainable))
+    unread = jax.tree.map(lambda _: ..., assembled.state.saved)
+    saved, extra = checkpoints.restore(step, unread._replace(params=assembled.state.trainable))
+    state = assembled.state._replace(frozen=assembled.frozen_weights(extra.get("model")))
     left_out = export_model(
         assembled.source,
         state.restored(Saved(*saved)).params,

@@ -47,7 +47,7 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # torch's threads, without the seconds that importing it here costs
 
-STRICT = False
+STRICT = True
 """Whether axes that jax.numpy would add are errors, and shapes and dtypes of annotations are checked at every call."""
 
 if STRICT:

@@ -6,9 +6,9 @@ import jax
 import pytest
 from helpers import tiny
 
-from jaxmoe import generate
 from jaxmoe.cli import main as cli
 from jaxmoe.errors import UserError
+from jaxmoe.model import sampling
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,6 @@ def test_a_text_that_the_device_has_no_memory_for(monkeypatch):
     def exhausted(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 52777619552856 bytes.")
 
-    monkeypatch.setattr(generate, "_next_token", exhausted)
+    monkeypatch.setattr(sampling, "_next_token", exhausted)
     with pytest.raises(UserError, match=r"no memory for a text of 12 tokens, 2 of the prompt and 10 more"):
-        generate.generate({}, None, [1, 2], tokens=10, temperature=0.0, seed=0, dtype=None)
+        sampling.generate({}, None, [1, 2], tokens=10, temperature=0.0, seed=0, dtype=None)

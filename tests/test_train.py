@@ -203,18 +203,18 @@ def test_rows_of_one_document_are_trained_as_such(workspace, tmp_path, packing):
     config = RunConfig.from_mapping(
         yaml.safe_load(small(tmp_path, workspace, data__packing=packing).read_text())
     )
-    mesh, model, data = trainer._open(config)
+    assembled, data = trainer._open(config)
     with RunFolder.open(config) as folder:
-        one = trainer.Trainer(config, folder, model, data, mesh)
-    assert one.step_spec.packed is packing
+        one = trainer.Trainer(assembled, folder, data)
+    assert one.assembled.step_spec.packed is packing
 
 
 def reported(workspace, folder, number, **figures):
     """The message about one step whose metrics are as given."""
     config = RunConfig.from_mapping(yaml.safe_load(small(folder, workspace).read_text()))
-    mesh, model, data = trainer._open(config)
+    assembled, data = trainer._open(config)
     with RunFolder.open(config) as run_folder:
-        one = trainer.Trainer(config, run_folder, model, data, mesh)
+        one = trainer.Trainer(assembled, run_folder, data)
         with pytest.raises(UserError) as caught:
             one._report(number, False, {"loss": 0.0, "grad_norm": 0.0, "targets": 9.0} | figures, {}, None)
         one.checkpoints.close()

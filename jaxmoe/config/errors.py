@@ -105,7 +105,7 @@ def _nearest(key: str, known: list[str]) -> str:
     namesakes = [other for other in known if other.rpartition(".")[2] == name]
     leaves = {other.rpartition(".")[2]: other for other in siblings}
     close = [leaves[leaf] for leaf in difflib.get_close_matches(name, leaves, n=1)]
-    elsewhere = [other for other in known if not key.startswith(f"{other}.")]
+    elsewhere = [other for other in known if other.count(".") == key.count(".")]
     close = close or namesakes or difflib.get_close_matches(key, elsewhere, n=1)
     if close:
         return f"did you mean {close[0]}?"

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxmoe.config import RunConfig
+from jaxmoe.errors import UserError
 from jaxmoe.interop.selection import select
 from jaxmoe.interop.source import Source, compute_dtype
 from jaxmoe.kernels.devices import Device, describe
@@ -97,8 +98,25 @@ class Assembled:
         """The state before the first step."""
         return init_state(weights, self.optimizer, self.mask, self.config.train.seed, self.mesh)
 
-    def frozen_weights(self) -> Tree:
-        """What no checkpoint holds, as it was at the start; nothing else is read."""
+    @functools.cached_property
+    def fingerprint(self) -> int | None:
+        """Of the folder that frozen weights come from; None where there are none, or they are random."""
+        return self.source.fingerprint() if jax.tree.leaves(self.state.frozen) else None
+
+    def frozen_weights(self, fingerprint: int | None) -> Tree:
+        """What no checkpoint holds, as it was at the start; nothing else is read.
+
+        Args:
+            fingerprint: what it was when the checkpoint was written.
+
+        Raises:
+            UserError: the model's folder holds other weights now.
+        """
+        if fingerprint != self.fingerprint:
+            raise UserError(
+                f"{self.source.folder}: found other weights than the run began with, of which it keeps the frozen ones "
+                "there: put those back, or begin another run"
+            )
         wanted = split(self.dtypes, self.mask)[1]
         if not jax.tree.leaves(wanted):
             return self.state.frozen

@@ -150,7 +150,7 @@ class Trainer:
                 f"{jax.process_count()}: start it with as many as before, or export it and begin another run"
             )
         processes.agree(lambda: batches.set_state(positions[jax.process_index()]))
-        frozen = processes.agree(assembled.frozen_weights)
+        frozen = processes.agree(lambda: assembled.frozen_weights(extra.get("model")))
         return assembled.state._replace(frozen=frozen).restored(Saved(*saved))
 
     def _check_finite(self, weights: Tree) -> None:
@@ -189,7 +189,8 @@ class Trainer:
             ):
                 self._evaluate(number, state, display)
             if last or number % train.checkpoint_every == 0:
-                self.checkpoints.save(number, state.saved, {"data": processes.gather(position)})
+                extra = {"data": processes.gather(position), "model": self.assembled.fingerprint}
+                self.checkpoints.save(number, state.saved, extra)
             meter.restart()
         return state
 

@@ -11,7 +11,7 @@ from helpers import tiny
 
 import jaxmoe
 from jaxmoe import UserError
-from jaxmoe.interop import loading
+from jaxmoe.interop import source
 from jaxmoe.parallel.sharding import make_mesh
 
 
@@ -201,7 +201,7 @@ class TestMesh:
     def test_is_refused_before_anything_is_read(self, folder, monkeypatch):
         tiny.write_checkpoint(folder, "mixtral", shards=1, num_local_experts=7)
         sources = []
-        real = loading.open_files
-        monkeypatch.setattr(loading, "open_files", lambda *given: sources.append(real(*given)) or sources[-1])
+        real = source.open_files
+        monkeypatch.setattr(source, "open_files", lambda *given: sources.append(real(*given)) or sources[-1])
         refusal(folder, mesh=make_mesh(data=4, expert=2))
-        assert [source.bytes_read for source in sources] == [0]
+        assert [opened.bytes_read for opened in sources] == [0]

@@ -145,7 +145,7 @@ PROCESS = """
     jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
     import jax.numpy as jnp
     from jaxmoe.interop.loading import load_params
-from jaxmoe.interop.source import open_source
+    from jaxmoe.interop.source import open_source
     from jaxmoe.interop.saving import export_like_source
     from jaxmoe.parallel.sharding import make_mesh
     source = open_source(sys.argv[3])

@@ -126,7 +126,7 @@ def is_weight(leaf):
 @functools.partial(jax.jit, static_argnames="spec")
 def loss_and_gradients(params, batch, *, spec):
     def loss(params):
-        hidden, stats = decoder.hidden_states(params, spec, batch, dtype=jnp.float32, remat=True)
+        hidden, stats = decoder.hidden_states(params, spec, batch, dtype=jnp.float32)
         head = decoder.output_head(params, spec)
         nll = linear_cross_entropy(hidden, head, batch.targets, batch.weights)
         return nll + stats.z.sum(), decoder.logits(params, spec, hidden)
@@ -144,7 +144,7 @@ def batch_for(spec):
 
 @pytest.mark.parametrize(
     ("family", "on_mesh"),
-    [("qwen3_moe", False), ("qwen3_moe", True), ("gpt_oss", True), ("gemma4_text", True)],
+    [("qwen3_moe", False), ("gpt_oss", True), ("gemma4_text", True)],
 )
 def test_a_model_of_low_rank_weights_is_that_of_their_sums(family, on_mesh):
     """Attention, dense and shared feed-forwards, router, experts, embedding and head, tied or not."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,19 @@ def test_a_frozen_run_resumes_to_the_same_weights(workspace, tmp_path, monkeypat
     assert cli(["export", str(tmp_path / "whole"), str(tmp_path / "later")]) == 0
     for tensor, values in tensors_of(tmp_path / "later").items():
         np.testing.assert_array_equal(values.view(np.uint16), one[tensor].view(np.uint16), err_msg=tensor)
+
+
+def test_other_weights_where_the_frozen_ones_were_are_noticed(workspace, tmp_path, capfd):
+    shutil.copytree(workspace, tmp_path / "work")
+    config = run_config(tmp_path / "work", tmp_path / "run", **ONE_STEP, frozen=[r"\.experts\."])
+    assert cli(["train", str(write_config(tmp_path, config))]) == 0
+    tiny.write_checkpoint(
+        tmp_path / "work" / "model", "qwen3_moe", "bfloat16", shards=2, seed=1, initializer_range=0.02
+    )
+    assert cli(["export", str(tmp_path / "run"), str(tmp_path / "later")]) == 2
+    (*_, line) = capfd.readouterr().err.strip().splitlines()
+    assert "found other weights than the run began with" in line
+    assert not (tmp_path / "later").exists()
 
 
 def test_frozen_weights_cost_no_gradient(workspace, tmp_path):

@@ -127,8 +127,13 @@ def test_it_trains_shards_resumes_and_exports(family, tmp_path, monkeypatch):
         assert path.read_bytes() == (tmp_path / "untouched" / path.name).read_bytes(), path.name
 
     def config(name, **changes):
-        changes = {"train__steps": 6, "train__checkpoint_every": 2, "train__micro_batch_size": 8} | changes
-        return RunConfig.from_mapping(run_config(workspace, tmp_path / name, mesh={"data": 8}, **changes))
+        changes = {
+            "mesh": {"data": 8},
+            "train__steps": 6,
+            "train__checkpoint_every": 2,
+            "train__micro_batch_size": 8,
+        } | changes
+        return RunConfig.from_mapping(run_config(workspace, tmp_path / name, **changes))
 
     whole = loop.run(config("whole"))
     sharded = loop.run(config("sharded", mesh={"fsdp": 2, "expert": 2, "tensor": 2}))

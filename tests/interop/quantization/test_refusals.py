@@ -1,7 +1,5 @@
 """Everything that is wrong with a quantised folder stands in one message."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from helpers import quantize, tiny
@@ -10,6 +8,7 @@ from helpers.quantized import EXPERTS, QWEN, any_fp8, made
 import jaxmoe
 from jaxmoe import UserError
 from jaxmoe.config import RunConfig
+from jaxmoe.interop.pretrained import from_config
 from jaxmoe.interop.source import config_source, open_source
 
 
@@ -160,8 +159,9 @@ def test_unknown_form_of_export(folders):
 
 
 def test_random_model_has_no_source(folders):
-    model = SimpleNamespace(source=config_source(QWEN))
+    model = from_config(QWEN)
     with pytest.raises(
-        UserError, match="'source': the model has random weights and no source; expected 'none'"
+        UserError,
+        match="'source': the model was not loaded from a folder whose format it could have; expected 'none'",
     ):
         jaxmoe.save_pretrained(model, folders.export, quantization="source")
