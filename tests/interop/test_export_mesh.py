@@ -18,9 +18,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmoe.interop import saving
 from jaxmoe.interop.loading import load_params
-from jaxmoe.interop.saving import _slice_bits, export_like_source, slice_bits
+from jaxmoe.interop.saving import export_like_source
 from jaxmoe.interop.source import open_source
 from jaxmoe.parallel.sharding import make_mesh
+from jaxmoe.parallel.slicing import _slice_bits, slice_bits
 
 MESHES = [
     {"data": 8},
