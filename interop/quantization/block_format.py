@@ -1,7 +1,8 @@
 """What a block format is: matrices of few bits per number, with one scale for each block of numbers.
 
 A quantised tensor is stored as two: codes and scales. Both have the matrix' rows last but its columns, whatever the
-order of the axes in the unquantised tensor: (..., rows, columns). `interop/quantization/folder.py` presents them as one.
+order of the axes in the unquantised tensor: (..., rows, columns). `jaxmoe.interop.quantization.folder` presents them as
+one.
 """
 
 import dataclasses
