@@ -9,6 +9,7 @@ step is the one that the run takes, with cuDNN's attention and our kernels for e
 import argparse
 import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ CALLS = {
 def measure(recipe: Path) -> dict[str, Any]:
     """GB per GPU of one recipe's training step, as XLA plans it."""
     config = load_config(recipe)
-    model = next(model for model in published().values() if model.hub == config.model.path)
+    model = next((model for model in published().values() if model.hub == config.model.path), None)
+    if model is None:
+        sys.exit(f"error: {recipe}: configs/published.json has no model {config.model.path!r}: add it there")
     count = config.mesh.batch_shards * config.mesh.tensor
     described = topologies.get_topology_desc(
         "", "cuda", target_config=TARGET, topology=f"1x{max(1, count // PER_NODE)}x{min(count, PER_NODE)}"
@@ -62,7 +65,7 @@ def measure(recipe: Path) -> dict[str, Any]:
         "tokens per GPU and pass": config.train.rows
         * config.data.sequence_length
         // config.mesh.batch_shards,
-        "state, GB": memory.argument_size_in_bytes / 1e9,
+        "arguments, GB": memory.argument_size_in_bytes / 1e9,
         "temporaries, GB": memory.temp_size_in_bytes / 1e9,
         "in all, GB": whole / 1e9,
         **{name: len(re.findall(pattern, text)) for name, pattern in CALLS.items()},

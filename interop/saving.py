@@ -96,9 +96,7 @@ def write_folder(
             "expected 'none'"
         )
     present = {name: path for name, path in (replaced_files or {}).items() if path is not None}
-    export_new(
-        params, source.bindings, source.raw, folder, dtype=dtype, extra_files=present, overwrite=overwrite
-    )
+    export_new(params, source, folder, dtype=dtype, extra_files=present, overwrite=overwrite)
     return []
 
 
@@ -212,8 +210,7 @@ def _unquantized_files(source: Source) -> dict[str, bytes]:
 
 def export_new(
     params: Tree,
-    bindings: Bindings,
-    config: Mapping[str, Any],
+    source: Source,
     folder: str | Path,
     *,
     dtype: Any,
@@ -225,20 +222,21 @@ def export_new(
 
     Args:
         params: the tree of `ModelSpec.declared`.
-        bindings: of the family's rules to the model.
-        config: the config.json; its dtype field is set to `dtype`.
+        source: the model; the dtype field of its config.json is set to `dtype`.
         folder: as in `export_like_source`.
         dtype: of every tensor but those kept in float32.
         extra_files: further files by name in the folder, such as a tokenizer.
         max_shard_bytes: a file is closed before it grows past this.
     """
-    stored = [(b.source, dtype_name(b.declared.dtype(dtype)), b.shape) for b in bindings.of_tensor.values()]
+    bindings = source.bindings.of_tensor.values()
+    stored = [(b.source, dtype_name(b.declared.dtype(dtype)), b.shape) for b in bindings]
+    stored += [(name, dtype_name(array.dtype), array.shape) for name, array in source.beside.items()]
     shards = plan_shards(stored, max_shard_bytes)
-    tensors = _Tensors(params, bindings, None)
+    tensors = _Tensors(params, source.bindings, None, source.beside)
     if jax.process_index() != 0:
         tensors.take_part(shards)
         return
-    config = {name: value for name, value in config.items() if name != "torch_dtype"} | {
+    config = {name: value for name, value in source.raw.items() if name != "torch_dtype"} | {
         "dtype": np.dtype(dtype).name
     }
     with tensors.kept_company(shards), FolderWriter(folder, overwrite=overwrite) as writer:
@@ -254,8 +252,15 @@ def export_new(
 class _Tensors:
     """Fetches tensors of the export from the devices, piece by piece."""
 
-    def __init__(self, params: Tree, bindings: Bindings, original: Files | None) -> None:
+    def __init__(
+        self,
+        params: Tree,
+        bindings: Bindings,
+        original: Files | None,
+        beside: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         self._params = dict(named(params))
+        self._beside = beside or {}
         self._bindings = bindings
         self._original = original
         self._slices = 0
@@ -295,6 +300,9 @@ class _Tensors:
     def fetch(self, info: TensorInfo) -> Iterator[memoryview | bytearray]:
         """The bytes of one tensor, in order."""
         binding = self._bindings.of_tensor.get(info.name)
+        if info.name in self._beside:
+            yield np.ascontiguousarray(self._beside[info.name]).reshape(-1).view(np.uint8).data
+            return
         if binding is None:  # not the model's: copied as it is
             assert self._original is not None
             yield from self._original.iter_bytes(info.name)

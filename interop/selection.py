@@ -55,6 +55,15 @@ def select(source: Source, trainable: Sequence[str] | None, frozen: Sequence[str
                     f"{key}: {pattern.pattern!r} matches no tensor of the model{_nearest(pattern, names)}"
                 )
 
+    constant = _constants(source)
+    for pattern in chosen or []:
+        found = [name for name in names if pattern.search(name)]
+        if constant.issuperset(found):
+            raise UserError(
+                f"trainable: {pattern.pattern!r} matches {found[0]}, a constant that no gradient changes: expected a "
+                "pattern of what can be trained"
+            )
+
     def is_trained(names: Iterable[str]) -> bool:
         names = list(names)
         wanted = chosen is None or any(pattern.search(name) for pattern in chosen for name in names)
@@ -90,6 +99,12 @@ def _compiled(key: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
         raise UserError(
             f"{key}: found {error.pattern!r}, which is no regular expression: {error.msg}"
         ) from None
+
+
+def _constants(source: Source) -> set[str]:
+    """Tensors of constants."""
+    parts = source.bindings.of_tensor.values()
+    return {part.source for part in parts if part.declared.role == "constant"}
 
 
 def _copies(source: Source) -> Mapping[str, str]:

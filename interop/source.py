@@ -3,19 +3,19 @@
 import dataclasses
 import itertools
 import re
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmoe.errors import UserError, first_line
 from jaxmoe.files import why_unusable
 from jaxmoe.interop.config_json import read_config
 from jaxmoe.interop.families import family_of
 from jaxmoe.interop.families.family import Family
-from jaxmoe.interop.quantization.folder import Files, QuantizedFolder, open_files, split_config
+from jaxmoe.interop.quantization.folder import Files, open_files, split_config
 from jaxmoe.interop.rules import Bindings, bind
 from jaxmoe.interop.storage.format import TensorInfo, raise_problems
 from jaxmoe.model.spec import ModelSpec
@@ -24,8 +24,6 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 """Dtypes of tensors that can be loaded."""
 
 COMPUTE_DTYPES = ("bfloat16", "float32", "float16")
-
-_SAMPLE_BYTES = 4096
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
@@ -43,6 +41,8 @@ class Source:
         folder: the Hugging Face folder, read as far as its config and the headers of its files; None where the
             model is known by its config alone, whose weights are random or somebody else's.
         files: the folder's safetensors files; of a quantised one, as if they were stored in bfloat16.
+        beside: tensors by name that are not the model's (towers of other modalities) and that an export without a
+            folder to follow takes along.
     """
 
     family: Family
@@ -51,6 +51,7 @@ class Source:
     bindings: Bindings
     folder: Path | None = None
     files: Files | None = None
+    beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def opened(self) -> tuple[Path, Files]:
@@ -62,21 +63,6 @@ class Source:
         if self.folder is None or self.files is None:
             raise ValueError("this model is known by its config alone and has no folder")
         return self.folder, self.files
-
-    def fingerprint(self) -> int | None:
-        """A checksum of the headers and of the beginning of every tensor; None without a folder.
-
-        Cheap, and enough to tell that other weights lie where these did.
-        """
-        if self.files is None:
-            return None
-        stored = self.files.stored if isinstance(self.files, QuantizedFolder) else self.files
-        value = 0
-        for shard in stored.shards:
-            value = zlib.crc32(shard.prefix, value)
-            for info in shard.tensors:
-                value = zlib.crc32(next(stored.iter_bytes(info.name, _SAMPLE_BYTES), b""), value)
-        return value
 
     def grouped(self, spec: ModelSpec) -> "Source":
         """The same model with its layers grouped as in `spec`."""

@@ -1,5 +1,6 @@
 """From transformers' torch models in memory. The only module that needs torch (extra ``torch``)."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -8,9 +9,10 @@ import numpy as np
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
+from jaxmoe.errors import listed
 from jaxmoe.interop.loading import ArrayReader, read_params
-from jaxmoe.interop.rules import bind
-from jaxmoe.interop.source import config_source
+from jaxmoe.interop.rules import Bindings, bind
+from jaxmoe.interop.source import Source, config_source
 from jaxmoe.model.module import MoEModel
 from jaxmoe.params import Tree
 
@@ -34,9 +36,10 @@ def from_torch(model: Any, dtype: Any = "float32") -> MoEModel:
         UserError: its config is not supported.
         KeyError: a tensor is missing.
     """
-    source = config_source(_config_json(model))
-    params = params_from_tensors(model, model.state_dict(), dtype)
-    return MoEModel(source.spec, params, dtype, source=source)
+    source, stored, bindings = _stored(model, model.state_dict())
+    params = read_params(ArrayReader(stored), source.spec, bindings, dtype)
+    beside = {name: array for name, array in stored.items() if name not in bindings.of_tensor}
+    return MoEModel(source.spec, params, dtype, source=dataclasses.replace(source, beside=beside))
 
 
 def params_from_tensors(model: Any, tensors: dict[str, torch.Tensor], dtype: Any = "float32") -> Tree:
@@ -50,14 +53,25 @@ def params_from_tensors(model: Any, tensors: dict[str, torch.Tensor], dtype: Any
     Raises:
         KeyError: a tensor is missing.
     """
+    source, stored, bindings = _stored(model, tensors)
+    return read_params(ArrayReader(stored), source.spec, bindings, dtype)
+
+
+def _stored(model: Any, tensors: dict[str, torch.Tensor]) -> tuple[Source, dict[str, np.ndarray], Bindings]:
+    """The model, and its tensors as transformers would write them: what it has in memory is laid out as no checkpoint.
+
+    Raises:
+        KeyError: a tensor is missing, or is neither the model's nor one that may lie beside it.
+    """
     source = config_source(_config_json(model))
-    # As transformers would write them: the layouts of its models in memory are of no checkpoint.
     stored = {name: to_numpy(tensor) for name, tensor in revert_weight_conversion(model, tensors).items()}
     shapes = {name: array.shape for name, array in stored.items()}
     bindings = bind(source.family.rules(source.spec), source.spec, shapes, source.family.ignored)
-    if bindings.missing:
-        raise KeyError(f"tensors missing: {', '.join(bindings.missing)}")
-    return read_params(ArrayReader(stored), source.spec, bindings, dtype)
+    if bindings.missing or bindings.surplus:
+        raise KeyError(
+            f"tensors missing: {listed(bindings.missing, 8)}; unknown: {listed(bindings.surplus, 8)}"
+        )
+    return source, stored, bindings
 
 
 def _config_json(model: Any) -> dict[str, Any]:

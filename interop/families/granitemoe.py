@@ -34,12 +34,13 @@ def model(config: ConfigReader, mixers: AttentionSpec | Sequence[AttentionSpec])
     shared = None
     if config.take("shared_intermediate_size", 0):
         shared = common.shared_expert(config.size("shared_intermediate_size"))
+    scales = (1.0, config.number("residual_multiplier"))
     return common.model_spec(
         config,
         mixers,
         common.moe(config, router, "intermediate_size", shared=shared),
         common.rms_norm(config),
-        layer={"residual_scale": config.number("residual_multiplier")},
+        layer={"mixer_scales": scales, "ffn_scales": scales},
         embedding_scale=config.number("embedding_multiplier"),
         logit_scale=1 / config.number("logits_scaling"),
     )

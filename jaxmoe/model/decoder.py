@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxmoe.kernels.devices import Device
 from jaxmoe.model.batch import Batch
@@ -29,7 +30,7 @@ def hidden_states(
     packed: bool = True,
     key: jax.Array | None = None,
     device: Device | None = None,
-) -> tuple[jax.Array, RouterStats | None]:
+) -> tuple[Float[Array, "B T D"], RouterStats | None]:
     """Everything up to the final norm.
 
     Args:
@@ -77,7 +78,7 @@ def output_head(params: Tree, spec: ModelSpec) -> Head:
     return Head(weight, params.get("lm_head_bias"), LogitSpec(spec.logit_scale, spec.logit_softcap))
 
 
-def logits(params: Tree, spec: ModelSpec, hidden_BTD: jax.Array) -> jax.Array:
+def logits(params: Tree, spec: ModelSpec, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Hidden states (B, T, D) → float32 logits (B, T, V)."""
     with float32_matmuls(hidden_BTD.dtype):
         return output_head(params, spec).logits(hidden_BTD)
@@ -137,18 +138,23 @@ def _layer(
     def before(name: str, x: jax.Array) -> jax.Array:
         return norm(params, f"{name}_norm", layer.norm, x) if layer.normed_before else x
 
-    def add(name: str, x: jax.Array, normed: jax.Array, out: jax.Array) -> jax.Array:
+    def add(
+        name: str, scales: tuple[float, float], x: jax.Array, normed: jax.Array, out: jax.Array
+    ) -> jax.Array:
         if layer.normed_after:
             out = norm(params, f"{name}_post_norm", layer.norm, out)
-        return constrain((normed if layer.from_normed else x) + scaled(out, layer.residual_scale), "BTD")
+        stream = normed if layer.from_normed else x
+        return constrain(scaled(stream, scales[0]) + scaled(out, scales[1]), "BTD")
 
     normed, stats = x_BTD, None
     if layer.mixer is not None:
         normed = before("attention", x_BTD)
-        x_BTD = add("attention", x_BTD, normed, layer.mixer.apply(params, normed, context))
+        x_BTD = add(
+            "attention", layer.mixer_scales, x_BTD, normed, layer.mixer.apply(params, normed, context)
+        )
     if layer.ffn is not None:
         if layer.mixer is None or not layer.one_norm:
             normed = before("ffn", x_BTD)
         out, stats = layer.ffn.apply(params, normed, x_BTD, context)
-        x_BTD = add("ffn", x_BTD, normed, out)
+        x_BTD = add("ffn", layer.ffn_scales, x_BTD, normed, out)
     return x_BTD * along_last(params["output_scale"], x_BTD) if layer.output_scale else x_BTD, stats

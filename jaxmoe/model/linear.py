@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 Weight = Any
 """A `jax.Array`, a `LowRank` or a `BlockScaled`."""
@@ -24,7 +25,7 @@ class LowRank:
 
     Attributes:
         base: (…, out, in), any weight.
-        a: (…, r, in).
+        a: (…, r, in); a leading axis may be 1 where matrices share one, as gate and up of experts do.
         b: (…, out, r).
         scale: factor of the pair.
     """
@@ -117,13 +118,13 @@ def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def linear(
-    x: jax.Array,
+    x: Float[Array, "*batch in"],
     weight: Weight,
-    bias: jax.Array | None = None,
+    bias: Float[Array, "out"] | None = None,
     *,
     precision: Any = None,
     out_dtype: Any = None,
-) -> jax.Array:
+) -> Float[Array, "*batch out"]:
     """x (…, in) times weight (out, in), plus bias (out,): (…, out).
 
     Args:
@@ -191,8 +192,9 @@ def lookup(weight: Weight, index: jax.Array, dtype: Any) -> jax.Array:
         return lookup(weight.base, index, dtype) + low * jnp.asarray(weight.scale, dtype)
     if isinstance(weight, BlockScaled):
         rows, columns = weight.block
-        scales = jnp.repeat(weight.scales[index // rows], columns, axis=-1)[..., : weight.shape[-1]]
-        return (weight.codes[index].astype(jnp.float32) * scales.astype(jnp.float32)).astype(dtype)
+        codes, scales = jax.lax.stop_gradient((weight.codes[index], weight.scales[index // rows]))
+        scales = jnp.repeat(scales.astype(jnp.float32), columns, axis=-1)[..., : weight.shape[-1]]
+        return (codes.astype(jnp.float32) * scales).astype(dtype)
     return weight[index].astype(dtype)
 
 

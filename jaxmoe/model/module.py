@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxmoe.kernels.devices import Device, describe
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import Batch, make_batch
 from jaxmoe.model.spec import ModelSpec
@@ -55,7 +56,9 @@ class MoEModel(nnx.Module):
             None if segment_ids is None else jnp.asarray(segment_ids),
         )
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            return _logits(self.pure_params(), self.spec, batch, self.dtype)
+            params = self.pure_params()
+            (device, *_) = jax.tree.leaves(params)[0].devices()
+            return _logits(params, self.spec, batch, self.dtype, describe(device))
 
     def pure_params(self) -> Tree:
         """The parameters as plain arrays, for pure functions."""
@@ -64,7 +67,7 @@ class MoEModel(nnx.Module):
         )
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "dtype"))
-def _logits(params: Tree, spec: ModelSpec, batch: Batch, dtype: Any) -> jax.Array:
-    hidden, _ = decoder.hidden_states(params, spec, batch, dtype=dtype)
+@functools.partial(jax.jit, static_argnames=("spec", "dtype", "device"))
+def _logits(params: Tree, spec: ModelSpec, batch: Batch, dtype: Any, device: Device) -> jax.Array:
+    hidden, _ = decoder.hidden_states(params, spec, batch, dtype=dtype, device=device)
     return decoder.logits(params, spec, hidden)

@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxmoe.errors import UserError
+from jaxmoe.kernels.devices import Device
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import make_batch
 from jaxmoe.model.spec import ModelSpec
@@ -25,6 +26,7 @@ def generate(
     seed: int,
     dtype: Any,
     stop: int | None = None,
+    device: Device | None = None,
 ) -> list[int]:
     """Sample a continuation.
 
@@ -40,6 +42,7 @@ def generate(
         seed: of the draws.
         dtype: compute dtype.
         stop: token that ends the text.
+        device: that computes; None for the one at hand.
 
     Returns:
         The new token ids, without `stop`.
@@ -54,8 +57,11 @@ def generate(
     for end in range(len(prompt), len(prompt) + tokens):
         draw = jax.random.fold_in(key, end)
         try:
+            tokens_BT = jnp.asarray(buffer)
             token = int(
-                _next_token(weights, jnp.asarray(buffer), end - 1, draw, temperature, spec=spec, dtype=dtype)
+                _next_token(
+                    weights, tokens_BT, end - 1, draw, temperature, spec=spec, dtype=dtype, device=device
+                )
             )
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -70,7 +76,7 @@ def generate(
     return buffer[0, len(prompt) :].tolist()
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "dtype"))
+@functools.partial(jax.jit, static_argnames=("spec", "dtype", "device"))
 def _next_token(
     weights: Tree,
     tokens: jax.Array,
@@ -80,8 +86,9 @@ def _next_token(
     *,
     spec: ModelSpec,
     dtype: Any,
+    device: Device | None,
 ) -> jax.Array:
-    hidden, _ = decoder.hidden_states(weights, spec, make_batch(tokens), dtype=dtype)
+    hidden, _ = decoder.hidden_states(weights, spec, make_batch(tokens), dtype=dtype, device=device)
     at_last = jax.lax.dynamic_slice_in_dim(hidden, last, 1, axis=1)
     logits = decoder.logits(weights, spec, at_last)[0, 0]
     drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))

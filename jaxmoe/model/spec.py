@@ -32,7 +32,8 @@ class LayerSpec:
         mixer: None in a layer that is a feed-forward alone.
         ffn: None in a layer that is a mixer alone.
         norm: of all norms of the layer.
-        residual_scale: factor of what f gives.
+        mixer_scales: factors in the sum around the mixer: of x (or norm(x)), and of what f gives.
+        ffn_scales: the same around the feed-forward.
         output_scale: the layer's output is multiplied by a constant that the checkpoint holds.
     """
 
@@ -40,7 +41,8 @@ class LayerSpec:
     ffn: FeedForward | None
     norm: NormSpec
     placement: Placement = "pre"
-    residual_scale: float = 1.0
+    mixer_scales: tuple[float, float] = (1.0, 1.0)
+    ffn_scales: tuple[float, float] = (1.0, 1.0)
     output_scale: bool = False
 
     @property
@@ -103,7 +105,7 @@ class LayerSpec:
             "norms before and after": self.placement == "sandwich",
             "attention beside feed-forward": self.placement == "parallel",
             "residuals from the norm": self.placement == "normed",
-            "scaled residuals": self.residual_scale != 1.0,
+            "scaled residuals": (self.mixer_scales, self.ffn_scales) != ((1.0, 1.0),) * 2,
             "layer scale": self.output_scale,
             "LayerNorm": self.norm.kind == "layer",
         }

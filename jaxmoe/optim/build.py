@@ -56,7 +56,7 @@ def build_optimizer(config: OptimizerConfig, roles: Any, total_steps: int) -> op
     | embedding (and output head) | AdamW | AdamW | yes |
     | convolution | AdamW | AdamW | yes |
     | vector, decay | AdamW | AdamW | no |
-    | constant | none | none | no |
+    | constant (a run does not even ask) | none | none | no |
 
     A matrix with a side of one has a single singular value and goes to AdamW. State is float32, whatever the
     dtype of parameters and gradients; updates are float32 and `optax.apply_updates` rounds them.

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from jaxmoe.kernels.devices import Device
 from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, expert_mlp
@@ -20,11 +21,11 @@ _LETTERS = {"gate_up": "EGF.", "down": "E.F", "gate_up_bias": "EGF", "down_bias"
 def experts_on_mesh(
     params: Tree,
     activation: Activation,
-    x_RD: jax.Array,
-    experts_RK: jax.Array,
-    weights_RK: jax.Array,
+    x_RD: Float[Array, "R D"],
+    experts_RK: Int[Array, "R K"],
+    weights_RK: Float[Array, "R K"],
     device: Device | None = None,
-) -> jax.Array:
+) -> Float[Array, "R D"]:
     """`jaxmoe.kernels.expert_mlp` where the mesh shards it.
 
     Tokens are gathered along the expert axis, each device computes its own experts and its own slice of the
@@ -33,7 +34,7 @@ def experts_on_mesh(
 
     Args:
         params: gate_up (E, G, F, D) and down (E, D, F), each any weight of `jaxmoe.model.linear`, and biases. A
-            low-rank pair of gate_up has a (E, r, D) and b (E, G, F, r); it runs in the same kernels as its base.
+            low-rank pair runs in the same kernels as its base; in that of gate_up, gate and up share a (E, 1, r, D).
         activation: of the experts.
         x_RD: (R, D).
         experts_RK: (R, K) int32, those that each token goes to.
@@ -42,6 +43,9 @@ def experts_on_mesh(
 
     Returns:
         (R, D).
+
+    Raises:
+        ValueError: gate and up have an a each.
     """
     experts = _operands(params, x_RD.dtype)
     mesh = current_mesh()
@@ -90,10 +94,14 @@ def _operands(params: Tree, dtype: Any) -> Experts:
     for name in ("gate_up", "down"):
         weight = params[name]
         if isinstance(weight, LowRank):
-            pairs |= {
-                f"{name}_a": weight.a,
-                f"{name}_b": weight.b * jnp.asarray(weight.scale, weight.b.dtype),
-            }
+            a = weight.a
+            if name == "gate_up":
+                if a.shape[1] != 1:
+                    raise ValueError(
+                        f"a of gate_up is {a.shape}; expected (experts, 1, rank, width), which gate and up share"
+                    )
+                a = a[:, 0]
+            pairs |= {f"{name}_a": a, f"{name}_b": weight.b * jnp.asarray(weight.scale, weight.b.dtype)}
             weight = weight.base
         arrays[name] = dense(weight, dtype)
     return Experts(**arrays, lora=Lora(**pairs))

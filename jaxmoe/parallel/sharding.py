@@ -75,19 +75,15 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), MESH_AXES, axis_types=types)
 
 
-def partition_spec(declared: Param, axis_of: Mapping[str, str] | None = None) -> PartitionSpec:
+def partition_spec(declared: Param) -> PartitionSpec:
     """Mesh axes of a parameter, one letter at a time; vectors are small and stay whole.
-
-    Args:
-        declared: the parameter.
-        axis_of: the table from letter to mesh axis; by default `MESH_AXIS_OF`.
 
     Raises:
         ValueError: two letters of one parameter would share a mesh axis.
     """
     if declared.role in ("vector", "decay", "constant"):
         return PartitionSpec()
-    axes = [(MESH_AXIS_OF if axis_of is None else axis_of).get(letter) for letter in declared.dims]
+    axes = [MESH_AXIS_OF.get(letter) for letter in declared.dims]
     used = [axis for axis in axes if axis is not None]
     if len(set(used)) != len(used):
         raise ValueError(f"dimensions {declared.dims} put two letters on one mesh axis: {axes}")

@@ -20,7 +20,7 @@ from jaxmoe.optim import build_optimizer, schedule
 from jaxmoe.parallel.sharding import batch_sharding, shardings
 from jaxmoe.params import Tree, roles, split
 from jaxmoe.run.model import initial_weights, open_model
-from jaxmoe.training.state import TrainState, abstract_state, init_state, stored_dtypes
+from jaxmoe.training.state import TrainState, abstract_state, checksum, init_state, stored_dtypes
 from jaxmoe.training.step import StepSpec, make_eval_step, make_train_step
 
 
@@ -98,29 +98,31 @@ class Assembled:
         """The state before the first step."""
         return init_state(weights, self.optimizer, self.mask, self.config.train.seed, self.mesh)
 
-    @functools.cached_property
-    def fingerprint(self) -> int | None:
-        """Of the folder that frozen weights come from; None where there are none, or they are random."""
-        return self.source.fingerprint() if jax.tree.leaves(self.state.frozen) else None
-
-    def frozen_weights(self, fingerprint: int | None) -> Tree:
-        """What no checkpoint holds, as it was at the start; nothing else is read.
-
-        Args:
-            fingerprint: what it was when the checkpoint was written.
-
-        Raises:
-            UserError: the model's folder holds other weights now.
-        """
-        if fingerprint != self.fingerprint:
-            raise UserError(
-                f"{self.source.folder}: found other weights than the run began with, of which it keeps the frozen ones "
-                "there: put those back, or begin another run"
-            )
+    def frozen_weights(self) -> Tree:
+        """What no checkpoint holds, as it was at the start; nothing else is read. See `check_frozen`."""
         wanted = split(self.dtypes, self.mask)[1]
         if not jax.tree.leaves(wanted):
             return self.state.frozen
         return initial_weights(self.source, wanted, self.mesh, self.config.train.seed)
+
+    def check_frozen(self, frozen: Tree, expected: int | None) -> None:
+        """Compare frozen weights with what they were at the start. In several processes all must call it.
+
+        Args:
+            frozen: from `frozen_weights`.
+            expected: the `checksum` that a checkpoint holds.
+
+        Raises:
+            UserError: they differ.
+        """
+        found = checksum(frozen)
+        if found != expected:
+            origin = self.source.folder or "model.config"
+            raise UserError(
+                f"{origin}: the frozen weights have the checksum {found} here and had {expected} when the run began, "
+                "which kept them nowhere else: put back what it began with (random ones: jax's version and kind of "
+                "device), or begin another run"
+            )
 
     def lower(self) -> Any:
         """The training step traced for the devices; ``.compile()`` of it needs their compiler and not them."""
@@ -141,7 +143,7 @@ def assemble(
 
     Raises:
         UserError: the model or its folder is malformed, patterns of trainable parameters match nothing, or the mesh
-            does not divide the model.
+            does not divide the model or the batch.
     """
     selection = select(
         open_model(config.model) if source is None else source, config.trainable, config.frozen

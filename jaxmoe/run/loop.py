@@ -32,7 +32,7 @@ from jaxmoe.run.folder import RunFolder
 from jaxmoe.run.meter import Meter
 from jaxmoe.run.model import export_model
 from jaxmoe.training.balance import router_metrics
-from jaxmoe.training.state import Saved, TrainState
+from jaxmoe.training.state import Saved, TrainState, checksum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +115,7 @@ class Trainer:
         self.data = data
         self.checkpoints = Checkpoints(folder.layout.checkpoints, self.config.train.keep_checkpoints)
         self._begun = time.perf_counter()
+        self._frozen: int | None = None
 
     def run(self) -> Result:
         """Train to the last step, then export and sample."""
@@ -141,7 +142,9 @@ class Trainer:
         if latest is None:
             weights = processes.agree(assembled.initial_weights)
             self._check_finite(weights)
-            return assembled.begin(weights)
+            state = assembled.begin(weights)
+            self._frozen = checksum(state.frozen)
+            return state
         saved, extra = self.checkpoints.restore(latest, assembled.state.saved)
         positions = extra["data"]
         if len(positions) != jax.process_count():
@@ -150,7 +153,9 @@ class Trainer:
                 f"{jax.process_count()}: start it with as many as before, or export it and begin another run"
             )
         processes.agree(lambda: batches.set_state(positions[jax.process_index()]))
-        frozen = processes.agree(lambda: assembled.frozen_weights(extra.get("model")))
+        frozen = processes.agree(assembled.frozen_weights)
+        assembled.check_frozen(frozen, extra.get("frozen"))
+        self._frozen = extra.get("frozen")
         return assembled.state._replace(frozen=frozen).restored(Saved(*saved))
 
     def _check_finite(self, weights: Tree) -> None:
@@ -189,7 +194,7 @@ class Trainer:
             ):
                 self._evaluate(number, state, display)
             if last or number % train.checkpoint_every == 0:
-                extra = {"data": processes.gather(position), "model": self.assembled.fingerprint}
+                extra = {"data": processes.gather(position), "frozen": self._frozen}
                 self.checkpoints.save(number, state.saved, extra)
             meter.restart()
         return state
@@ -298,6 +303,7 @@ class Trainer:
                 config.sample.prompt,
                 stop=self.data.eos,
                 dtype=self.assembled.dtype,
+                device=self.assembled.device,
                 **config.sample.model_dump(exclude={"prompt"}),
             )
         if jax.process_index() == 0:

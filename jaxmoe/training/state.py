@@ -1,9 +1,11 @@
 """The state of a run: what is trained, what is not, and what the optimiser keeps."""
 
+import zlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -53,6 +55,22 @@ class TrainState(NamedTuple):
     def restored(self, saved: Saved) -> "TrainState":
         """This state with what a checkpoint held."""
         return TrainState(saved.params, self.frozen, saved.opt_state, saved.step, saved.key)
+
+
+def checksum(tree: Tree) -> int | None:
+    """Of the bits of all arrays, however they are sharded; None without any. In several processes all must call it."""
+    leaves = jax.tree.leaves(tree)
+    if not leaves:
+        return None
+    sums = [int(total) for total in _sums_of_bits(leaves)]
+    return zlib.crc32(np.asarray(sums, np.uint32).tobytes())
+
+
+@jax.jit
+def _sums_of_bits(leaves: list[jax.Array]) -> list[jax.Array]:
+    """Modulo 2³²: integers, whose order does not matter."""
+    unsigned = (jax.lax.bitcast_convert_type(x, jnp.dtype(f"u{x.dtype.itemsize}")) for x in leaves)
+    return [jnp.sum(x, dtype=jnp.uint32) for x in unsigned]
 
 
 def stored_dtypes(declared: Tree, mask: Tree, dtype: Any) -> Tree:

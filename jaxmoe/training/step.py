@@ -93,10 +93,11 @@ def _accumulate(
     """Gradients and metrics of all micro-batches."""
     count = batch.tokens.shape[0]
     size = spec.objective.size(batch)
+    per_target = 1.0 / jnp.where(size > 0, size, 1.0)
 
     def loss_of(trainable: Tree, micro: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         weights = joined(trainable, state.frozen)
-        return _loss(spec, weights, micro, key, 1.0 / jnp.maximum(size, 1.0), 1.0 / count)
+        return _loss(spec, weights, micro, key, per_target, 1.0 / count)
 
     def one(micro: Batch, index: jax.Array | int) -> tuple[Tree, dict[str, Any]]:
         # Once more around the backward pass: custom gradients are traced in it.

@@ -4,6 +4,7 @@ import families
 import numpy as np
 import pytest
 from helpers import parity
+from safetensors.torch import load_file
 
 import jaxmoe
 
@@ -30,6 +31,10 @@ def test_a_model_from_torch_can_be_saved(name, tmp_path):
             for one in (model, again)
         )
     np.testing.assert_array_equal(got.numpy(), want.numpy())
+    written = {name for file in (tmp_path / "saved").glob("*.safetensors") for name in load_file(file)}
+    model.save_pretrained(tmp_path / "theirs")
+    theirs = {name for file in (tmp_path / "theirs").glob("*.safetensors") for name in load_file(file)}
+    assert written == theirs, "towers of other modalities come along"
     with pytest.raises(jaxmoe.UserError, match="'source': the model was not loaded from a folder"):
         jaxmoe.save_pretrained(mine, tmp_path / "quantised", quantization="source")
 

@@ -51,32 +51,30 @@ def plain(params, spec, tokens):
     for index, layer in enumerate(spec.layers):
         group, place, repeat = spec.locate(index)
         own = jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], params["groups"][group][place])
-        blocks = [("attention", mix)] * (layer.mixer is not None) + [("ffn", feed)] * (layer.ffn is not None)
-        scale = layer.residual_scale
-        match layer.placement:
-            case "pre":
-                for name, f in blocks:
-                    x = x + scale * f(own, norm(x, own[f"{name}_norm"]))
-            case "post":
-                for name, f in blocks:
-                    x = x + scale * norm(f(own, x), own[f"{name}_post_norm"])
-            case "sandwich":
-                for name, f in blocks:
-                    x = x + scale * norm(f(own, norm(x, own[f"{name}_norm"])), own[f"{name}_post_norm"])
-            case "parallel":
-                normed = norm(x, own[f"{blocks[0][0]}_norm"])
-                x = x + sum(scale * f(own, normed) for _, f in blocks)
-            case "normed":
-                for name, f in blocks:
+        blocks = [("attention", mix, layer.mixer_scales)] if layer.mixer is not None else []
+        blocks += [("ffn", feed, layer.ffn_scales)] if layer.ffn is not None else []
+        first = norm(x, own[f"{blocks[0][0]}_norm"]) if layer.placement == "parallel" else None
+        for name, f, (stream, scale) in blocks:
+            match layer.placement:
+                case "pre":
+                    x = stream * x + scale * f(own, norm(x, own[f"{name}_norm"]))
+                case "post":
+                    x = stream * x + scale * norm(f(own, x), own[f"{name}_post_norm"])
+                case "sandwich":
+                    inner = f(own, norm(x, own[f"{name}_norm"]))
+                    x = stream * x + scale * norm(inner, own[f"{name}_post_norm"])
+                case "parallel":
+                    x = stream * x + scale * f(own, first)
+                case "normed":
                     normed = norm(x, own[f"{name}_norm"])
-                    x = normed + scale * f(own, normed)
+                    x = stream * normed + scale * f(own, normed)
     return norm(x, params["norm"]) @ params["lm_head"].T
 
 
 @pytest.mark.parametrize("placement", ["pre", "post", "sandwich", "parallel", "normed"])
 def test_placements_with_and_without_either_block(placement):
     layer = LayerSpec(
-        Previous(), MLPSpec(5, Activation("relu2")), NormSpec(EPS), placement, residual_scale=0.7
+        Previous(), MLPSpec(5, Activation("relu2")), NormSpec(EPS), placement, (1.3, 0.7), (0.9, 0.6)
     )
     layers = [layer, dataclasses.replace(layer, ffn=None), dataclasses.replace(layer, mixer=None)] * 2
     spec = ModelSpec(D, V, group_layers(layers), NormSpec(EPS), tie_embeddings=False, init_std=0.4)

@@ -97,12 +97,14 @@ def run_of(tmp_path):
                 "peak_tflops": 1.0,
             }
             | train,
+            "frozen": [r"\.gate\.weight$"],
             "output_dir": str(tmp_path / name),
         }
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config))
         config["model"] = config["model"] | {"path": str(tmp_path / name / "export"), "config": None}
         config["data"] = config["data"] | {"tokenizer": None}
+        config["frozen"] = []
         config["output_dir"] = str(tmp_path / f"{name}-tuned")
         second = tmp_path / f"{name}-tuned.yaml"
         second.write_text(yaml.safe_dump(config))

@@ -33,9 +33,9 @@ def test_table():
 
 
 def test_two_letters_on_one_axis_are_refused():
-    declared = params.Param("FD", (8, 6), "normal", "matrix")
+    declared = params.Param("FV", (8, 6), "normal", "matrix")
     with pytest.raises(ValueError, match="two letters on one mesh axis"):
-        sharding.partition_spec(declared, {"F": "fsdp", "D": "fsdp"})
+        sharding.partition_spec(declared)
 
 
 def test_mesh_must_fit():
@@ -164,3 +164,22 @@ def test_padded_rows_need_no_mask(monkeypatch):
         results.append((jax.device_get(state.params), jax.device_get(metrics)))
     for (name, a), (_, b) in zip(named(results[0]), named(results[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5, err_msg=name)
+
+
+def test_letters_of_activations_are_those_of_parameters():
+    batch = ("data", "fsdp", "expert")
+    assert sharding.spec_of("BTD") == PartitionSpec(batch, "context", None), (
+        "the batch has the axis of the width"
+    )
+    assert sharding.spec_of("BTNH") == PartitionSpec(batch, "context", "tensor", None)
+    assert sharding.spec_of("VD") == sharding.partition_spec(params.Param("VD", (8, 6), "normal", "matrix"))
+    assert sharding.spec_of("V.") == PartitionSpec("tensor", None)
+    assert sharding.spec_of("BTD", ("fsdp", "tensor")) == PartitionSpec("fsdp", None, None), (
+        "a mesh may lack axes"
+    )
+    x = jnp.ones((8, 4, 6))
+    assert sharding.constrain(x, "BTD") is x, "nothing without a mesh"
+    mesh = sharding.make_mesh(fsdp=2, expert=2, tensor=2)
+    with jax.set_mesh(mesh):
+        placed = jax.jit(lambda x: sharding.constrain(2 * x, "BTD"))(x)
+    assert placed.sharding.shard_shape(x.shape) == (2, 4, 6)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from jaxmoe.kernels.devices import Device, device_at_hand
 from jaxmoe.kernels.logs import log_once
@@ -17,16 +18,16 @@ _logger = logging.getLogger(__name__)
 
 
 def attend(
-    q_BTNH: jax.Array,
-    k_BSMH: jax.Array,
-    v_BSMH: jax.Array,
-    mask: jax.Array | None,
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSMH: Float[Array, "B S M H"],
+    v_BSMH: Float[Array, "B S M values"],
+    mask: Bool[Array, "B 1 T S"] | None,
     *,
     scale: float,
     window: int | None = None,
-    sinks: jax.Array | None = None,
+    sinks: Float[Array, "N"] | None = None,
     device: Device | None = None,
-) -> jax.Array:
+) -> Float[Array, "B T N values"]:
     """softmax(scale · q kᵀ) v over the keys that a query sees: none later, of its own document, within the window.
 
     Args:

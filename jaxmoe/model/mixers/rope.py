@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,9 @@ def rope_tables(spec: RopeSpec, positions: jax.Array, dtype: jnp.dtype) -> tuple
     return cos.astype(kept), sin.astype(kept)
 
 
-def apply_rope(spec: RopeSpec, x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+def apply_rope(
+    spec: RopeSpec, x: Float[Array, "B T heads H"], tables: tuple[jax.Array, jax.Array]
+) -> Float[Array, "B T heads H"]:
     """Rotate x (B, T, heads, H) by tables (B, T, rotary_dim/2); features past rotary_dim pass through."""
     cos, sin = (table[:, :, None, :] for table in tables)
     half = spec.rotary_dim // 2
