@@ -35,7 +35,8 @@ def test_weights_of_targets_are_relative():
             )
             state, metrics = step(state, jax.tree.map(lambda x: x[None], batch))
             results.append((float(metrics["loss"]), float(metrics["grad_norm"]), float(metrics["targets"])))
-        hidden, _ = decoder.hidden_states(model.pure_params(), model.spec, batch, dtype=jnp.float32)
+        on_device = jax.tree.map(jnp.asarray, batch)
+        hidden, _ = decoder.hidden_states(model.pure_params(), model.spec, on_device, dtype=jnp.float32)
         logps = jax.nn.log_softmax(decoder.logits(model.pure_params(), model.spec, hidden))
     picked = np.take_along_axis(np.asarray(logps), np.maximum(batch.targets, 0)[..., None], -1)[..., 0]
     want = -(batch.weights * picked).sum() / batch.weights.sum()
