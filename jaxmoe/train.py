@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jaxmoe.cli import ArgumentParser, run_command
 from jaxmoe.config import load_config
+from jaxmoe.config.reference import reference_yaml
 from jaxmoe.files import why_unusable
 from jaxmoe.parallel import processes
 
@@ -21,7 +22,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="values that replace the file's"
     )
+    parser.add_argument(
+        "--keys", action="store_true", help="print every key with its default and meaning, as YAML"
+    )
     options = parser.parse_intermixed_args(argv)
+    if options.keys:
+        print(reference_yaml(), end="")
+        return
     overrides = list(options.overrides)
     if options.config is not None and "=" in options.config and not _is_there(options.config):
         overrides.insert(0, options.config)

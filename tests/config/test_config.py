@@ -6,7 +6,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from jaxmoe.cli import main as cli
 from jaxmoe.config import OptimizerConfig, RunConfig, load_config, recorded_config
+from jaxmoe.config.reference import reference_yaml
 from jaxmoe.errors import UserError
 from jaxmoe.optim import schedule
 
@@ -412,3 +414,18 @@ def test_the_earlier_name_of_a_set_of_coefficients_is_read_and_told(tmp_path, ca
     note = "optimizer.coefficients: quintic is called you_jiacheng here, the numbers are the same"
     assert capsys.readouterr().err == f"{path}: {note}\n"
     assert message(optimizer__coefficients="cubic").endswith("'you_jiacheng', 'jordan' or 'polar_express'")
+
+
+def test_the_reference_names_every_key_with_its_default(capsys):
+    reference = yaml.safe_load(reference_yaml())
+    full = yaml.safe_load(run(sample={"prompt": "x"}).to_yaml())
+    assert list(reference) == list(full)
+    for section, keys in full.items():
+        if isinstance(keys, dict):
+            assert list(reference[section]) == list(keys)
+    for section in ("balance", "mesh"):
+        assert reference[section] == full[section]
+    assert reference["train"]["checkpoint_every"] == full["train"]["checkpoint_every"]
+    assert all(line.split("#")[1].strip() for line in reference_yaml().splitlines() if "#" in line)
+    assert cli(["train", "--keys"]) == 0
+    assert capsys.readouterr().out == reference_yaml()
