@@ -344,8 +344,7 @@ class TestNewModel:
         model = new_model("qwen3_moe")
         export_new(
             model.pure_params(),
-            model.source.bindings,
-            model.source.raw,
+            model.source,
             folders.export,
             dtype="bfloat16",
             extra_files={"deep/tokenizer.json": Path(__file__)},
@@ -386,7 +385,7 @@ class TestNewModel:
         blueprint = config_source(path)
         assert blueprint == config_source(json.loads(path.read_text()))
         model = new_model("mixtral")
-        export_new(model.pure_params(), blueprint.bindings, blueprint.raw, folders.export, dtype="float32")
+        export_new(model.pure_params(), blueprint, folders.export, dtype="float32")
         assert json.loads((folders.export / "config.json").read_text()) == families.config_json("mixtral") | {
             "dtype": "float32"
         }
