@@ -96,6 +96,8 @@ def test_value():
     mixer, params = MovingAverage(), {"gate": jnp.float32(gate), "decay": jnp.float32(decay)}
     for packed in (True, False):  # borders are known also where attention has no mask
         context = make_context((), Batch(None, jnp.zeros((2, 9), int), segments), jnp.float32, packed=packed)
+        begins = [[0, 3, 7], [0, 6, 8]]
+        assert [np.flatnonzero(row).tolist() for row in context.starts] == begins
         got = mixer.apply({"average": params}, jnp.float32(x), context)
         np.testing.assert_allclose(got, want, atol=1e-6)
 
