@@ -4,7 +4,6 @@ import families
 import numpy as np
 import pytest
 from helpers import parity
-from safetensors.torch import load_file
 
 import jaxmoe
 
@@ -15,6 +14,7 @@ pytestmark = pytest.mark.torch
 def test_a_model_from_torch_can_be_saved(name, tmp_path):
     import torch
     import transformers
+    from safetensors.torch import load_file
 
     from jaxmoe.interop.torch_bridge import from_torch
 

@@ -196,10 +196,12 @@ def test_what_is_frozen_has_no_state():
     shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
     assert (L, E, 2, F, D) not in shapes
     assert shapes.count((V, D)) == 2, "both moments of the embedding, none of the head"
-    update, _ = optimizer.update(without(gradients), state, without(params))
+    update, _ = jax.jit(optimizer.update)(without(gradients), state, without(params))
     whole, _ = one_update(settings, params, gradients)
     np.testing.assert_allclose(update["embedding"], whole["embedding"], rtol=1e-6)
-    np.testing.assert_allclose(update["layers"][0]["router"], whole["layers"][0]["router"], rtol=1e-6)
+    np.testing.assert_allclose(
+        update["layers"][0]["router"], whole["layers"][0]["router"], rtol=1e-4, atol=1e-7
+    )
     assert update["lm_head"] is None
 
 
