@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 import socket
+import stat
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -52,6 +53,72 @@ def path_argument(text: str) -> str:
     if unusable is not None:
         raise UserError(f"{unusable}; give another one")
     return text
+
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a file to read it, and nothing else: a pipe would wait for ever, a device may never end.
+
+    Raises:
+        OSError: it cannot be opened; EINVAL where it is there and no regular file, ``strerror`` says what it is.
+    """
+    # Asked before as well, because opening a device may do something; O_NONBLOCK in case it was replaced since.
+    _refuse_special(path, os.stat(path))
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _refuse_special(path, os.fstat(descriptor))
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _refuse_special(path: str | os.PathLike[str], found: os.stat_result) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, expected a regular file", os.fspath(path))
+
+
+def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
+    """The content of a regular file that is meant to be small.
+
+    Args:
+        path: the file.
+        most: the largest number of bytes that is plausible for what it holds.
+
+    Raises:
+        OSError: it cannot be read or is no regular file; EFBIG where it is larger, with both figures in
+            ``strerror``.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = b"" if size > most else file.read(most + 1)  # what /proc holds has no size
+        if max(size, len(content)) > most:
+            raise OSError(
+                errno.EFBIG,
+                f"it has {max(size, len(content)):,} bytes, expected at most {most:,}",
+                os.fspath(path),
+            )
+        return content
+
+
+def read_text(path: str | os.PathLike[str], most: int) -> str:
+    """`read_bytes` as text.
+
+    Raises:
+        OSError: as `read_bytes`.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return read_bytes(path, most).decode("utf-8")
 
 
 def lock(path: Path, owner: str) -> int:

@@ -121,3 +121,35 @@ def test_room_is_that_of_the_nearest_folder_there_is(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"No space left on device \(4,001 bytes needed, 4,000 free\)"):
         files.check_room(tmp_path, 4_001)
     assert asked == [tmp_path, tmp_path]
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_only_regular_files_are_opened(tmp_path, through_a_link):
+    """Opening a pipe for reading would wait for a writer; a device such as /dev/zero never ends."""
+    os.mkfifo(tmp_path / "pipe")
+    for special, words in ((tmp_path / "pipe", "a named pipe"), ("/dev/zero", "a character device")):
+        path = special
+        if through_a_link:
+            path = tmp_path / f"link to {words}"
+            path.symlink_to(special)
+        with pytest.raises(OSError, match=f"it is {words}, expected a regular file") as caught:
+            files.open_regular(path)
+        assert caught.value.errno == errno.EINVAL
+    with pytest.raises(IsADirectoryError):
+        files.open_regular(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        files.open_regular(tmp_path / "missing")
+
+
+def test_small_files_are_read_up_to_a_bound(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"0123456789")
+    assert files.read_bytes(file, 10) == b"0123456789"
+    with pytest.raises(OSError, match="it has 10 bytes, expected at most 9") as caught:
+        files.read_bytes(file, 9)
+    assert caught.value.errno == errno.EFBIG
+    os.truncate(file, 1 << 40)  # sparse: read whole, it would fill the memory
+    with pytest.raises(OSError, match="1,099,511,627,776 bytes"):
+        files.read_bytes(file, 1 << 20)
+    with pytest.raises(OSError, match="expected at most 3"):  # says that its size is 0
+        files.read_bytes("/proc/self/status", 3)
