@@ -70,11 +70,11 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
         OSError: it cannot be opened; EINVAL where it is there and no regular file, ``strerror`` says what it is.
     """
     # Asked before as well, because opening a device may do something; O_NONBLOCK in case it was replaced since.
-    _refuse_special(path, os.stat(path))
+    _refuse_special(path, Path(path).stat())
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _refuse_special(path, os.fstat(descriptor))
-        return open(descriptor, "rb")
+        return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
