@@ -7,11 +7,14 @@ fault of the program and keeps its traceback.
 import argparse
 import difflib
 import importlib
+import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from jaxmoe.errors import UserError, shortened
+from jaxmoe.errors import UserError, out_of_memory, shortened
+from jaxmoe.notices import Notices
 from jaxmoe.signals import ENDINGS, Signals
 
 COMMANDS: dict[str, str] = {
@@ -30,6 +33,9 @@ _SUMMARIES = {
 }
 
 EXIT_USER_ERROR = 2
+_SIGNALLED = 128
+_THREADS_SECONDS = 5.0
+"""How long the interpreter may wait for threads after a signal has ended the command."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -46,12 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _exit_code(lambda: _dispatch(arguments))
 
 
+def script() -> NoReturn:
+    """The console script ``jaxmoe``."""
+    _end(main())
+
+
 def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     """End the process with what `main` returns for its command line; None is 0.
 
     For the bottom of a command's module: ``if __name__ == "__main__": run_command(main)``.
     """
-    sys.exit(_exit_code(lambda: main(sys.argv[1:])))
+    _end(_exit_code(lambda: main(sys.argv[1:])))
 
 
 def _dispatch(arguments: list[str]) -> int | None:
@@ -75,6 +86,15 @@ def _dispatch(arguments: list[str]) -> int | None:
     return importlib.import_module(COMMANDS[command]).main(rest)
 
 
+def _end(code: int) -> NoReturn:
+    """End the process. A signal ends it soon, whatever threads of libraries are at."""
+    if code > _SIGNALLED:
+        killer = threading.Timer(_THREADS_SECONDS, os._exit, [code])
+        killer.daemon = True
+        killer.start()
+    sys.exit(code)
+
+
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     listed = (f"  {name:{width}}  {_SUMMARIES[name]}" for name in COMMANDS)
@@ -93,16 +113,27 @@ def _usage() -> str:
 def _exit_code(command: Callable[[], int | None]) -> int:
     with Signals() as signals:
         try:
-            return command() or 0
+            with Notices():
+                return _told_of_memory(command) or 0
         except BaseException as error:
             number = signals.ended_by(error)
             if number is not None:
                 print(ENDINGS[number], file=sys.stderr)
-                return 128 + number
+                return _SIGNALLED + number
             if not isinstance(error, UserError):
                 raise
             print(f"error: {_one_line(str(error))}", file=sys.stderr)
             return EXIT_USER_ERROR
+
+
+def _told_of_memory(command: Callable[[], int | None]) -> int | None:
+    try:
+        return command()
+    except Exception as error:
+        told = out_of_memory(error)
+        if told is None:
+            raise
+        raise UserError(f"{told}; free some of it, or use a machine or a device that has more") from error
 
 
 def _one_line(text: str) -> str:

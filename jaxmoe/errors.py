@@ -29,6 +29,18 @@ def listed(texts: Sequence[str], most: int, separator: str = ", ") -> str:
     return f"{shown}{separator.rstrip(', ')} and {more} more" if more > 0 else shown
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """What an error says of the memory that was wanted and not there; None for an error of another kind.
+
+    jax has no type of its own for it, and is not imported here.
+    """
+    if isinstance(error, MemoryError):
+        return f"out of memory ({first_line(error)})"
+    if "RESOURCE_EXHAUSTED" not in str(error) or not type(error).__name__.endswith("RuntimeError"):
+        return None
+    return f"out of memory ({first_line(error).removeprefix('RESOURCE_EXHAUSTED: ')})"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error of a library, whose message may go on for pages; its type where it has none."""
     return shortened((str(error).splitlines() or [type(error).__name__])[0])

@@ -1,9 +1,10 @@
 """How SIGINT and SIGTERM end a program: soon, without a traceback, and after it has cleaned up."""
 
+import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -22,6 +23,20 @@ class _Interrupt(KeyboardInterrupt):
 
     def __del__(self) -> None:
         self._dropped()
+
+
+_deferring = 0
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """For what a library must not be interrupted in: the first signal comes when it is done. The next comes at once."""
+    global _deferring
+    _deferring += 1
+    try:
+        yield
+    finally:
+        _deferring -= 1
 
 
 class Signals:
@@ -63,11 +78,12 @@ class Signals:
     def _raise(self, number: int, frame: FrameType | None) -> None:
         if self._ended:
             return
+        first = self._received is None or number == signal.SIGALRM
         if number != signal.SIGALRM:
             self._received = signal.Signals(number)
         if signal.SIGALRM not in self._handlers:
             self._handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._raise)
-        if _importing(frame):
+        if _importing(frame) or (_deferring and first):
             self._again()
         else:
             raise _Interrupt(self._again)  # without a name here: its traceback would keep it alive for good

@@ -1,15 +1,18 @@
+import logging
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import types
+import warnings
 
 import pytest
 import yaml
 from helpers import tiny
 
-from jaxmoe import cli, signals
+from jaxmoe import cli, notices, signals
 from jaxmoe.errors import UserError
 
 
@@ -305,3 +308,120 @@ def test_as_a_module_in_a_process_of_its_own():
 def test_no_command_is_imported_before_it_is_asked_for():
     code = "import sys, jaxmoe.cli; jaxmoe.cli.main(['--version']); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_what_a_library_must_not_be_interrupted_in_is_done_first(command):
+    done = []
+
+    def action():
+        with signals.deferred():
+            signal.raise_signal(signal.SIGINT)
+            wait(3 * signals.AGAIN_SECONDS)
+            done.append("save")
+        wait()
+        done.append("never")
+
+    command(action)
+    assert cli.main(["train"]) == 130
+    assert done == ["save"]
+
+
+def test_a_second_signal_is_not_deferred(command):
+    done = []
+
+    def action():
+        with signals.deferred():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            done.append("never")
+
+    command(action)
+    assert cli.main(["train"]) == 130
+    assert done == []
+
+
+def warn():
+    warnings.warn("a library's", RuntimeWarning, stacklevel=1)
+    logging.getLogger("some.library").warning("another %s", "library's")
+    logging.getLogger("some.library").info("nobody asked")
+
+
+@pytest.mark.filterwarnings("always")
+def test_warnings_before_a_mistake_are_not_told(command, capsys):
+    command(lambda: warn() or fail(UserError("train.steps: found 0")))
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr() == ("", "error: train.steps: found 0\n")
+
+
+@pytest.mark.filterwarnings("always")
+def test_warnings_of_a_command_that_ends_well_or_by_a_fault_are(command, capsys):
+    told = "warning: a library's\nwarning: another library's\n"
+    command(warn)
+    assert cli.main(["train"]) == 0
+    assert capsys.readouterr() == ("", told)
+    command(lambda: warn() or fail(RuntimeError("ours")))
+    with pytest.raises(RuntimeError, match="ours"):
+        cli.main(["train"])
+    assert capsys.readouterr() == ("", told)
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_command_that_has_begun_tells_warnings_as_they_come(command, capsys):
+    shown = []
+
+    def action():
+        warn()
+        assert not shown
+        notices.begin(shown.append)
+        assert len(shown) == 2
+        warnings.warn("late", RuntimeWarning, stacklevel=1)
+        raise UserError("and then a mistake")
+
+    show, handlers = warnings.showwarning, list(logging.getLogger().handlers)
+    command(action)
+    assert cli.main(["train"]) == 2
+    assert shown == ["warning: a library's", "warning: another library's", "warning: late"]
+    assert capsys.readouterr() == ("", "error: and then a mistake\n")
+    assert (warnings.showwarning, logging.getLogger().handlers) == (show, handlers)
+
+
+class JaxRuntimeError(RuntimeError):
+    """Stands for jax's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes.\nmore"),
+            "Out of memory allocating 12",
+        ),
+        (MemoryError("Unable to allocate 9.0 TiB"), "Unable to allocate 9.0 TiB"),
+    ],
+)
+def test_memory_that_is_not_there_is_told_in_one_line(command, capsys, error, told):
+    command(lambda: fail(error))
+    assert cli.main(["train"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: out of memory ({told}")
+    assert len(err.splitlines()) == 1
+    command(lambda: fail(JaxRuntimeError("INTERNAL: a fault")))
+    with pytest.raises(JaxRuntimeError, match="a fault"):
+        cli.main(["train"])
+
+
+def test_threads_of_libraries_do_not_outlive_a_signal():
+    """orbax's are not daemons: the interpreter would wait for them at its end."""
+    program = """
+        import os, signal, sys, threading
+        from jaxmoe import cli
+        cli._THREADS_SECONDS = 0.2
+        def main(argv):
+            threading.Thread(target=threading.Event().wait).start()
+            signal.raise_signal(signal.SIGINT)
+        cli.run_command(main)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

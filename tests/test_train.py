@@ -20,6 +20,8 @@ from jaxmoe.cli import main as cli
 from jaxmoe.config import RunConfig
 from jaxmoe.errors import UserError
 from jaxmoe.run import loop as trainer
+from jaxmoe.run import memory
+from jaxmoe.run.checkpoints import Checkpoints
 from jaxmoe.run.folder import RunFolder
 
 TIMES = {"seconds", "tokens_per_second", "mfu"}
@@ -233,6 +235,50 @@ def test_the_first_step_is_not_blamed_on_the_learning_rate(workspace, tmp_path):
     told = reported(workspace, tmp_path / "second", 2, grad_norm=math.inf)
     assert "lower optimizer.learning_rate" in told
     assert told.endswith("(no step is checkpointed)")
+
+
+def test_weights_that_are_not_finite_are_never_written(workspace, tmp_path, capfd):
+    """The loss of a step is that of before its update: the last update is seen in the weights alone."""
+    config = small(
+        tmp_path, workspace, train__export=True, train__checkpoint_every=1, optimizer__weight_decay=0.0
+    )
+    assert (
+        cli(
+            [
+                "train",
+                str(config),
+                "train.steps=1",
+                "optimizer.warmup_steps=0",
+                "optimizer.learning_rate=3e38",
+            ]
+        )
+        == 2
+    )
+    err = capfd.readouterr().err
+    assert err.startswith("error: training diverged: step 1 left nan or infinity in trainable.")
+    assert err.endswith("(no step is checkpointed)\n")
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "run" / "export").exists()
+    assert Checkpoints(tmp_path / "run" / "checkpoints", None).steps() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("data.sequence_length=1048576", "a training step needs at least "),
+        ("data.sequence_length=131072", "for what it computes on the way)"),
+    ],
+)
+def test_memory_that_a_step_needs_and_is_not_there(workspace, tmp_path, capfd, monkeypatch, change, told):
+    """What a machine has is given here; what is needed is counted, or told by the compiler."""
+    monkeypatch.setattr(memory, "_machine_bytes", lambda: [2 * 10**9])
+    config = small(tmp_path, workspace, data__eval_fraction=0.0)
+    assert cli(["train", str(config), "train.eval_every=null", change]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("error: out of memory: ")
+    assert told in err
+    assert err.endswith(f"lower data.sequence_length (now {change.partition('=')[2]})\n")
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.torch

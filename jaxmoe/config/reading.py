@@ -1,11 +1,23 @@
 """YAML to nested mappings, and single keys on top of them."""
 
+import itertools
+from collections.abc import Iterator
+from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Any
 
 import yaml
 
 from jaxmoe.errors import UserError, quote
+from jaxmoe.files import read_text
+
+MAX_BYTES = 2**18
+"""Of a run's YAML: PyYAML takes seconds for so much of the densest kind."""
+
+MAX_VALUES = 10_000
+"""What all aliases of a text together may stand for. Each repeats a value as a reference, but who looks at the
+values, to check or to quote them, meets each of them as often as it is there: nine in nine in nine soon are billions.
+"""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -52,7 +64,8 @@ def read_mapping(file: Traversable) -> dict[str, Any]:
 
 def _text(path: Traversable) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with resources.as_file(path) as file:
+            return read_text(file, MAX_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, expected a YAML configuration") from None
     except IsADirectoryError:
@@ -61,11 +74,23 @@ def _text(path: Traversable) -> str:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8, expected a YAML text file") from None
+    except ValueError:
+        raise UserError(f"{path}: a path cannot have this character, expected a YAML configuration") from None
 
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - derives from SafeLoader
+        loader = _StrictLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        repeated = _values(node) - len(_distinct(node))
+        if repeated > MAX_VALUES:
+            raise UserError(
+                f"{source}: its aliases (*name) stand for more than {MAX_VALUES:,} values, expected at most so many: "
+                "write out what they stand for"
+            )
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
@@ -74,6 +99,33 @@ def _parse(text: str, source: str) -> Any:
         raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError as error:
         raise UserError(f"{source}: not valid YAML: {error}") from None
+
+
+def _children(node: yaml.Node) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        yield from itertools.chain.from_iterable(node.value)
+    elif isinstance(node, yaml.SequenceNode):
+        yield from node.value
+
+
+def _distinct(node: yaml.Node) -> set[int]:
+    """Every node as it is written, by identity; an alias is the very node that it names."""
+    seen, waiting = {id(node)}, [node]
+    while waiting:
+        for child in _children(waiting.pop()):
+            if id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
+    return seen
+
+
+def _values(node: yaml.Node, known: dict[int, int] | None = None) -> int:
+    """How many nodes there are when every alias is written out; a list in itself is left to the loader to refuse."""
+    known = {} if known is None else known
+    if id(node) not in known:
+        known[id(node)] = 1
+        known[id(node)] = 1 + sum(_values(child, known) for child in _children(node))
+    return known[id(node)]
 
 
 def apply_override(mapping: dict[str, Any], override: str) -> None:

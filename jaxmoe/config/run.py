@@ -5,7 +5,7 @@ and units are described in `jaxmoe.config.sections`. What it refuses ends in a `
 names the dotted key (`jaxmoe.config.errors` words it).
 """
 
-import sys
+import logging
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -31,6 +31,8 @@ from jaxmoe.config.sections import (
     TrainConfig,
 )
 from jaxmoe.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 
 class RunConfig(Section):
@@ -127,7 +129,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         apply_override(mapping, override)
     if note := _renamed(mapping):
-        print(f"{file}: {note}", file=sys.stderr)
+        _log.warning("%s: %s", file, note)
     source = file.name if path is None else str(path)
     return RunConfig.from_mapping(mapping, f"{source} with overrides" if overrides else source)
 

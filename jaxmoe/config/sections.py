@@ -34,6 +34,13 @@ def _float_from_yaml(value: Any) -> Any:
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
+def _float32(value: float) -> float:
+    """Training computes in float32, where what is larger is infinity and what is smaller is 0."""
+    if value and not 2.0**-126 <= abs(value) < 2.0**128:
+        raise ValueError(f"found {value!r}, expected a number that float32 holds, from 1.2e-38 to 3.4e+38")
+    return value
+
+
 def _tuple_from_list(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -70,7 +77,9 @@ def _path(value: str) -> str:
 
 
 T = TypeVar("T")
-Number = Annotated[float, BeforeValidator(_float_from_yaml), Field(allow_inf_nan=False)]
+Number = Annotated[
+    float, BeforeValidator(_float_from_yaml), Field(allow_inf_nan=False), AfterValidator(_float32)
+]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jaxmoe import signals
 from jaxmoe.errors import UserError, shortened
 from jaxmoe.files import check_room, write_atomically
 from jaxmoe.parallel import processes
@@ -29,6 +31,7 @@ from jaxmoe.parallel import processes
 _WRITING = ".orbax-checkpoint-tmp"
 _DELETING = ".deleting"
 _INVENTORY = "_FILES.json"
+_log = logging.getLogger(__name__)
 _QUIET_SECONDS = 0.2
 _STRAGGLERS_SECONDS = 5.0
 _CHUNK_BYTES = 4 << 20
@@ -83,7 +86,9 @@ class Checkpoints:
         self._saving = step
         self._together(lambda: self._make_room(needed))
         arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), extra=ocp.args.JsonSave(extra))
-        self._together(lambda: self._checkpointer.save(self._folder / str(step), args=arguments))
+        # Interrupted in the middle, orbax would leave a thread that waits for what nobody does any more.
+        with signals.deferred():
+            self._together(lambda: self._checkpointer.save(self._folder / str(step), args=arguments))
 
     def _make_room(self, needed: int) -> None:
         """Refuse before anything is written: a write that fails halfway makes TensorStore print tracebacks."""
@@ -194,6 +199,14 @@ class Checkpoints:
             self.wait()
         finally:
             self._checkpointer.close()
+
+    def close_within(self, seconds: float) -> None:
+        """`close`, given up after so many seconds: what is not whole by then is removed by the next start."""
+        closing = threading.Thread(target=self.close, daemon=True)
+        closing.start()
+        closing.join(seconds)
+        if closing.is_alive():
+            _log.warning("%s: gave up the checkpoint under way after %.0f s", self._folder, seconds)
 
     def _together(self, action: Callable[[], None]) -> None:
         """Do a part of a save in every process; where it fails in one, the save has failed in all."""

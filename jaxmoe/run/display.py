@@ -7,13 +7,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from jaxmoe import notices
+
 
 class RunDisplay:
-    """Shows a run's progress on stderr; silent in all processes but the first."""
+    """Shows a run's progress and its warnings on stdout, which leaves stderr to an error; silent in all processes but
+    the first.
+    """
 
     def __init__(self, steps: int, done: int, quiet: bool) -> None:
         # No markup: paths and generated text may hold anything in brackets.
-        self._console = Console(stderr=True, quiet=quiet, highlight=False, markup=False)
+        self._console = Console(quiet=quiet, highlight=False, markup=False)
         self._steps = steps
         self._progress = Progress(
             TextColumn("[bold]train"),
@@ -22,12 +26,13 @@ class RunDisplay:
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=quiet or not sys.stderr.isatty(),
+            disable=quiet or not sys.stdout.isatty(),
         )
         self._task = self._progress.add_task("train", total=steps, completed=done, figures="")
 
     def __enter__(self) -> "RunDisplay":
         self._progress.start()
+        notices.begin(self.say)
         return self
 
     def __exit__(

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from rich.filesize import decimal
 
 from jaxmoe.config import RunConfig
@@ -23,7 +21,8 @@ from jaxmoe.model.batch import Batch, learning_batch
 from jaxmoe.model.sampling import continue_text
 from jaxmoe.parallel import processes
 from jaxmoe.parallel.sharding import batch_sharding, make_mesh
-from jaxmoe.params import Tree, count, named
+from jaxmoe.params import Tree, count
+from jaxmoe.run import memory
 from jaxmoe.run.assemble import Assembled, assemble
 from jaxmoe.run.checkpoints import Checkpoints
 from jaxmoe.run.data import RunData, open_data, tokenizer_files
@@ -32,7 +31,10 @@ from jaxmoe.run.folder import RunFolder
 from jaxmoe.run.meter import Meter
 from jaxmoe.run.model import export_model
 from jaxmoe.training.balance import router_metrics
-from jaxmoe.training.state import Saved, TrainState, checksum
+from jaxmoe.training.state import Saved, TrainState, checksum, not_finite
+
+_FINISH_SECONDS = 60.0
+"""How long an interrupted run waits for the checkpoint that is being written; a second signal ends it at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,7 @@ def _open(config: RunConfig) -> tuple[Assembled, RunData]:
             f"output_dir: {config.output_dir} lies inside the model's folder {origin}, all of which is "
             "exported; choose a folder outside of it"
         )
+    memory.check_before_compiling(assembled)
     check_copies(assembled.source)
     data = open_data(config, origin, assembled.spec.vocab_size)
     _ = data.evaluation  # it may have nothing to predict, and is read only here
@@ -120,19 +123,31 @@ class Trainer:
     def run(self) -> Result:
         """Train to the last step, then export and sample."""
         batches = processes.agree(self.data.training_batches)
-        state = self._start(batches)
-        done = int(state.step)
+        steps, done = self.config.train.steps, self.checkpoints.latest() or 0
         try:
-            with RunDisplay(self.config.train.steps, done, quiet=jax.process_index() != 0) as display:
-                state = self._train(state, batches, done, display)
+            with RunDisplay(steps, done, quiet=jax.process_index() != 0) as display:
+                meter = Meter(self.assembled)
+                display.say(self._headline(done, meter))
+                step = self._compiled() if done < steps else None
+                state = self._start(batches)
+                if step is not None:
+                    state = self._train(step, state, batches, meter, display)
         except BaseException as error:
-            # A process that was interrupted, or has a fault, may be alone with that and must not wait for others.
-            if isinstance(error, UserError) or jax.process_count() == 1:
-                with contextlib.suppress(Exception):  # the first error is the one to report
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                if isinstance(error, UserError):
                     self.checkpoints.close()
+                # A process that was interrupted, or has a fault, may be alone with that and must not wait for others.
+                elif jax.process_count() == 1:
+                    self.checkpoints.close_within(_FINISH_SECONDS)
             raise
         self.checkpoints.close()
         return self._finish(state)
+
+    def _compiled(self) -> Any:
+        """The training step, of which it is known now that it fits."""
+        compiled = processes.agree(lambda: self.assembled.lower().compile())
+        processes.agree(lambda: memory.check_compiled(self.assembled, compiled))
+        return compiled
 
     def _start(self, batches: Any) -> TrainState:
         """The newest checkpoint, or the state before the first step."""
@@ -141,8 +156,12 @@ class Trainer:
         self.folder.truncate_metrics(latest or 0)
         if latest is None:
             weights = processes.agree(assembled.initial_weights)
-            self._check_finite(weights)
             state = assembled.begin(weights)
+            if bad := not_finite(state):
+                raise UserError(
+                    f"{assembled.source.folder or 'model.config'}: found nan or infinity in {listed(bad, 5)}, "
+                    "expected finite weights: give a checkpoint without them"
+                )
             self._frozen = checksum(state.frozen)
             return state
         saved, extra = self.checkpoints.restore(latest, assembled.state.saved)
@@ -158,28 +177,11 @@ class Trainer:
         self._frozen = extra.get("frozen")
         return assembled.state._replace(frozen=frozen).restored(Saved(*saved))
 
-    def _check_finite(self, weights: Tree) -> None:
-        """Every process finds the same."""
-        whole = NamedSharding(self.assembled.mesh, PartitionSpec())
-        all_finite = jax.jit(
-            lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree), out_shardings=whole
-        )
-        found = zip(named(self.assembled.spec.declared), jax.tree.leaves(all_finite(weights)), strict=True)
-        bad = [name for (name, _), finite in found if not finite]
-        if bad:
-            raise UserError(
-                f"{self.assembled.source.folder or 'model.config'}: found nan or infinity in {listed(bad, 5)}, "
-                "expected finite weights: "
-                "give a checkpoint without them"
-            )
-
-    def _train(self, state: TrainState, batches: Any, done: int, display: RunDisplay) -> TrainState:
-        train = self.config.train
-        if done == train.steps:
-            return state
-        step = self.assembled.train_step
-        meter = Meter(self.assembled)
-        display.say(self._headline(done, meter))
+    def _train(
+        self, step: Any, state: TrainState, batches: Any, meter: Meter, display: RunDisplay
+    ) -> TrainState:
+        train, done = self.config.train, int(state.step)
+        meter.restart()
         batch = self._next(batches)
         for number in range(done + 1, train.steps + 1):
             state, metrics = step(state, batch)
@@ -189,11 +191,14 @@ class Trainer:
             figures = meter.after(metrics)
             self._report(number, number == done + 1, metrics, figures, display)
             last = number == train.steps
+            saves = last or number % train.checkpoint_every == 0
+            if saves and (bad := not_finite(state)):
+                raise self._diverged(f"step {number} left nan or infinity in {listed(bad, 5)}")
             if self.data.heldout is not None and (
                 last or (train.eval_every and number % train.eval_every == 0)
             ):
                 self._evaluate(number, state, display)
-            if last or number % train.checkpoint_every == 0:
+            if saves:
                 extra = {"data": processes.gather(position), "frozen": self._frozen}
                 self.checkpoints.save(number, state.saved, extra)
             meter.restart()
@@ -209,7 +214,13 @@ class Trainer:
     ) -> None:
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._diverged(f"step {number} has loss {loss} and gradient norm {norm}", number)
+            found = f"step {number} has loss {loss} and gradient norm {norm}"
+            if number == 1:  # the learning rate has not acted yet
+                raise UserError(
+                    f"{found} before anything was trained: the weights or their activations exceed what "
+                    f"{self.assembled.dtype} holds: set model.dtype=float32, or give another checkpoint"
+                )
+            raise self._diverged(found)
         if not float(metrics["targets"]):
             raise UserError(
                 f"data: none of the {self.config.train.batch_size} sequences of step {number} has a token to "
@@ -226,14 +237,9 @@ class Trainer:
             router = router_metrics(metrics["router"]) if "router" in metrics else {}
             self.folder.append({"step": number} | scalars | figures | router)
 
-    def _diverged(self, found: str, number: int) -> UserError:
+    def _diverged(self, found: str) -> UserError:
         self.checkpoints.wait()
         latest = self.checkpoints.latest()
-        if number == 1:  # the learning rate has not acted yet
-            return UserError(
-                f"{found} before anything was trained: the weights or their activations exceed what "
-                f"{self.assembled.dtype} holds: set model.dtype=float32, or give another checkpoint"
-            )
         kept = "no step" if latest is None else f"step {latest}"
         return UserError(
             f"training diverged: {found}; lower optimizer.learning_rate or raise optimizer.warmup_steps, in a "
@@ -315,10 +321,10 @@ class Trainer:
         trained = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
         of_these = "" if trained == count(spec.declared) else f" ({trained:,} trained)"
         held = {"weights": state.params, "optimiser": state.opt_state}
-        memory = ", ".join(f"{decimal(_bytes(tree))} of {name}" for name, tree in held.items())
+        sizes = ", ".join(f"{decimal(_bytes(tree))} of {name}" for name, tree in held.items())
         return (
             f"{self.folder.path}: {f'resuming after step {done}' if done else 'starting'}, "
-            f"{len(spec.layers)} layers, {count(spec.declared):,} parameters{of_these}, {memory}, "
+            f"{len(spec.layers)} layers, {count(spec.declared):,} parameters{of_these}, {sizes}, "
             f"{len(self.data.train):,} documents; MFU against {meter.peak / 1e12:.4g} TFLOP/s per device "
             f"({meter.peak_origin})"
         )

@@ -66,6 +66,17 @@ def checksum(tree: Tree) -> int | None:
     return zlib.crc32(np.asarray(sums, np.uint32).tobytes())
 
 
+def not_finite(state: TrainState) -> list[str]:
+    """Names of the arrays that hold nan or infinity. In several processes all must call it, and find the same."""
+    found = params.named(_are_finite(state))
+    return [name for name, finite in found if not finite]
+
+
+@jax.jit
+def _are_finite(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), state)
+
+
 @jax.jit
 def _sums_of_bits(leaves: list[jax.Array]) -> list[jax.Array]:
     """Modulo 2³²: integers, whose order does not matter."""

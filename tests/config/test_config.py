@@ -1,4 +1,5 @@
 import copy
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -408,11 +409,11 @@ def test_a_folder_of_an_earlier_version_is_read(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_earlier_name_of_a_set_of_coefficients_is_read_and_told(tmp_path, capsys):
+def test_the_earlier_name_of_a_set_of_coefficients_is_read_and_told(tmp_path, caplog):
     path = write(tmp_path, yaml.safe_dump(SMALLEST))
     assert load_config(path, ["optimizer.coefficients=quintic"]) == load_config(path)
     note = "optimizer.coefficients: quintic is called you_jiacheng here, the numbers are the same"
-    assert capsys.readouterr().err == f"{path}: {note}\n"
+    assert caplog.messages == [f"{path}: {note}"]
     assert message(optimizer__coefficients="cubic").endswith("'you_jiacheng', 'jordan' or 'polar_express'")
 
 
@@ -429,3 +430,58 @@ def test_the_reference_names_every_key_with_its_default(capsys):
     assert all(line.split("#")[1].strip() for line in reference_yaml().splitlines() if "#" in line)
     assert cli(["train", "--keys"]) == 0
     assert capsys.readouterr().out == reference_yaml()
+
+
+def nines():
+    lists = ["&a [x, x, x, x, x, x, x, x, x]"]
+    for name, of in zip("bcdefghijk", "abcdefghij", strict=True):
+        lists.append(f"&{name} [{', '.join([f'*{of}'] * 9)}]")
+    return f"[{', '.join(lists)}]"
+
+
+@pytest.mark.parametrize("key", ["train.steps", "model.config", "sample", "trainable", "nonsense"])
+def test_aliases_in_aliases_are_refused_wherever_they_are(tmp_path, key):
+    """A few hundred bytes that stand for billions of values, which whoever looks at the values would walk through."""
+    section, _, name = key.partition(".")
+    content = yaml.safe_dump({k: v for k, v in SMALLEST.items() if k != section})
+    inner = f"{{{name}: {nines()}}}" if name else nines()
+    path = write(tmp_path, f"{content}\n{section}: {inner}\n")
+    with pytest.raises(
+        UserError, match=r"run\.yaml: its aliases \(\*name\) stand for more than 10,000 values"
+    ):
+        load_config(path)
+    path = write(tmp_path, yaml.safe_dump(SMALLEST))
+    with pytest.raises(UserError, match=r"its aliases \(\*name\) stand for more than 10,000 values"):
+        load_config(path, [f"{key}={nines()}"])
+
+
+def test_ordinary_aliases_are_what_they_stand_for(tmp_path):
+    text = yaml.safe_dump({k: v for k, v in SMALLEST.items() if k != "data"})
+    plain = load_config(write(tmp_path, f"{text}data: {{path: words, field: words, sequence_length: 16}}\n"))
+    for data in (
+        "{path: &w words, field: *w, sequence_length: 16}",
+        "{<<: {path: &w words, field: *w}, sequence_length: 16}",
+    ):
+        assert load_config(write(tmp_path, f"{text}data: {data}\n")) == plain
+
+
+def test_a_file_that_is_none_or_too_large(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "comments.yaml").write_text("# of fifty megabytes\n" * 2_500_000)
+    expected = {
+        tmp_path / "pipe": "it is a named pipe, expected a regular file",
+        "/dev/zero": "it is a character device, expected a regular file",
+        tmp_path / "comments.yaml": "it has 52,500,000 bytes, expected at most 262,144",
+        "run\0.yaml": "a path cannot have this character",
+    }
+    for path, words in expected.items():
+        with pytest.raises(UserError, match=words):
+            load_config(Path(path))
+
+
+@pytest.mark.parametrize("key", ["optimizer.learning_rate", "optimizer.eps", "balance.aux_loss"])
+@pytest.mark.parametrize("value", ["1e300", "1e-60", "3.5e38"])
+def test_numbers_that_float32_has_not(tmp_path, key, value):
+    with pytest.raises(UserError, match=f"{key}: found .*expected a number that float32 holds"):
+        load_config(write(tmp_path, yaml.safe_dump(SMALLEST)), [f"{key}={value}"])
+    assert load_config(write(tmp_path, yaml.safe_dump(SMALLEST)), [f"{key}=3.4e38"])
