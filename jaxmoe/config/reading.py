@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from jaxmoe.errors import UserError, quote
-from jaxmoe.files import read_text
+from jaxmoe.files import read_text, why_unusable
 
 MAX_BYTES = 2**18
 """Of a run's YAML: PyYAML takes seconds for so much of the densest kind."""
@@ -63,6 +63,8 @@ def read_mapping(file: Traversable) -> dict[str, Any]:
 
 
 def _text(path: Traversable) -> str:
+    if unusable := why_unusable(str(path)):
+        raise UserError(f"{unusable}; expected a YAML configuration")
     try:
         with resources.as_file(path) as file:
             return read_text(file, MAX_BYTES)
@@ -74,8 +76,6 @@ def _text(path: Traversable) -> str:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8, expected a YAML text file") from None
-    except ValueError:
-        raise UserError(f"{path}: a path cannot have this character, expected a YAML configuration") from None
 
 
 def _parse(text: str, source: str) -> Any:

@@ -472,7 +472,8 @@ def test_a_file_that_is_none_or_too_large(tmp_path):
         tmp_path / "pipe": "it is a named pipe, expected a regular file",
         "/dev/zero": "it is a character device, expected a regular file",
         tmp_path / "comments.yaml": "it has 52,500,000 bytes, expected at most 262,144",
-        "run\0.yaml": "a path cannot have this character",
+        "run\0.yaml": "no usable path \\(it has a character that no path can have\\); expected a YAML",
+        "run" * 2000: "no usable path \\(File name too long\\)",
     }
     for path, words in expected.items():
         with pytest.raises(UserError, match=words):

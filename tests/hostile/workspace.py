@@ -1,0 +1,56 @@
+"""What the attacks start from: a tiny model, its tokenizer, text, and a run that takes seconds."""
+
+import json
+import random
+from pathlib import Path
+
+import yaml
+from helpers import tiny
+
+STEPS = 12
+
+
+def write(folder: Path) -> Path:
+    """``model/`` (a tiny Qwen3-MoE in two files), ``text/`` and ``run.yaml``, which trains the one on the other."""
+    tiny.write_checkpoint(
+        folder / "model", "qwen3_moe", dtype="bfloat16", shards=2, initializer_range=0.02
+    )
+    rng = random.Random(0)
+    (folder / "text").mkdir()
+    for part in range(3):
+        lines = (" ".join(f"w{3 + rng.randrange(100)}" for _ in range(rng.randint(5, 60))) for _ in range(40))
+        content = "".join(json.dumps({"text": line}) + "\n" for line in lines)
+        (folder / "text" / f"part{part}.jsonl").write_text(content)
+    (folder / "run.yaml").write_text(yaml.safe_dump(config()))
+    return folder
+
+
+def config() -> dict:
+    """Paths are relative to the folder."""
+    return {
+        "model": {"path": "model", "dtype": "float32"},
+        "data": {"path": "text", "sequence_length": 24, "eval_fraction": 0.1},
+        "optimizer": {"name": "adamw", "learning_rate": 0.003},
+        "balance": {"aux_loss": 0.01},
+        "train": {
+            "steps": STEPS,
+            "batch_size": 8,
+            "checkpoint_every": 1,
+            "eval_every": 6,
+            "log_every": 1,
+            "peak_tflops": 1.0,
+        },
+        "output_dir": "out",
+    }
+
+
+def result(output: Path) -> dict[str, object]:
+    """All that a run leaves: its metrics but for times, and the bytes of its export."""
+    times = {"seconds", "tokens_per_second", "mfu"}
+    lines = (json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines())
+    left: dict[str, object] = {
+        "metrics": [{k: v for k, v in line.items() if k not in times} for line in lines]
+    }
+    for file in sorted((output / "export").iterdir()):
+        left[file.name] = file.read_bytes()
+    return left
