@@ -51,6 +51,10 @@ kernels-newest: $(READY_NEWEST)
 recipes: $(READY_TO_TEST) ## compile the training steps of configs/ for GPUs that are not there: memory of each
 	@.ci/compile-recipes .venv/bin/python
 
+.PHONY: hostile
+hostile: $(READY_TO_TEST) ## attack the commands: bad inputs, damaged folders, kills, signals, full disks; an hour
+	cd tests && ../.venv/bin/python -m hostile.campaign
+
 .PHONY: lint
 lint: $(READY_TO_TEST) ## ruff: rules and formatting
 	.venv/bin/ruff check .

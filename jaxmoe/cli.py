@@ -33,6 +33,8 @@ _SUMMARIES = {
 }
 
 EXIT_USER_ERROR = 2
+_MOST_LETTERS = 1500
+"""Of an error: what is quoted may be of any length, and the remedy stands in what is said of the first problem."""
 _SIGNALLED = 128
 _THREADS_SECONDS = 5.0
 """How long the interpreter may wait for threads after a signal has ended the command."""
@@ -122,7 +124,7 @@ def _exit_code(command: Callable[[], int | None]) -> int:
                 return _SIGNALLED + number
             if not isinstance(error, UserError):
                 raise
-            print(f"error: {_one_line(str(error))}", file=sys.stderr)
+            print(f"error: {shortened(_one_line(str(error)), _MOST_LETTERS)}", file=sys.stderr)
             return EXIT_USER_ERROR
 
 

@@ -255,7 +255,7 @@ def test_weights_that_are_not_finite_are_never_written(workspace, tmp_path, capf
         == 2
     )
     err = capfd.readouterr().err
-    assert err.startswith("error: training diverged: step 1 left nan or infinity in trainable.")
+    assert err.startswith("error: training diverged: step 1 left nan or infinity in embed, ")
     assert err.endswith("(no step is checkpointed)\n")
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "run" / "export").exists()

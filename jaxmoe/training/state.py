@@ -67,9 +67,12 @@ def checksum(tree: Tree) -> int | None:
 
 
 def not_finite(state: TrainState) -> list[str]:
-    """Names of the arrays that hold nan or infinity. In several processes all must call it, and find the same."""
-    found = params.named(_are_finite(state))
-    return [name for name, finite in found if not finite]
+    """Names of the arrays that hold nan or infinity, of weights as the model calls them, the optimiser's as opt_state.…
+
+    In several processes all must call it, and find the same.
+    """
+    bad = [name for name, finite in params.named(_are_finite(state)) if not finite]
+    return [name.removeprefix("trainable.").removeprefix("frozen.") for name in bad]
 
 
 @jax.jit

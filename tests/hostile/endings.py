@@ -39,9 +39,7 @@ def interrupted(folder: Path, count: int, seed: int = 1) -> Iterator[Verdict]:
     yield from _ended(folder, count, random.Random(seed), [signal.SIGINT, signal.SIGTERM])
 
 
-def _ended(
-    folder: Path, count: int, rng: random.Random, numbers: list[signal.Signals]
-) -> Iterator[Verdict]:
+def _ended(folder: Path, count: int, rng: random.Random, numbers: list[signal.Signals]) -> Iterator[Verdict]:
     expected, seconds = reference(folder)
     for attempt in range(count):
         number = rng.choice(numbers)
@@ -55,7 +53,9 @@ def _ended(
         waited = time.monotonic() - sent
         told = f"{number.name} after {moment:.2f} s: exit code {done.code} {waited:.1f} s later"
         right = (-9, 0) if number == signal.SIGKILL else (128 + number, 0)
-        faults = [] if done.code in right else [f"exit code {done.code}, expected {right[0]}: {done.err[-300:]}"]
+        faults = (
+            [] if done.code in right else [f"exit code {done.code}, expected {right[0]}: {done.err[-300:]}"]
+        )
         if waited > _ENDS_WITHIN:
             faults.append(f"{waited:.1f} s until it ended")
         if "Traceback" in done.out + done.err:
@@ -109,7 +109,9 @@ def twins(folder: Path) -> Iterator[Verdict]:
         done = running.finish(600)
         faults += [f"{name}: {fault}" for fault in done.faults(0, cpu=600)]
         left = workspace.result(folder / name) if not faults else {}
-        faults += [f"{name}: {key} differs" for key in expected if not faults and left.get(key) != expected[key]]
+        faults += [
+            f"{name}: {key} differs" for key in expected if not faults and left.get(key) != expected[key]
+        ]
         shutil.rmtree(folder / name, ignore_errors=True)
     yield "two runs in two folders", "; ".join(faults) or None
     first = sandbox.start(COMMAND, folder)
@@ -138,7 +140,10 @@ def full_disk(folder: Path) -> Iterator[Verdict]:
         # The last checkpoint is there, and no room for the export.
         done = sandbox.run([*COMMAND, "train.export=false"], folder, seconds=600)
         faults = done.faults(0, cpu=600)
-        yield "a full disk, export", "; ".join([*faults, *_fill_and_free(folder, disk, 20_000, expected)]) or None
+        yield (
+            "a full disk, export",
+            "; ".join([*faults, *_fill_and_free(folder, disk, 20_000, expected)]) or None,
+        )
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
 

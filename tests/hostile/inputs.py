@@ -38,7 +38,16 @@ class Case:
 
 def cases() -> list[Case]:
     """All of them."""
-    made = [*_special_files(), *_yaml(), *_keys(), *_models(), *_data(), *_tokenizers(), *_arguments(), *_trained()]
+    made = [
+        *_special_files(),
+        *_yaml(),
+        *_keys(),
+        *_models(),
+        *_data(),
+        *_tokenizers(),
+        *_arguments(),
+        *_trained(),
+    ]
     assert len({case.name for case in made}) == len(made)
     return made
 
@@ -95,7 +104,9 @@ def _special_files() -> Iterator[Case]:
 
 
 def _text(name: str, content: str | bytes) -> Callable[[Path], None]:
-    return _instead(name, lambda path: path.write_bytes(content.encode() if isinstance(content, str) else content))
+    return _instead(
+        name, lambda path: path.write_bytes(content.encode() if isinstance(content, str) else content)
+    )
 
 
 def _yaml() -> Iterator[Case]:
@@ -178,7 +189,9 @@ def _models() -> Iterator[Case]:
     absurd = [10**6, 10**8, 2**31, 2**63, -1, 0, 1.5, 1e300, "8", None, [], {}, True]
     for field in ("num_experts", "num_hidden_layers", "vocab_size", "num_attention_heads", "hidden_size"):
         for value in absurd:
-            yield Case(f"{field} = {value!r}", _set(**{field: value}), inspect, (0, 2) if value is None else (2,))
+            yield Case(
+                f"{field} = {value!r}", _set(**{field: value}), inspect, (0, 2) if value is None else (2,)
+            )
     for field in ("num_labels", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_theta"):
         for value in (10**8, 2**63, -1, "8", [], {"a": 1}):
             yield Case(f"{field} = {value!r}", _set(**{field: value}), inspect, (0, 2))
@@ -194,13 +207,17 @@ def _models() -> Iterator[Case]:
         "mlp_only_layers words": {"mlp_only_layers": ["a", None]},
         "quantization nonsense": {"quantization_config": {"quant_method": "nonsense"}},
         "quantization a word": {"quantization_config": "fp8"},
-        "fp8 without a scale": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+        "fp8 without a scale": {
+            "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        },
     }
     for name, fields in odd.items():
         yield Case(f"config.json: {name}", _set(**fields), inspect)
     yield Case("config.json: 50 MB", _text("model/config.json", '{"a": "' + "x" * 50_000_000 + '"}'), inspect)
     yield Case("config.json: deep", _text("model/config.json", "[" * 100_000), inspect)
-    yield Case("config.json: digits", _text("model/config.json", '{"vocab_size": ' + "9" * 5000 + "}"), inspect)
+    yield Case(
+        "config.json: digits", _text("model/config.json", '{"vocab_size": ' + "9" * 5000 + "}"), inspect
+    )
     index = "model/model.safetensors.index.json"
     names = {
         "300 letters": "x" * 300 + ".safetensors",
@@ -249,7 +266,9 @@ def _shards(inspect: tuple[str, ...]) -> Iterator[Case]:
         "negative offsets": _header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[-4,0]}}'),
         "metadata of numbers": _header(b'{"__metadata__":{"a":1}}'),
         "99 MB of spaces": _header(b"{}" + b" " * 99_000_000),
-        "long name": _header(b'{"' + b"n" * 1_000_000 + b'":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234"),
+        "long name": _header(
+            b'{"' + b"n" * 1_000_000 + b'":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234"
+        ),
     }
     for name, content in contents.items():
         yield Case(f"shard: {name}", _text("model/model-00001-of-00002.safetensors", content), inspect)
@@ -288,7 +307,13 @@ def _data() -> Iterator[Case]:
             with path.open("wb") as file:
                 file.truncate(8 * 10**9)
 
-        yield Case(f".{suffix}: 8 GB, sparse", _instead(f"d.{suffix}", sparse), given(f"d.{suffix}"), (0, 2), cpu=60.0)
+        yield Case(
+            f".{suffix}: 8 GB, sparse",
+            _instead(f"d.{suffix}", sparse),
+            given(f"d.{suffix}"),
+            (0, 2),
+            cpu=60.0,
+        )
     for name, damage in _parquet().items():
         yield Case(f".parquet: {name}", damage, given("d.parquet"))
     yield Case(".json rows", _text("d.json", '[{"text": "a"}]'), given("d.json"))
@@ -306,7 +331,9 @@ def _parquet() -> dict[str, Callable[[Path], Any]]:
     def table(*columns: tuple[str, pa.Array]) -> Callable[[Path], None]:
         return _instead(
             "d.parquet",
-            lambda path: pq.write_table(pa.Table.from_arrays([c for _, c in columns], [n for n, _ in columns]), path),
+            lambda path: pq.write_table(
+                pa.Table.from_arrays([c for _, c in columns], [n for n, _ in columns]), path
+            ),
         )
 
     words = pa.array(["some words", "and more"])
@@ -391,4 +418,6 @@ def _trained() -> Iterator[Case]:
         "a million rows": "train.batch_size=1000000",
     }
     for name, change in changes.items():
-        yield Case(name, None, (*TRAIN, "train.steps=1", "train.eval_every=null", change), cpu=60.0, trains=True)
+        yield Case(
+            name, None, (*TRAIN, "train.steps=1", "train.eval_every=null", change), cpu=60.0, trains=True
+        )

@@ -1,5 +1,6 @@
 """Mutated checkpoint folders: each gives one clear line, or what it is loaded as is what other libraries read."""
 
+import importlib.util
 import json
 import random
 import shutil
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from jaxmoe.errors import UserError
+from jaxmoe.params import count
 
 FILE = "model.safetensors"
 _MOST_LETTERS = 1500
@@ -42,12 +44,27 @@ def _mutate_file(content: bytearray, rng: random.Random) -> bytes:
         return bytes(content)
     if kind == 2:  # cut, or more
         end = rng.randrange(len(content))
-        return bytes(content[:end]) if rng.random() < 0.5 else bytes(content) + rng.randbytes(rng.randint(1, 99))
+        return (
+            bytes(content[:end]) if rng.random() < 0.5 else bytes(content) + rng.randbytes(rng.randint(1, 99))
+        )
     name = rng.choice([name for name in header if name != "__metadata__"])
     if kind == 3:  # a value of an entry
         field = rng.choice(["dtype", "shape", "data_offsets"])
         header[name][field] = rng.choice(
-            [None, "F16", "I64", [], [1], [0, 0], [-1, 5], [2**62, 3], {}, 7, [[1]], header[name][field][::-1]]
+            [
+                None,
+                "F16",
+                "I64",
+                [],
+                [1],
+                [0, 0],
+                [-1, 5],
+                [2**62, 3],
+                {},
+                7,
+                [[1]],
+                header[name][field][::-1],
+            ]
         )
     elif kind == 4:  # an entry gone, renamed or given twice
         entry = header.pop(name)
@@ -91,20 +108,52 @@ def config_verdict(folder: Path, seed: int) -> tuple[str | None, bool]:
     changed: list[bool] = []
 
     def attempt() -> str | None:
-        changed.append(config_source(mutated).spec != before)
-        return None
+        spec = config_source(mutated).spec
+        changed.append(spec != before)
+        return _compare_counts(mutated, count(spec.declared)) if changed[0] else None
 
     return _told(attempt), any(changed)
+
+
+def _compare_counts(raw: dict[str, Any], found: int) -> str | None:
+    """Parameters of transformers' model of the same config, where torch is there to make it of nothing."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.for_model(**raw)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # of many types
+        return f"taken, where transformers refuses it ({type(error).__name__}: {str(error)[:100]})"
+    expected = model.num_parameters()
+    return None if found == expected else f"{found} parameters, of transformers' model {expected}"
 
 
 def _mutate_config(raw: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     odd: list[Any] = [
         *(None, True, False, 0, 1, 2, -1, 3.5, 1e300, -1e-300, 10**6, 2**31, 2**63, 10**30, float("nan")),
-        *("", "8", "nonsense", "x" * 1000, [], [1], [None], ["full_attention"], {}, {"a": 1}, {"rope_type": "yarn"}),
+        *(
+            "",
+            "8",
+            "nonsense",
+            "x" * 1000,
+            [],
+            [1],
+            [None],
+            ["full_attention"],
+            {},
+            {"a": 1},
+            {"rope_type": "yarn"},
+        ),
         *({"rope_type": "linear", "factor": 0}, {"rope_theta": "1"}, [[1]], "\ud800"),
     ]
     for _ in range(rng.randint(1, 3)):
-        name = rng.choice([*raw, "rope_scaling", "rope_parameters", "layer_types", "sliding_window", "head_dim"])
+        name = rng.choice(
+            [*raw, "rope_scaling", "rope_parameters", "layer_types", "sliding_window", "head_dim"]
+        )
         action = rng.random()
         if action < 0.15:
             raw.pop(name, None)

@@ -12,9 +12,7 @@ STEPS = 12
 
 def write(folder: Path) -> Path:
     """``model/`` (a tiny Qwen3-MoE in two files), ``text/`` and ``run.yaml``, which trains the one on the other."""
-    tiny.write_checkpoint(
-        folder / "model", "qwen3_moe", dtype="bfloat16", shards=2, initializer_range=0.02
-    )
+    tiny.write_checkpoint(folder / "model", "qwen3_moe", dtype="bfloat16", shards=2, initializer_range=0.02)
     rng = random.Random(0)
     (folder / "text").mkdir()
     for part in range(3):

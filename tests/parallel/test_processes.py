@@ -145,7 +145,7 @@ def test_two_processes_killed_and_resumed_are_one_process(run_of, tmp_path):
 
     (code, out, err), (other_code, other_out, other_err) = finish(start_two(command, command))
     assert (code, other_code) == (0, 0), (err, other_err)
-    assert "resuming after step" in " ".join(err.split())
+    assert "resuming after step" in " ".join(out.split())
     assert "5 steps done" in " ".join(out.split())
     assert "step" not in other_out + other_err, "one process speaks for both"
     assert [code for code, _, _ in finish(start_two(second, second))] == [0, 0]
