@@ -92,6 +92,7 @@ def main() -> None:
     )
     parser.add_argument("attacks", nargs="*", choices=[*names, []], help="by default all")
     parser.add_argument("--every", type=int, default=1, help="only every so many-th of the inputs")
+    parser.add_argument("--verbose", action="store_true", help="tell also what held")
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # of libraries, about the models that are damaged on purpose
     sandbox.prepare()
@@ -102,9 +103,9 @@ def main() -> None:
             begun, tried, faults = time.monotonic(), 0, 0
             for what, fault in attacks(folder, options.every)[name]():
                 tried += 1
-                if fault is not None:
-                    faults += 1
-                    print(f"{name}: {what}: {fault}", flush=True)
+                faults += fault is not None
+                if fault is not None or options.verbose:
+                    print(f"{name}: {what}: {fault or 'held'}", flush=True)
             rows.append((name, tried, faults, time.monotonic() - begun))
             failed += faults
     print(f"{'attack':10} {'tried':>6} {'faults':>6} {'seconds':>8}")

@@ -136,7 +136,7 @@ def full_disk(folder: Path) -> Iterator[Verdict]:
         return
     try:
         for name, left in {"at once": 0, "metrics": 6_000, "checkpoint": size // 3, "later": size}.items():
-            yield f"a full disk, {name}", "; ".join(_fill_and_free(folder, disk, left, expected)) or None
+            yield _fill_and_free(folder, disk, left, expected, name)
         # The last checkpoint is there, and no room for the export.
         done = sandbox.run([*COMMAND, "train.export=false"], folder, seconds=600)
         faults = done.faults(0, cpu=600)
@@ -162,7 +162,7 @@ def _mounted(disk: Path, size: int) -> Path | None:
     return disk if tried is not None and tried.returncode == 0 else None
 
 
-def _fill_and_free(folder: Path, disk: Path, left: int, expected: dict[str, object]) -> list[str]:
+def _fill_and_free(folder: Path, disk: Path, left: int, expected: dict[str, object], name: str) -> Verdict:
     filler = disk.joinpath(".lock.filler")
     _fill(filler, shutil.disk_usage(disk).free - left)
     done = sandbox.run(COMMAND, folder, seconds=600)
@@ -175,7 +175,7 @@ def _fill_and_free(folder: Path, disk: Path, left: int, expected: dict[str, obje
         faults += [f"{name} differs" for name in expected if there.get(name) != expected[name]]
     for path in disk.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return faults
+    return f"a full disk, {name}: {done.err.strip()}", "; ".join(faults) or None
 
 
 def _fill(path: Path, size: int) -> None:

@@ -235,8 +235,8 @@ def _models() -> Iterator[Case]:
             raw["weight_map"][next(iter(raw["weight_map"]))] = file
 
         yield Case(f"index: {name}", _json(index, redirect), inspect)
-    yield Case("index: no weight_map", _json(index, lambda raw: {"metadata": {}}), inspect)
-    yield Case("index: a list", _json(index, lambda raw: []), inspect)
+    yield Case("index: no weight_map", _json(index, lambda _: {"metadata": {}}), inspect)
+    yield Case("index: a list", _json(index, lambda _: []), inspect)
     yield from _shards(inspect)
 
 

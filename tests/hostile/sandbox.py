@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 MOST_RESIDENT = 10**9
@@ -163,8 +163,3 @@ def _resident(pid: int) -> int:
     with contextlib.suppress(OSError, IndexError):
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
     return 0
-
-
-def chunks_of(items: list, share: int) -> Iterator[object]:
-    """Every `share`-th of a list; all of it for 1."""
-    yield from items[::share]
