@@ -72,26 +72,27 @@ def mutated_configs(folder: Path, every: int) -> Verdicts:
     print(f"mutated configs taken for another model: {other}")
 
 
-def attacks(folder: Path, every: int) -> dict[str, Callable[[], Verdicts]]:
+def attacks(folder: Path, every: int, seed: int) -> dict[str, Callable[[], Verdicts]]:
     """All attacks by name."""
     return {
         "inputs": lambda: bad_inputs(folder, every),
         "tensors": lambda: mutated_tensors(folder, every),
         "configs": lambda: mutated_configs(folder, every),
-        "kills": lambda: endings.killed(folder, KILLS // every),
-        "signals": lambda: endings.interrupted(folder, SIGNALS // every),
+        "kills": lambda: endings.killed(folder, KILLS // every, seed),
+        "signals": lambda: endings.interrupted(folder, SIGNALS // every, seed),
         **{name: (lambda attack=attack: attack(folder)) for name, attack in endings.ATTACKS.items()},
     }
 
 
 def main() -> None:
     """The campaign."""
-    names = list(attacks(Path(), 1))
+    names = list(attacks(Path(), 1, 0))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("attacks", nargs="*", choices=[*names, []], help="by default all")
     parser.add_argument("--every", type=int, default=1, help="only every so many-th of the inputs")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of kills and signals")
     parser.add_argument("--verbose", action="store_true", help="tell also what held")
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # of libraries, about the models that are damaged on purpose
@@ -101,7 +102,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="hostile-") as temporary:
             folder = workspace.write(Path(temporary) / "workspace")
             begun, tried, faults = time.monotonic(), 0, 0
-            for what, fault in attacks(folder, options.every)[name]():
+            for what, fault in attacks(folder, options.every, options.seed)[name]():
                 tried += 1
                 faults += fault is not None
                 if fault is not None or options.verbose:

@@ -29,12 +29,12 @@ def reference(folder: Path) -> tuple[dict[str, object], float]:
     return left, done.seconds
 
 
-def killed(folder: Path, count: int, seed: int = 0) -> Iterator[Verdict]:
+def killed(folder: Path, count: int, seed: int) -> Iterator[Verdict]:
     """kill -9 at random moments; each run is started again until it is done."""
     yield from _ended(folder, count, random.Random(seed), [signal.SIGKILL])
 
 
-def interrupted(folder: Path, count: int, seed: int = 1) -> Iterator[Verdict]:
+def interrupted(folder: Path, count: int, seed: int) -> Iterator[Verdict]:
     """SIGINT and SIGTERM at random moments."""
     yield from _ended(folder, count, random.Random(seed), [signal.SIGINT, signal.SIGTERM])
 
@@ -59,7 +59,7 @@ def _ended(folder: Path, count: int, rng: random.Random, numbers: list[signal.Si
         if waited > _ENDS_WITHIN:
             faults.append(f"{waited:.1f} s until it ended")
         if "Traceback" in done.out + done.err:
-            faults.append("traceback")
+            faults.append(f"traceback: {(done.out + done.err)[-1500:]}")
         if done.code == 0 or attempt == count - 1:
             faults += _finished(folder, expected)
         yield told, "; ".join(faults) or None
