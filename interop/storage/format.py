@@ -25,8 +25,9 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MAX_TENSORS = 500_000  # in one file; the largest checkpoints published have 200,000 in all of theirs
-_HEADER_VALUES = 16 * MAX_TENSORS  # two brackets, a brace, four colons and the commas of five axes, each
+MAX_TENSORS = 500_000  # of a checkpoint; the largest published ones have 200,000
+_VALUES_PER_TENSOR = 16  # in a header: two brackets, a brace, four colons, and commas for five axes
+_VALUES_OF_METADATA = 100_000
 _MAX_FAULTS = 1000  # told of one file: more than a message has room for, once what is alike is merged
 _MAX_AXES = 64  # numpy's limit
 
@@ -80,7 +81,7 @@ def dtype_name(dtype: Any) -> str:
         ) from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where a tensor lies: bytes ``start`` to ``end`` (absolute) of ``file``, a name within the folder."""
 
@@ -147,7 +148,8 @@ def loads_strict(text: bytes, most: int) -> Any:
 
     Also for more than `most` colons, commas and brackets: what is parsed takes up to thirty times the room of the text.
     """
-    if (found := sum(map(text.count, (b":", b",", b"[", b"{")))) > most:
+    found = sum(map(text.count, (b":", b",", b"[", b"{")))
+    if found > most:
         raise ValueError(f"it holds {found:,} keys and values, expected at most {most:,}")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -234,7 +236,10 @@ def parse_header(file: str, header: bytes, file_bytes: int, problems: list[str])
     ``header`` excludes the 8-byte length; ``file_bytes`` is the size of the whole file.
     """
     try:
-        described = loads_strict(header, _HEADER_VALUES)
+        count = header.count(b"{")
+        if count > MAX_TENSORS:
+            raise ValueError(f"it describes {count:,} tensors, expected at most {MAX_TENSORS:,}")
+        described = loads_strict(header, _VALUES_OF_METADATA + count * _VALUES_PER_TENSOR)
         if not isinstance(described, dict):
             raise ValueError(f"holds {quote(described)}, expected a JSON object")
         metadata = _parse_metadata(described.pop("__metadata__", None))
