@@ -14,8 +14,8 @@ from jaxmoe.interop.families import family_of
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.locating import resolve_folder
 from jaxmoe.interop.quantization.folder import Files, open_files, split_config
-from jaxmoe.interop.rules import Bindings, bind
-from jaxmoe.interop.storage.format import TensorInfo
+from jaxmoe.interop.rules import Bindings, bind, tensor_count
+from jaxmoe.interop.storage.format import MAX_TENSORS, TensorInfo
 from jaxmoe.interop.storage.problems import raise_problems
 from jaxmoe.interop.storage.slices import pieces
 from jaxmoe.model.spec import ModelSpec
@@ -81,9 +81,10 @@ def open_source(path_or_hub_id: str | Path) -> Source:
     """
     folder = resolve_folder(path_or_hub_id)
     raw = read_config(folder / "config.json")
-    family = family_of(raw, str(folder / "config.json"))
-    plain, quantization = split_config(raw, str(folder / "config.json"))
-    spec = family.spec(plain, str(folder / "config.json"))
+    file = str(folder / "config.json")
+    family = family_of(raw, file)
+    plain, quantization = split_config(raw, file)
+    spec = _plausible_spec(family, plain, file)
     problems: list[str] = []
     files = open_files(folder, quantization, problems)
     shapes = {name: info.shape for name, info in files.tensors.items()}
@@ -105,8 +106,19 @@ def config_source(config: str | Path | Mapping[str, Any]) -> Source:
         raise UserError(f"{file}: expected a string 'model_type', got {raw.get('model_type')!r}")
     family = family_of(raw, file)
     raw, _ = split_config(raw, file)
-    spec = family.spec(raw, file)
+    spec = _plausible_spec(family, raw, file)
     return Source(family, raw, spec, bind(family.rules(spec), spec))
+
+
+def _plausible_spec(family: Family, raw: Mapping[str, Any], file: str) -> ModelSpec:
+    spec = family.spec(raw, file)
+    count = tensor_count(family.rules(spec), spec)
+    if count > MAX_TENSORS:
+        raise UserError(
+            f"{file}: describes a model of {count:,} tensors, expected at most {MAX_TENSORS:,}: mend the number of its "
+            "layers or experts"
+        )
+    return spec
 
 
 def _problems(bindings: Bindings, files: Files) -> list[str]:
