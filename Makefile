@@ -60,8 +60,7 @@ lint: $(READY_TO_TEST) ## ruff: rules and formatting
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# kernels/, interop/ and configs/ are jaxmoe.kernels, … only once installed: types are checked on an installed
-# wheel, which also shows that it is complete.
+# Types are checked on an installed wheel, which also shows that it is complete.
 .PHONY: types
 types: wheel ## mypy, on the wheel
 	cd .cache/wheel && ../../.venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p jaxmoe

@@ -175,6 +175,19 @@ def bind(
     )
 
 
+def tensor_count(rules: Sequence[Rule], spec: ModelSpec) -> int:
+    """How many tensors a model has, of its layouts in the one with the most; `bind` makes an object of each."""
+    names_of: dict[str, list[list[str]]] = {}
+    for rule in rules:
+        names_of.setdefault(rule.target, []).append([match[1] for match in _FIELD.finditer(rule.source)])
+    count = 0
+    for part in _parts(spec):
+        size_of = dict(zip(part.declared.dims, part.declared.shape, strict=True)) | {"L": 1}
+        layouts = names_of.get(part.rule_target, [])
+        count += max((math.prod(size_of[letter] for letter in letters) for letters in layouts), default=0)
+    return count
+
+
 class _Part(NamedTuple):
     """A parameter outside the layers, or one layer's part of a stacked one."""
 

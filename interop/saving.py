@@ -1,8 +1,8 @@
 """Exporting: parameters → a Hugging Face folder that follows the one they came from.
 
-Key names, dtypes, shard split, headers, index, config.json and every other file are the source's. A number
-that training did not change is written with the source's own bits, so an untouched tensor is byte-identical
-whatever dtype it was trained in.
+Key names, dtypes, shard split, headers, index, config.json and every other file are the source's; `export_plan` has
+the exceptions. A number that training did not change is written with the source's own bits, so an untouched tensor is
+byte-identical whatever dtype it was trained in.
 
 Of a quantised folder the tensors are written in bfloat16 and config.json without ``quantization_config``, or on request
 in the source's own format again.
@@ -18,8 +18,9 @@ import jax
 import numpy as np
 
 from jaxmoe.errors import UserError
+from jaxmoe.interop.export_plan import exported_shards, rewritten_files, side_files, source_files
 from jaxmoe.interop.loading import numpy_dtype
-from jaxmoe.interop.quantization.folder import FIELD, Files, QuantizedFolder, StoredOrder
+from jaxmoe.interop.quantization.folder import Files, QuantizedFolder, StoredOrder
 from jaxmoe.interop.rules import Binding, Bindings
 from jaxmoe.interop.source import Source
 from jaxmoe.interop.storage.format import INDEX_FILE, Shard, TensorInfo, dtype_name
@@ -31,29 +32,8 @@ from jaxmoe.params import Tree, named
 PIECE_BYTES = 8 << 20
 """A tensor is fetched, compared and written in pieces of at most this size."""
 
-QUANTIZATIONS = ("none", "source")
-"""What becomes of tensors that the source has quantised: bfloat16, or the source's format."""
-
 MAX_SHARD_BYTES = 5 * 10**9
 """Largest file of an export that has no source folder to follow."""
-
-_OTHER_WEIGHTS = frozenset(
-    {
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".gguf",
-        ".ggml",
-        ".h5",
-        ".msgpack",
-        ".onnx",
-        ".npz",
-        ".pkl",
-    }
-)
-"""Suffixes of weight files: copies of the weights before training would contradict the ones exported."""
 
 
 def write_folder(
@@ -76,7 +56,7 @@ def write_folder(
         replaced_files, overwrite, quantization: as in `export_like_source`.
 
     Returns:
-        Files of the source that were left out: weights in other formats.
+        Files of the source that were left out (`jaxmoe.interop.export_plan.LEFT_OUT`).
 
     Raises:
         UserError: as `export_like_source`, or the source's format is asked for and there is none.
@@ -123,7 +103,7 @@ def export_like_source(
             that training did not change, in bfloat16, repeat the source's bytes; the others are quantised anew.
 
     Returns:
-        Files of the source that were left out: weights in other formats.
+        Files of the source that were left out (`jaxmoe.interop.export_plan.LEFT_OUT`).
 
     Raises:
         UserError: the folder is not empty, the disk is full, or a value does not fit the tensor's dtype.
@@ -139,23 +119,16 @@ def export_like_source(
     if jax.process_index() != 0:
         tensors.take_part(shards)
         return []
-    left_out = []
     with tensors.kept_company(shards), FolderWriter(folder, overwrite=overwrite) as writer:
         for shard in shards:
             writer.shard(shard, tensors.fetch)
-        rewritten = {} if quantization == "source" else _unquantized_files(source)
+        rewritten = rewritten_files(source, shards, quantization)
         for name, data in rewritten.items():
             writer.file(name, data)
-        written = {shard.file for shard in exported_shards(source, "source")} | rewritten.keys()
-        written |= (replaced_files or {}).keys()
-        for path in sorted(origin.rglob("*")):
-            name = path.relative_to(origin).as_posix()
-            if not path.is_file() or name in written or name.startswith((".cache/", ".git/")):
-                continue
-            if path.suffix in _OTHER_WEIGHTS:
-                left_out.append(name)
-            else:
-                writer.copy(path, name)
+        known = source_files(source) | rewritten.keys() | (replaced_files or {}).keys()
+        copied, left_out = side_files(origin, known)
+        for name in copied:
+            writer.copy(origin / name, name)
         for name, replacement in (replaced_files or {}).items():
             if replacement is not None:
                 writer.copy(replacement, name)
@@ -176,36 +149,6 @@ def _refuse_overlap(origin: Path, folder: Path) -> None:
             f"{folder}: holds {origin}, which the model was loaded from and which replacing it would delete; "
             "choose another folder"
         )
-
-
-def exported_shards(source: Source, quantization: str) -> Sequence[Shard]:
-    """The files of tensors that `export_like_source` writes.
-
-    Raises:
-        UserError: an unknown `quantization`.
-    """
-    if quantization not in QUANTIZATIONS:
-        raise UserError(f"quantization {quantization!r}: expected {' or '.join(map(repr, QUANTIZATIONS))}")
-    _, files = source.opened
-    return (
-        files.stored.shards
-        if isinstance(files, QuantizedFolder) and quantization == "source"
-        else files.shards
-    )
-
-
-def _unquantized_files(source: Source) -> dict[str, bytes]:
-    """What else changes in a quantised folder that is written in bfloat16: the index and config.json."""
-    files = source.files
-    if not isinstance(files, QuantizedFolder):
-        return {}
-    config = {name: value for name, value in source.raw.items() if name != FIELD}
-    spellings = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
-    config |= dict.fromkeys(spellings, "bfloat16")
-    rewritten = {"config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
-    if files.stored.index is not None:
-        rewritten[INDEX_FILE] = index_json(files.shards)
-    return rewritten
 
 
 def export_new(
@@ -308,10 +251,19 @@ class _Tensors:
             yield from self._original.iter_bytes(info.name)
             return
         free = [i for i, letter in enumerate(binding.declared.dims) if letter not in binding.index]
+        original = self._repeated(info)
         for box, bits in self._pieces(binding):
             part = np.asarray(bits).view(self._params[binding.target].dtype)
-            values = self._stored(info, binding, box, part.reshape([bits.shape[i] for i in free]))
-            yield np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+            values = self._stored(original, binding, box, part.reshape([bits.shape[i] for i in free]))
+            if original is not info:
+                values = _cast(info, values)
+            yield np.ascontiguousarray(binding.to_tensor(values)).reshape(-1).view(np.uint8).data
+
+    def _repeated(self, info: TensorInfo) -> TensorInfo:
+        """The tensor whose values a copy repeats, in its own dtype; any other tensor itself."""
+        original = self._bindings.copies.get(info.name)
+        there = {} if self._original is None else self._original.tensors
+        return there.get(original, info) if original is not None else info
 
     def _pieces(self, binding: Binding) -> Iterator[tuple[Box, Any]]:
         """Pieces of a tensor in order: the box on the tensor's letters, and the bits in the parameter's."""
@@ -323,7 +275,7 @@ class _Tensors:
             yield box, self._slice(array, [of_letter[letter] for letter in binding.declared.dims])
 
     def _stored(self, info: TensorInfo, binding: Binding, box: Box, part: np.ndarray) -> np.ndarray:
-        """A piece in the dtype of the file; where training changed nothing, the very bits of the source."""
+        """A piece, its axes the parameter's, in the dtype of the file; the source's bits where nothing changed."""
         with np.errstate(over="ignore", invalid="ignore"):  # a NaN stays one; what overflows is found below
             values = part.astype(numpy_dtype(info.dtype))
             if self._original is not None:
@@ -331,13 +283,24 @@ class _Tensors:
                 bits = np.dtype(f"u{part.dtype.itemsize}")
                 same = before.astype(part.dtype).view(bits) == np.ascontiguousarray(part).view(bits)
                 np.copyto(values, before, where=same)
-        lost = np.isfinite(part) & ~np.isfinite(values)
-        if lost.any():
-            largest = np.abs(part[lost].astype(np.float64)).max()
-            raise UserError(
-                f"tensor {info.name}: value {largest:.6g} does not fit its dtype {info.dtype} in the file"
-            )
-        return binding.to_tensor(values)
+        _refuse_lost(info, part, values)
+        return values
+
+
+def _cast(info: TensorInfo, values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = values.astype(numpy_dtype(info.dtype))
+    _refuse_lost(info, values, cast)
+    return cast
+
+
+def _refuse_lost(info: TensorInfo, values: np.ndarray, cast: np.ndarray) -> None:
+    lost = np.isfinite(values) & ~np.isfinite(cast)
+    if lost.any():
+        largest = np.abs(values[lost].astype(np.float64)).max()
+        raise UserError(
+            f"tensor {info.name}: value {largest:.6g} does not fit its dtype {info.dtype} in the file"
+        )
 
 
 class _QuantizedTensors(_Tensors):

@@ -1,8 +1,6 @@
 """Where a model comes from: a checkpoint folder, or a config.json alone."""
 
 import dataclasses
-import itertools
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,14 +8,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.errors import UserError, first_line
-from jaxmoe.files import why_unusable
+from jaxmoe.errors import UserError
 from jaxmoe.interop.config_json import read_config
 from jaxmoe.interop.families import family_of
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.locating import resolve_folder
 from jaxmoe.interop.quantization.folder import Files, open_files, split_config
-from jaxmoe.interop.rules import Bindings, bind
-from jaxmoe.interop.storage.format import TensorInfo, raise_problems
+from jaxmoe.interop.rules import Bindings, bind, tensor_count
+from jaxmoe.interop.storage.format import MAX_TENSORS, TensorInfo
+from jaxmoe.interop.storage.problems import raise_problems
+from jaxmoe.interop.storage.slices import pieces
 from jaxmoe.model.spec import ModelSpec
 
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -25,8 +25,8 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 
 COMPUTE_DTYPES = ("bfloat16", "float32", "float16")
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
+_PIECE_ELEMENTS = 1 << 20
+"""Tied tensors are compared in pieces of at most so many numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +81,10 @@ def open_source(path_or_hub_id: str | Path) -> Source:
     """
     folder = resolve_folder(path_or_hub_id)
     raw = read_config(folder / "config.json")
-    family = family_of(raw, str(folder / "config.json"))
-    plain, quantization = split_config(raw, str(folder / "config.json"))
-    spec = family.spec(plain, str(folder / "config.json"))
+    file = str(folder / "config.json")
+    family = family_of(raw, file)
+    plain, quantization = split_config(raw, file)
+    spec = _plausible_spec(family, plain, file)
     problems: list[str] = []
     files = open_files(folder, quantization, problems)
     shapes = {name: info.shape for name, info in files.tensors.items()}
@@ -105,35 +106,19 @@ def config_source(config: str | Path | Mapping[str, Any]) -> Source:
         raise UserError(f"{file}: expected a string 'model_type', got {raw.get('model_type')!r}")
     family = family_of(raw, file)
     raw, _ = split_config(raw, file)
-    spec = family.spec(raw, file)
+    spec = _plausible_spec(family, raw, file)
     return Source(family, raw, spec, bind(family.rules(spec), spec))
 
 
-def resolve_folder(path_or_hub_id: str | Path) -> Path:
-    """A local folder, or the local snapshot of a hub repository (downloaded if need be; safetensors only).
-
-    Raises:
-        UserError: neither.
-    """
-    if bad := why_unusable(path_or_hub_id):
-        raise UserError(f"{bad}; give a folder with config.json, or a hub id like org/name")
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_file():
-        raise UserError(f"{path}: is a file, expected a folder with config.json; give {path.parent}")
-    if path.exists():
-        return path
-    if not _HUB_ID.fullmatch(str(path_or_hub_id)):
+def _plausible_spec(family: Family, raw: Mapping[str, Any], file: str) -> ModelSpec:
+    spec = family.spec(raw, file)
+    count = tensor_count(family.rules(spec), spec)
+    if count > MAX_TENSORS:
         raise UserError(
-            f"model folder {path} does not exist: give a folder with config.json, or a hub id like org/name"
+            f"{file}: describes a model of {count:,} tensors, expected at most {MAX_TENSORS:,}: mend the number of its "
+            "layers or experts"
         )
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(str(path_or_hub_id), allow_patterns=list(_HUB_FILES)))
-    except Exception as error:  # the hub client's own errors, and those of three network libraries
-        raise UserError(
-            f"{path_or_hub_id!r} is no folder here, and could not be downloaded from the hub: {first_line(error)}"
-        ) from error
+    return spec
 
 
 def _problems(bindings: Bindings, files: Files) -> list[str]:
@@ -153,19 +138,28 @@ def _problems(bindings: Bindings, files: Files) -> list[str]:
 def check_copies(source: Source) -> None:
     """Compare tensors that the config ties to others with those; reads nothing where there are none.
 
+    A copy may have another dtype: it repeats the other tensor if that, rounded to its dtype, has its bits.
+
     Raises:
         UserError: they differ.
     """
-    if source.files is None:
-        return
     for copy, original in source.bindings.copies.items():
-        chunks = itertools.zip_longest(source.files.iter_bytes(copy), source.files.iter_bytes(original))
-        same = source.files.tensors[copy].dtype == source.files.tensors[original].dtype
-        if not same or any(a != b for a, b in chunks):
+        if source.files is not None and not _repeats(source.files, copy, original):
             raise UserError(
                 f"{source.folder}: the config ties {copy} to {original} but the file holds different values; "
                 "set tie_word_embeddings to false, or drop the copy"
             )
+
+
+def _repeats(files: Files, copy: str, original: str) -> bool:
+    shape = files.tensors[copy].shape
+    for box in pieces([slice(0, size) for size in shape], _PIECE_ELEMENTS):
+        held, other = (files.read_box(name, shape, box) for name in (copy, original))
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = other.astype(held.dtype)
+        if held.tobytes() != expected.tobytes():
+            return False
+    return True
 
 
 def compute_dtype(name: Any) -> Any:

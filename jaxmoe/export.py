@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
     if not layout.config.exists():
         raise UserError(f"{run}: found no {layout.config.name}, expected the folder of a run")
     # Imported only now: a wrong folder is reported without waiting for it.
+    from jaxmoe.interop.export_plan import LEFT_OUT
     from jaxmoe.parallel.sharding import make_mesh
     from jaxmoe.run.assemble import assemble
     from jaxmoe.run.data import tokenizer_files
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
     checkpoints.close()
     print(f"{folder}: step {step} of {run}")
     if left_out:
-        print(f"left out, weights from before training in other files: {', '.join(left_out)}")
+        print(f"left out ({LEFT_OUT}): {', '.join(left_out)}")
 
 
 def _check_tokenizer(config: RunConfig, layout: RunLayout) -> None:

@@ -4,12 +4,13 @@ A file is an 8-byte little-endian length, that many bytes of JSON (padded with s
 bytes in C order and little-endian, without holes. Format: https://github.com/huggingface/safetensors.
 """
 
+import dataclasses
 import itertools
 import json
 import math
-import re
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from types import MappingProxyType
@@ -18,15 +19,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxmoe.errors import UserError, listed, quote
+from jaxmoe.errors import quote
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MAX_TOLD = 1000  # far more than a checkpoint that is merely wrong leads to, once what is alike is merged
+MAX_TENSORS = 500_000  # of a checkpoint; the largest published ones have 200,000
+_VALUES_PER_TENSOR = 16  # in a header: two brackets, a brace, four colons, and commas for five axes
+_VALUES_OF_METADATA = 100_000
+_MAX_FAULTS = 1000  # told of one file: more than a message has room for, once what is alike is merged
 _MAX_AXES = 64  # numpy's limit
-_NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,8})(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def dtype_name(dtype: Any) -> str:
         ) from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where a tensor lies: bytes ``start`` to ``end`` (absolute) of ``file``, a name within the folder."""
 
@@ -106,6 +109,11 @@ class Shard:
     tensors: tuple[TensorInfo, ...]
     header: bytes
 
+    def renamed(self, file: str) -> "Shard":
+        """The same content under another name."""
+        tensors = tuple(dataclasses.replace(info, file=file) for info in self.tensors)
+        return dataclasses.replace(self, file=file, tensors=tensors)
+
     @property
     def prefix(self) -> bytes:
         return len(self.header).to_bytes(LENGTH_BYTES, "little") + self.header
@@ -115,62 +123,13 @@ class Shard:
         return LENGTH_BYTES + len(self.header) + sum(info.nbytes for info in self.tensors)
 
 
-def raise_problems(where: object, problems: Sequence[str]) -> None:
-    """Raise one UserError of one line with all the problems; return if there are none.
-
-    Problems that differ in the numbers of a name alone (``layers.3.``) are told as one, with those numbers.
-    """
-    if not problems:
-        return
-    if len(problems) == 1:
-        raise UserError(f"{where}: {problems[0]}")
-    told = list(_merged(problems))
-    raise UserError(f"{where}: {len(problems)} problems: {listed(told, MAX_TOLD, '; ')}")
-
-
-def _merged(problems: Iterable[str]) -> Iterator[str]:
-    """The problems, ``a.{0..3}.b (4 tensors)`` for four that differ in a number; each comes once, exactly."""
-    alike: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
-    for problem in problems:
-        pieces = _NUMBER.split(problem)
-        alike.setdefault(tuple(pieces[::2]), set()).add(tuple(map(int, pieces[1::2])))
-    for texts, numbers in alike.items():
-        for axes in _boxes(numbers):
-            count = math.prod(map(len, axes))
-            merged = "".join(itertools.chain(*zip(texts, [*map(_set_text, axes), ""], strict=True)))
-            yield f"{merged} ({count} tensors)" if count > 1 else merged
-
-
-def _boxes(points: set[tuple[int, ...]]) -> list[tuple[tuple[int, ...], ...]]:
-    """Products of sets of numbers, disjoint, that together are the points."""
-    if points == {()}:
-        return [()]
-    rest: dict[int, set[tuple[int, ...]]] = {}
-    for first, *others in sorted(points):
-        rest.setdefault(first, set()).add(tuple(others))
-    firsts: dict[frozenset[tuple[int, ...]], list[int]] = {}
-    for first, following in rest.items():
-        firsts.setdefault(frozenset(following), []).append(first)
-    return [(tuple(same), *box) for following, same in firsts.items() for box in _boxes(set(following))]
-
-
-def _set_text(numbers: Sequence[int]) -> str:
-    """``3``, ``{0..47}`` or ``{0..3,7,9..11}``; the numbers ascend."""
-    if len(numbers) == 1:
-        return str(numbers[0])
-    starts = [
-        n for before, n in zip([None, *numbers], numbers, strict=False) if before is None or n != before + 1
-    ]
-    ends = [
-        n for n, after in zip(numbers, [*numbers[1:], None], strict=True) if after is None or after != n + 1
-    ]
-    runs = (str(a) if a == b else f"{a}..{b}" for a, b in zip(starts, ends, strict=True))
-    return f"{{{','.join(runs)}}}"
-
-
 def is_inside(name: str) -> bool:
     """Whether ``name`` is a relative path that stays inside its folder. A backslash is a letter, as on POSIX."""
     path = PurePosixPath(name)
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half a character, which JSON can spell and no path has
+        return False
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
@@ -184,8 +143,14 @@ def element_bytes(dtype: str, shape: Sequence[int]) -> int:
     return bits // 8
 
 
-def loads_strict(text: bytes) -> Any:
-    """Parse UTF-8 JSON; ValueError for anything else, repeated keys and NaN included."""
+def loads_strict(text: bytes, most: int) -> Any:
+    """Parse UTF-8 JSON; ValueError for anything else, repeated keys and NaN included.
+
+    Also for more than `most` colons, commas and brackets: what is parsed takes up to thirty times the room of the text.
+    """
+    found = sum(map(text.count, (b":", b",", b"[", b"{")))
+    if found > most:
+        raise ValueError(f"it holds {found:,} keys and values, expected at most {most:,}")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -271,7 +236,10 @@ def parse_header(file: str, header: bytes, file_bytes: int, problems: list[str])
     ``header`` excludes the 8-byte length; ``file_bytes`` is the size of the whole file.
     """
     try:
-        described = loads_strict(header)
+        count = header.count(b"{")
+        if count > MAX_TENSORS:
+            raise ValueError(f"it describes {count:,} tensors, expected at most {MAX_TENSORS:,}")
+        described = loads_strict(header, _VALUES_OF_METADATA + count * _VALUES_PER_TENSOR)
         if not isinstance(described, dict):
             raise ValueError(f"holds {quote(described)}, expected a JSON object")
         metadata = _parse_metadata(described.pop("__metadata__", None))
@@ -285,9 +253,16 @@ def parse_header(file: str, header: bytes, file_bytes: int, problems: list[str])
             tensors.append(_parse_entry(name, entry, file, data_start))
         except ValueError as error:
             faults.append(f"{file}: tensor {quote(name)}: {error}")
+            if len(faults) == _MAX_FAULTS:
+                faults.insert(
+                    0,
+                    f"{file}: header is damaged: {_MAX_FAULTS:,} tensors or more are wrong; download it again",
+                )
+                break
     tensors.sort(key=lambda info: (info.start, info.end))
     if not faults:  # with a tensor left out, every range after it would look wrong
-        faults.extend(f"{file}: {text}" for text in _range_problems(tensors, data_start, file_bytes))
+        wrong = itertools.islice(_range_problems(tensors, data_start, file_bytes), _MAX_FAULTS)
+        faults.extend(f"{file}: {text}" for text in wrong)
     problems.extend(faults)
     return None if faults else Shard(file, metadata, tuple(tensors), header)
 

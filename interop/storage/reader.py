@@ -11,32 +11,28 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Self
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from jaxmoe.errors import UserError, listed, quote
+from jaxmoe.errors import UserError, shortened
+from jaxmoe.files import open_regular
 from jaxmoe.interop.storage.format import (
     DTYPES,
-    INDEX_FILE,
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
-    SINGLE_FILE,
     Shard,
     TensorInfo,
-    is_inside,
-    loads_strict,
     parse_header,
-    raise_problems,
 )
+from jaxmoe.interop.storage.index import find_files, index_mismatches
+from jaxmoe.interop.storage.problems import raise_problems
 
-_MAX_LISTED = 20
 BUFFER_BYTES = 4 << 20
 # What one more read costs, in bytes that could have been read instead: about the latency of an NVMe drive or
 # of a network file system's read-ahead window times its bandwidth.
 READ_COST_BYTES = 64 << 10
-_OTHER_FORMATS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz"}
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -44,7 +40,8 @@ class CheckpointFolder:
     """The tensors of a checkpoint folder, read on demand.
 
     The folder holds ``model.safetensors.index.json`` and the shards that it names, or ``model.safetensors``,
-    or exactly one other ``*.safetensors``. Files may be links (the Hugging Face cache links into its blobs).
+    or exactly one other ``*.safetensors``. Shards may lie in folders below it. Files may be links (the Hugging
+    Face cache links into its blobs).
 
     Attributes: ``path``; ``shards`` in name order; ``tensors``, name → TensorInfo; ``index``, the parsed
     index or None; ``bytes_read``, bytes of tensor data read so far (headers not counted).
@@ -57,15 +54,15 @@ class CheckpointFolder:
         self.path = Path(path)
         self.bytes_read = 0
         self._count_lock = threading.Lock()
-        self._descriptors: dict[str, int] = {}
-        self._finalizer = weakref.finalize(self, _close_all, self._descriptors)
+        self._files: dict[str, IO[bytes]] = {}
+        self._finalizer = weakref.finalize(self, _close_all, self._files)
         problems: list[str] = []
-        self.index, files = _find_files(self.path, problems)
+        self.index, files = find_files(self.path, problems)
         try:
             shards = [self._open_shard(file, problems) for file in sorted(files)]
             self.shards = tuple(shard for shard in shards if shard is not None)
             if self.index is not None:
-                problems.extend(_index_mismatches(self.index["weight_map"], self.shards))
+                problems.extend(index_mismatches(self.index["weight_map"], self.shards))
             raise_problems(self.path, problems)
         except BaseException:
             self.close()
@@ -142,7 +139,7 @@ class CheckpointFolder:
         done = 0
         try:
             while done < len(target):
-                count = os.preadv(self._descriptors[file], [target[done:]], offset + done)
+                count = os.preadv(self._files[file].fileno(), [target[done:]], offset + done)
                 if not count:
                     raise UserError(
                         f"{self.path / file}: ends before byte {offset + len(target):,}; it shrank while open"
@@ -164,16 +161,14 @@ class CheckpointFolder:
 
     def _open_shard(self, file: str, problems: list[str]) -> Shard | None:
         try:
-            descriptor = os.open(
-                self.path / file, os.O_RDONLY | os.O_NONBLOCK
-            )  # a pipe must not make us wait
-            self._descriptors[file] = descriptor
+            self._files[file] = open_regular(self.path / file)
+            descriptor = self._files[file].fileno()
             size = os.fstat(descriptor).st_size
             header = _read_header(descriptor, size)
         except OSError as error:
-            problems.append(f"{file}: cannot be read: {error.strerror}")
+            problems.append(f"{shortened(file)}: cannot be read: {error.strerror}")
         except ValueError as error:
-            problems.append(f"{file}: {error}")
+            problems.append(f"{shortened(file)}: {error}")
         else:
             return parse_header(file, header, size, problems)
         return None
@@ -231,9 +226,9 @@ class _BoxRead:
                     self._cover(axis, start, out[row : row + rows])
 
 
-def _close_all(descriptors: dict[str, int]) -> None:
-    while descriptors:
-        os.close(descriptors.popitem()[1])
+def _close_all(files: dict[str, IO[bytes]]) -> None:
+    while files:
+        files.popitem()[1].close()
 
 
 def _factors(shape: Sequence[int], sizes: Sequence[int]) -> bool:
@@ -266,94 +261,6 @@ def _bounds(name: str, sizes: Sequence[int], box: Sequence[slice]) -> tuple[list
         starts.append(start)
         lengths.append(stop - start)
     return starts, tuple(lengths)
-
-
-def _find_files(folder: Path, problems: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
-    """The parsed index, if any, and the names of the shards that exist."""
-    if not folder.exists():
-        raise UserError(f"{folder}: no such folder, expected a folder with {INDEX_FILE} or {SINGLE_FILE}")
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: is a file, expected a folder; give the folder that holds it, {folder.parent}"
-        )
-    try:
-        present = sorted(entry.name for entry in folder.iterdir())
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be listed: {error.strerror}") from error
-    if INDEX_FILE in present:
-        return _read_index(folder, problems)
-    found = [name for name in present if name.endswith(".safetensors")]
-    if SINGLE_FILE in found or len(found) == 1:
-        return None, [SINGLE_FILE if SINGLE_FILE in found else found[0]]
-    if found:
-        raise UserError(
-            f"{folder}: {len(found)} safetensors files ({listed(found, _MAX_LISTED)}) but no {INDEX_FILE}, "
-            "which says what they hold; download the index too"
-        )
-    others = [name for name in present if Path(name).suffix in _OTHER_FORMATS]
-    hint = (
-        f"; found {listed(others, _MAX_LISTED)}: convert to safetensors first (save_pretrained of transformers does)"
-        if others
-        else f"; expected {INDEX_FILE} or {SINGLE_FILE}"
-    )
-    raise UserError(f"{folder}: no safetensors files{hint}")
-
-
-def _read_index(folder: Path, problems: list[str]) -> tuple[dict[str, Any], list[str]]:
-    where = folder / INDEX_FILE
-    try:
-        index = loads_strict(where.read_bytes())
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{where}: damaged: {error}; download it again") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{where}: no weight_map, expected an object that names the file of every tensor")
-    files, missing = [], []
-    for file in sorted(set(map(_as_text, weight_map.values()))):
-        if not is_inside(file) or "/" in file or not file.endswith(".safetensors"):
-            problems.append(
-                f"{INDEX_FILE}: names {quote(file)}, expected the plain name of a safetensors file here"
-            )
-        elif not (folder / file).is_file():
-            missing.append(file)
-        else:
-            files.append(file)
-    if missing:
-        problems.append(
-            f"{len(missing)} of the {len(missing) + len(files)} shards that {INDEX_FILE} names are missing: "
-            f"{', '.join(missing)}; download them"
-        )
-    if SINGLE_FILE not in files and (folder / SINGLE_FILE).exists():
-        problems.append(
-            f"{SINGLE_FILE} lies beside {INDEX_FILE}, which does not name it: two checkpoints in one folder; "
-            "remove one of them"
-        )
-    return index, files
-
-
-def _as_text(value: object) -> str:
-    return value if isinstance(value, str) else repr(value)
-
-
-def _index_mismatches(weight_map: dict[str, Any], shards: Sequence[Shard]) -> Iterator[str]:
-    holders: dict[str, list[str]] = {}
-    for shard in shards:
-        for info in shard.tensors:
-            holders.setdefault(info.name, []).append(shard.file)
-    for name, files in holders.items():
-        if len(files) > 1:
-            yield f"tensor {quote(name)} is stored more than once, in {listed(files, _MAX_LISTED)}; expected one file"
-        elif name not in weight_map:
-            yield f"{files[0]}: holds tensor {quote(name)}, which {INDEX_FILE} does not name"
-        elif weight_map[name] != files[0]:
-            place = quote(weight_map[name])
-            yield f"{files[0]}: holds tensor {quote(name)}, which {INDEX_FILE} places in {place}"
-    readable = {shard.file for shard in shards}
-    for name, file in weight_map.items():
-        if name not in holders and _as_text(file) in readable:
-            yield f"{file}: lacks tensor {quote(name)}, which {INDEX_FILE} places there"
 
 
 def _read_header(descriptor: int, file_bytes: int) -> bytes:

@@ -16,7 +16,7 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from jaxmoe.errors import UserError
-from jaxmoe.files import cannot_write, check_room, lock, sync, sync_folder
+from jaxmoe.files import cannot_write, check_room, lock, open_regular, sync, sync_folder
 from jaxmoe.interop.storage.format import (
     DTYPES,
     SINGLE_FILE,
@@ -199,9 +199,9 @@ class FolderWriter:
             sync(file)
 
     def copy(self, source: str | os.PathLike[str], name: str) -> None:
-        """Copy the content of a file (through links). ``name`` may be a path below the folder."""
+        """Copy the content of a regular file (through links). ``name`` may be a path below the folder."""
         try:
-            original = Path(source).open("rb", buffering=0)  # noqa: SIM115 -- only opening is the source's fault
+            original = open_regular(source)  # apart: only opening is the source's fault
         except OSError as error:
             raise UserError(f"{source}: cannot be read: {error.strerror}") from error
         size = os.fstat(original.fileno()).st_size

@@ -16,6 +16,7 @@ from rich.filesize import decimal
 from jaxmoe.config import RunConfig
 from jaxmoe.errors import UserError, listed, shortened
 from jaxmoe.files import why_unusable
+from jaxmoe.interop.export_plan import LEFT_OUT
 from jaxmoe.interop.source import check_copies
 from jaxmoe.model.batch import Batch, learning_batch
 from jaxmoe.model.sampling import continue_text
@@ -300,7 +301,7 @@ class Trainer:
                 )
             )
             if left_out:
-                rows["not exported"] = f"{', '.join(left_out)}: weights from before training, in other files"
+                rows["not exported"] = f"{', '.join(left_out)}: {LEFT_OUT}"
         if config.sample is not None:
             rows["sample"] = config.sample.prompt + continue_text(
                 state.params,

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.interop.export_plan import exported_shards
 from jaxmoe.interop.loading import load_params
-from jaxmoe.interop.saving import exported_shards, write_folder
+from jaxmoe.interop.saving import write_folder
 from jaxmoe.interop.source import Source, config_source, open_source
 from jaxmoe.interop.storage.writer import FolderWriter
 from jaxmoe.parallel import processes

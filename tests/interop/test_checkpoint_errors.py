@@ -12,6 +12,7 @@ from helpers import tiny
 import jaxmoe
 from jaxmoe import UserError
 from jaxmoe.interop import source
+from jaxmoe.interop.rules import tensor_count
 from jaxmoe.parallel.sharding import make_mesh
 
 
@@ -114,6 +115,34 @@ class TestTensors:
             "tensor model.layers.4.block_sparse_moe.experts.{0..11}.w1.weight is not part of the model"
             in message
         )
+
+    @pytest.mark.parametrize(
+        ("fields", "count"),
+        [
+            ({"num_local_experts": 2 * 10**9}, "30,000,000,038"),
+            ({"num_hidden_layers": 5000, "num_local_experts": 100}, "1,535,003"),
+        ],
+    )
+    @pytest.mark.usefixtures("tensors")
+    def test_config_of_more_tensors_than_any_model_has(self, folder, fields, count):
+        """Refused before an object is made of each."""
+        config = families.config_json("mixtral", **fields)
+        (folder / "config.json").write_text(json.dumps(config))
+        told = (
+            f"describes a model of {count} tensors, expected at most 500,000: mend the number of its layers"
+        )
+        assert refusal(folder) == f"{folder / 'config.json'}: {told} or experts"
+        with pytest.raises(UserError, match=f"model.config: {told}"):
+            source.config_source(config)
+
+    @pytest.mark.parametrize("layout", ["experts", "fused"])
+    def test_of_the_layouts_the_one_with_the_most_tensors_counts(self, folder, layout):
+        opened = tiny.write_checkpoint(folder, "olmoe", layout=layout)
+        made = source.open_source(folder)
+        assert len(made.bindings.of_tensor) == len(opened)
+        finest = source.config_source(families.config_json("olmoe"))
+        rules = made.family.rules(made.spec)
+        assert tensor_count(rules, made.spec) == len(finest.bindings.of_tensor) >= len(opened)
 
     @pytest.mark.usefixtures("tensors")
     def test_tensors_of_another_family(self, folder):

@@ -3,6 +3,7 @@
 import filecmp
 import functools
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from jaxmoe import UserError
 from jaxmoe.interop.pretrained import from_config
 from jaxmoe.interop.saving import export_like_source, export_new
 from jaxmoe.interop.source import config_source
+from jaxmoe.interop.storage.format import INDEX_FILE
 from jaxmoe.interop.storage.reader import CheckpointFolder
 from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import named
@@ -152,6 +154,120 @@ def test_other_files_are_copied_but_no_other_weights(folders):
     for name in left_out:
         (folders.source / name).unlink()
     assert_same_files(folders.source, folders.export)
+
+
+def test_what_another_trainer_left_is_not_copied(folders):
+    tiny.write_checkpoint(folders.source, "mixtral", "bfloat16", shards=1)
+    left_out = [
+        "checkpoint-500/",
+        "events.out.tfevents.1.host",
+        "global_step20/",
+        "latest",
+        "linked/",
+        "nowhere.txt",
+        "optimizer.pt",
+        "other/adapter_config.json",
+        "other/adapter_model.safetensors",
+        "pipe",
+        "rng_state_0.pth",
+        "runs/",
+        "scheduler.pt",
+        "tokenizer.model",
+        "trainer_state.json",
+        "training_args.bin",
+        "zero_to_fp32.py",
+    ]
+    copied = [
+        "all_results.json",
+        "assets/latest.txt",
+        "assets/runs/note.txt",
+        "checkpoint-note.md",
+        "link.txt",
+    ]
+    not_told = [".git/HEAD", ".cache/huggingface/x.lock"]
+    inside = ["checkpoint-500/config.json", "runs/Nov01/x", "global_step20/state.txt"]
+    for name in [*left_out, *copied, *not_told, *inside]:
+        path = folders.source / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name == "linked/":
+            path.symlink_to(folders.source / "assets")
+        elif name in ("link.txt", "nowhere.txt", "tokenizer.model"):
+            path.symlink_to({"link.txt": "config.json", "tokenizer.model": "/dev/zero"}.get(name, "gone"))
+        elif name == "pipe":
+            os.mkfifo(path)
+        elif not name.endswith("/"):
+            path.write_text(name)
+    model = jaxmoe.from_pretrained(folders.source)
+    assert export_like_source(model.pure_params(), model.source, folders.export) == left_out
+    assert set(files_of(folders.export)) == FILES | {"model.safetensors", *copied}
+    assert not (folders.export / "link.txt").is_symlink()
+
+
+def test_a_file_that_takes_another_ones_place_must_be_regular(folders):
+    tiny.write_checkpoint(folders.source, "mixtral", "bfloat16", shards=1)
+    model = jaxmoe.from_pretrained(folders.source)
+    pipe = folders.source.parent / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match="pipe: cannot be read: it is a named pipe, expected a regular file"):
+        export_like_source(
+            model.pure_params(), model.source, folders.export, replaced_files={"tokenizer.json": pipe}
+        )
+
+
+class TestFilesThatTransformersWouldNotFind:
+    """jaxmoe reads such folders; their exports have the same tensors where transformers looks for them."""
+
+    def exported(self, folders):
+        model = jaxmoe.from_pretrained(folders.source)
+        jaxmoe.save_pretrained(model, folders.export)
+        assert stored_bytes(folders.export) == stored_bytes(folders.source)
+        again = jaxmoe.from_pretrained(folders.export)
+        jax.tree.map(np.testing.assert_array_equal, again.pure_params(), model.pure_params())
+
+    @pytest.mark.parametrize("name", ["model-00001-of-00001.safetensors", "consolidated.safetensors"])
+    def test_one_file_of_another_name(self, folders, name):
+        tiny.write_checkpoint(folders.source, "mixtral", "bfloat16", shards=1)
+        before = (folders.source / "model.safetensors").read_bytes()
+        (folders.source / "model.safetensors").rename(folders.source / name)
+        self.exported(folders)
+        assert set(files_of(folders.export)) == FILES | {"model.safetensors"}
+        assert (folders.export / "model.safetensors").read_bytes() == before
+
+    @pytest.mark.parametrize("metadata", ["none", None, [], "text"])
+    def test_an_index_without_metadata(self, folders, metadata):
+        tiny.write_checkpoint(folders.source, "mixtral", "bfloat16", shards=2)
+        index = json.loads((folders.source / INDEX_FILE).read_text())
+        total = index.pop("metadata")["total_size"]
+        if metadata != "none":
+            index["metadata"] = metadata
+        (folders.source / INDEX_FILE).write_text(json.dumps(index))
+        self.exported(folders)
+        written = json.loads((folders.export / INDEX_FILE).read_text())
+        assert written["weight_map"] == index["weight_map"]
+        assert written["metadata"]["total_size"] == total
+        for file in folders.source.glob("*.safetensors"):
+            assert (folders.export / file.name).read_bytes() == file.read_bytes()
+
+    def test_model_safetensors_as_one_of_several(self, folders):
+        """transformers would load it alone, and draw the other weights at random."""
+        tiny.write_checkpoint(folders.source, "mixtral", "bfloat16", shards=2)
+        first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+        (folders.source / second).rename(folders.source / "model.safetensors")
+        text = (folders.source / INDEX_FILE).read_text().replace(second, "model.safetensors")
+        (folders.source / INDEX_FILE).write_text(text)
+        self.exported(folders)
+        assert set(files_of(folders.export)) == FILES | {INDEX_FILE, first, second}
+
+    @pytest.mark.parametrize("spelling", ["deep/er/", "./deep//er/"])
+    def test_shards_below_the_folder_stay_there(self, folders, spelling):
+        tiny.write_checkpoint(folders.source, "mixtral", "bfloat16", shards=2)
+        second = "model-00002-of-00002.safetensors"
+        (folders.source / "deep" / "er").mkdir(parents=True)
+        (folders.source / second).rename(folders.source / "deep" / "er" / second)
+        text = (folders.source / INDEX_FILE).read_text().replace(second, spelling + second)
+        (folders.source / INDEX_FILE).write_text(text)
+        self.exported(folders)
+        assert_same_files(folders.source, folders.export)
 
 
 def test_tensors_beside_the_model_are_copied(folders):
@@ -308,10 +424,43 @@ class TestTied:
         assert after["lm_head.weight"] == after["model.embed_tokens.weight"]
         assert after["lm_head.weight"][2] == (embedding * 2).astype(embedding.dtype).tobytes()
 
-    def test_different_copy_is_refused(self, folders):
-        tensors = tiny.write_checkpoint(folders.source, "mixtral", shards=1, tie_word_embeddings=True)
-        head = tensors["model.embed_tokens.weight"].copy()
-        head[-1, -1] += 1
+    @pytest.mark.parametrize(
+        ("stored", "copied", "trained"),
+        [
+            ("bfloat16", "float32", "float32"),
+            ("bfloat16", "float16", "bfloat16"),
+            ("float16", "float64", "bfloat16"),
+            ("float32", "bfloat16", "float32"),
+            ("float32", "float16", "bfloat16"),
+        ],
+    )
+    def test_copy_of_another_dtype_keeps_it(self, folders, monkeypatch, stored, copied, trained):
+        monkeypatch.setattr("jaxmoe.interop.saving.PIECE_BYTES", 1000)
+        monkeypatch.setattr("jaxmoe.interop.source._PIECE_ELEMENTS", 300)
+        tensors = tiny.write_checkpoint(folders.source, "qwen3_moe", stored, tie_word_embeddings=True)
+        copy = tensors["model.embed_tokens.weight"].astype(tiny.DTYPES[copied])
+        tiny.write_tensors(folders.source, tensors | {"lm_head.weight": copy}, shards=3)
+        model = jaxmoe.from_pretrained(folders.source, dtype=trained)
+        jaxmoe.save_pretrained(model, folders.export / "untouched")
+        assert_same_files(folders.source, folders.export / "untouched")
+        set_values(model.params["embed"], np.asarray(model.params["embed"][...]) * np.float32(1.1))
+        jaxmoe.save_pretrained(model, folders.export / "changed")
+        before, after = stored_bytes(folders.source), stored_bytes(folders.export / "changed")
+        assert changed_names(before, after) == {"model.embed_tokens.weight", "lm_head.weight"}
+        assert after["lm_head.weight"][0] == before["lm_head.weight"][0]
+        written = np.frombuffer(after["model.embed_tokens.weight"][2], tiny.DTYPES[stored])
+        assert after["lm_head.weight"][2] == written.astype(copy.dtype).tobytes()
+        again = jaxmoe.from_pretrained(folders.export / "changed", dtype=trained)
+        expected = written.astype(tiny.DTYPES[trained]).reshape(copy.shape)
+        np.testing.assert_array_equal(again.params["embed"][...], expected)
+
+    @pytest.mark.parametrize("copied", ["bfloat16", "float32"])
+    def test_different_copy_is_refused(self, folders, copied):
+        tensors = tiny.write_checkpoint(
+            folders.source, "mixtral", "bfloat16", shards=1, tie_word_embeddings=True
+        )
+        head = tensors["model.embed_tokens.weight"].astype(tiny.DTYPES[copied])
+        head[-1, -1] = np.nextafter(head[-1, -1], head.dtype.type(9))
         tiny.write_tensors(folders.source, tensors | {"lm_head.weight": head})
         with pytest.raises(
             UserError, match=r"ties lm_head.weight to model.embed_tokens.weight .* different values"
@@ -476,6 +625,27 @@ class TestTorch:
         jaxmoe.save_pretrained(model, folders.export / "changed")
         assert len(changed_names(stored_bytes(folders.source), stored_bytes(folders.export / "changed"))) == 2
         self.assert_loads(folders.export / "changed", dict(expected.named_parameters()))
+
+    @pytest.mark.parametrize("kind", ["another name", "no metadata", "one of several", "below"])
+    def test_exports_of_folders_that_it_does_not_load(self, folders, kind):
+        import torch
+
+        shards = 1 if kind == "another name" else 2
+        tensors = tiny.write_checkpoint(folders.source, "qwen3_moe", shards=shards)
+        index = folders.source / INDEX_FILE
+        last = f"model-0000{shards}-of-0000{shards}.safetensors"
+        if kind == "another name":
+            (folders.source / "model.safetensors").rename(folders.source / last)
+        elif kind == "no metadata":
+            index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+        else:
+            place = "model.safetensors" if kind == "one of several" else f"deep/{last}"
+            (folders.source / place).parent.mkdir(exist_ok=True)
+            (folders.source / last).rename(folders.source / place)
+            index.write_text(index.read_text().replace(last, place))
+        jaxmoe.save_pretrained(jaxmoe.from_pretrained(folders.source, dtype="float32"), folders.export)
+        names = ["model.embed_tokens.weight", "model.layers.3.self_attn.k_proj.weight", "lm_head.weight"]
+        self.assert_loads(folders.export, {name: torch.from_numpy(tensors[name]) for name in names})
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_new_model_loads_in_transformers(self, folders, family):

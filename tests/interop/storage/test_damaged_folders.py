@@ -2,6 +2,7 @@
 
 import os
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,7 +10,10 @@ from helpers.files import open_files, write_index, write_raw
 from safetensors.numpy import save, save_file
 
 from jaxmoe.errors import UserError
-from jaxmoe.interop.storage.format import INDEX_FILE, is_inside, raise_problems
+from jaxmoe.interop.storage import format as format_module
+from jaxmoe.interop.storage import index as index_module
+from jaxmoe.interop.storage.format import INDEX_FILE, is_inside
+from jaxmoe.interop.storage.problems import MAX_TOLD, raise_problems
 from jaxmoe.interop.storage.reader import CheckpointFolder
 
 
@@ -81,11 +85,14 @@ def test_damaged_indices(tmp_path, text, expected):
     "name",
     [
         "../x.safetensors",
+        "y/../../x.safetensors",
         "/x.safetensors",
-        "y/x.safetensors",
+        "a\0.safetensors",
+        "\ud800.safetensors",
         "..",
         ".",
         "",
+        "y",
         "x.bin",
         5,
         ["x"],
@@ -98,12 +105,55 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path, name):
     for place in (tmp_path, folder / "y"):
         save_file({"a": np.zeros(2)}, place / "x.safetensors")
     write_index(folder, {"a": str(tmp_path / "x.safetensors") if name == "/x.safetensors" else name})
-    assert "expected the plain name of a safetensors file" in refusal(folder)
+    assert "expected a safetensors file in this folder or below it" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("n" * 300 + ".safetensors", "nnn...: cannot be read: File name too long"),
+        ("n/" * 3000 + "x.safetensors", "n/n...: cannot be read: File name too long"),
+        ("folder.safetensors", "folder.safetensors: cannot be read: Is a directory"),
+        (
+            "file/x.safetensors",
+            "1 of the 1 shards that model.safetensors.index.json names are missing: file/x",
+        ),
+    ],
+)
+def test_names_at_which_no_file_can_be(tmp_path, name, expected):
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "file").touch()
+    write_index(tmp_path, {"a": name})
+    message = refusal(tmp_path)
+    assert expected in message
+    assert len(message) < len(str(tmp_path)) + MAX_TOLD
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a link to a device"])
+def test_what_is_no_regular_file_is_not_opened(sharded, kind):
+    folder, _ = sharded
+
+    def replace(path):
+        path.unlink()
+        if kind == "a pipe":
+            os.mkfifo(path)
+        else:
+            path.symlink_to("/dev/zero")
+
+    named = "it is a named pipe" if kind == "a pipe" else "it is a character device"
+    replace(folder / "model-00002-of-00002.safetensors")
+    assert f"model-00002-of-00002.safetensors: cannot be read: {named}, expected a regular file" in refusal(
+        folder
+    )
+    replace(folder / INDEX_FILE)
+    assert refusal(folder) == f"{folder / INDEX_FILE}: cannot be read: {named}, expected a regular file"
 
 
 def test_is_inside():
-    assert all(map(is_inside, ["a", "a/b", "a..b", "./a", "..a", "a\\b", "..\\a"]))
-    assert not any(map(is_inside, ["", ".", "/", "/a", "..", "a/..", "a/../b", "../a", "//a", "a\0"]))
+    assert all(map(is_inside, ["a", "a/b", "a..b", "./a", "..a", "a\\b", "..\\a", "\udcff"]))
+    assert not any(
+        map(is_inside, ["", ".", "/", "/a", "..", "a/..", "a/../b", "../a", "//a", "a\0", "\ud800"])
+    )
 
 
 def test_index_and_shards_that_disagree_are_reported_together(sharded):
@@ -142,15 +192,25 @@ def test_problems_that_differ_in_numbers_of_a_name_are_told_once():
     )
 
 
-def test_names_that_are_all_different_are_all_told_up_to_a_thousand(tmp_path):
+def test_a_message_is_of_readable_length(tmp_path):
     save_file({"a": np.zeros(2)}, tmp_path / "x.safetensors")
-    for count, told in ((33, 33), (1033, 1000)):
+    for count in (11, 20_000):
         write_index(tmp_path, {"a": "x.safetensors"} | {f"t{i}": "x.safetensors" for i in range(count)})
         message = refusal(tmp_path)
         assert "\n" not in message
-        assert message.startswith(f"{tmp_path}: {count} problems: ")
-        assert message.count("lacks tensor") == told
-        assert message.endswith("; and 33 more") == (count > told)
+        assert message.startswith(f"{tmp_path}: {count:,} problems: ")
+        told = message.count("lacks tensor")
+        assert told == 11 or message.endswith(f"; and {count - told:,} more")
+        assert 800 < len(message) - len(str(tmp_path)) < MAX_TOLD + 60
+
+
+@pytest.mark.parametrize("length", [MAX_TOLD, MAX_TOLD + 1])
+def test_one_long_problem_is_cut(length):
+    with pytest.raises(UserError) as caught:
+        raise_problems("here", ["x" * length])
+    assert str(caught.value) == "here: " + (
+        "x" * length if length == MAX_TOLD else "x" * (length - 4) + "..."
+    )
 
 
 def entry(dtype="F32", shape=(2, 3), offsets=(0, 24), **changes):
@@ -239,7 +299,7 @@ def test_unreadable_files_are_reported(tmp_path):
     assert "model.safetensors: cannot be read: Is a directory" in refusal(tmp_path)
     (tmp_path / "model.safetensors").rmdir()
     os.mkfifo(tmp_path / "model.safetensors")
-    assert "model.safetensors: is empty" in refusal(tmp_path)
+    assert "model.safetensors: cannot be read: it is a named pipe" in refusal(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors").symlink_to("gone")
     assert "model.safetensors: cannot be read: No such file" in refusal(tmp_path)
@@ -259,3 +319,54 @@ def test_a_refused_folder_leaves_no_file_open(sharded):
     (path / "model-00002-of-00002.safetensors").write_bytes(b"")
     refusal(path)
     assert open_files(path) == 0
+
+
+def peak_bytes(call):
+    """Of Python's own memory while something is done."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b'"t%d":1', "it holds 160,000 keys and values, expected at most 10,016"),
+        (b'"t%d":"[[[,,,::: %d"', "keys and values, expected at most 10,016"),
+        (b'"t%d":{}', "it describes 80,001 tensors, expected at most 20,000"),
+        (b'"t%d":{"dtype":"F32","shape":[1,2]}', "it describes 80,001 tensors, expected at most 20,000"),
+        (b'"t%d":[[],[],[]]', "keys and values, expected at most 10,016"),
+    ],
+)
+def test_a_header_of_too_much_is_refused_before_it_is_parsed(tmp_path, monkeypatch, text, expected):
+    monkeypatch.setattr(format_module, "MAX_TENSORS", 20_000)
+    monkeypatch.setattr(format_module, "_VALUES_OF_METADATA", 10_000)
+    entries = b",".join(text.replace(b"%d", b"%d" % i) for i in range(80_000))
+    write_raw(tmp_path / "model.safetensors", b"{" + entries + b"}")
+    messages = []
+    peak = peak_bytes(lambda: messages.append(refusal(tmp_path)))
+    assert peak < 1.5 * len(entries) + 1_000_000
+    assert "model.safetensors: header is damaged: " in messages[0]
+    assert expected in messages[0]
+
+
+def test_a_header_of_many_wrong_entries(tmp_path):
+    entries = b",".join(b'"t%d":{"dtype":"F32"}' % i for i in range(3000))
+    write_raw(tmp_path / "model.safetensors", b"{" + entries + b"}")
+    message = refusal(tmp_path)
+    assert "1,001 problems: model.safetensors: header is damaged: 1,000 tensors or more" in message
+    assert "; download it again; model.safetensors: tensor 't0': shape None" in message
+    assert message.endswith(" more")
+    assert len(message) < len(str(tmp_path)) + MAX_TOLD + 100
+
+
+def test_an_index_of_too_many_entries_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "_MAX_VALUES", 1000)
+    write_index(tmp_path, {f"t{i}": "x.safetensors" for i in range(1000)})
+    assert "damaged: it holds 2,005 keys and values, expected at most 1,000" in refusal(tmp_path)
+    with (tmp_path / INDEX_FILE).open("wb") as file:
+        file.truncate(100_000_001)
+    assert "cannot be read: it has 100,000,001 bytes, expected at most 100,000,000" in refusal(tmp_path)

@@ -7,7 +7,7 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers.files import open_files, random_array, same, write_raw
+from helpers.files import open_files, random_array, same, write_index, write_raw
 from safetensors.numpy import save_file
 
 from jaxmoe.errors import UserError
@@ -53,6 +53,18 @@ def test_every_dtype_agrees_with_the_library(tmp_path, name):
         assert folder.index is None
         assert folder.tensors["x"].dtype == name == dtype_name(array.dtype)
         assert same(folder.read("x"), array)
+
+
+def test_shards_below_the_folder(sharded):
+    path, arrays = sharded
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    (path / "deep" / "er").mkdir(parents=True)
+    (path / second).rename(path / "deep" / "er" / second)
+    write_index(path, {name: f"./{first}" if name in "ad" else f"deep//er/{second}" for name in arrays})
+    with CheckpointFolder(path) as folder:
+        assert [shard.file for shard in folder.shards] == [f"deep/er/{second}", first]
+        for name, array in arrays.items():
+            assert same(folder.read(name), array)
 
 
 @pytest.mark.parametrize(

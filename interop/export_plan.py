@@ -1,0 +1,146 @@
+"""What an export that follows a folder consists of: files of tensors, files written anew, copies, and what is left out.
+
+The names of files are the source's, but for those under which transformers would not find the weights.
+"""
+
+import json
+import os
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from jaxmoe.errors import UserError
+from jaxmoe.interop.quantization.folder import FIELD, QuantizedFolder
+from jaxmoe.interop.source import Source
+from jaxmoe.interop.storage.format import INDEX_FILE, SINGLE_FILE, Shard
+from jaxmoe.interop.storage.writer import index_json
+
+QUANTIZATIONS = ("none", "source")
+"""What becomes of tensors that the source has quantised: bfloat16, or the source's format."""
+
+LEFT_OUT = "other weights, the state of another training, or no regular files"
+"""What `side_files` leaves out."""
+
+_OTHER_WEIGHTS = frozenset(
+    {
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".gguf",
+        ".ggml",
+        ".h5",
+        ".msgpack",
+        ".onnx",
+        ".npz",
+        ".pkl",
+        ".distcp",
+    }
+)
+"""Suffixes of weight files: copies of the weights before training would contradict the ones exported."""
+
+# What transformers' Trainer, accelerate, DeepSpeed and PEFT keep: it belongs to the weights before training. Their
+# optimizer.pt, rng_state.pth and so on have suffixes of weights.
+_TRAINING_FILES = (
+    "trainer_state.json",
+    "events.out.tfevents.*",
+    "latest",
+    "zero_to_fp32.py",
+    "adapter_config.json",
+)
+_TRAINING_FOLDERS = ("checkpoint-*", "global_step*", "runs", "wandb")
+_OF_TOOLS = (".cache", ".git")
+"""Folders of git and of the hub's client: not a part of the checkpoint."""
+
+
+def exported_shards(source: Source, quantization: str) -> Sequence[Shard]:
+    """The files of tensors that an export which follows `source` writes.
+
+    They are called as in the source where transformers finds them: one file has to be ``model.safetensors``, which
+    must not be one of several.
+
+    Raises:
+        UserError: an unknown `quantization`.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise UserError(f"quantization {quantization!r}: expected {' or '.join(map(repr, QUANTIZATIONS))}")
+    _, files = source.opened
+    stored = files.stored if isinstance(files, QuantizedFolder) else files
+    shards = stored.shards if quantization == "source" else files.shards
+    if stored.index is None:
+        return [shard if shard.file == SINGLE_FILE else shard.renamed(SINGLE_FILE) for shard in shards]
+    if len(shards) > 1 and any(shard.file == SINGLE_FILE for shard in shards):
+        count = len(shards)
+        return [
+            shard.renamed(f"model-{number:05d}-of-{count:05d}.safetensors")
+            for number, shard in enumerate(shards, 1)
+        ]
+    return list(shards)
+
+
+def rewritten_files(source: Source, shards: Sequence[Shard], quantization: str) -> dict[str, bytes]:
+    """Files of the source, by name, that an export with the given `shards` has with another content.
+
+    The index where it would not be true, or lacks the metadata that transformers asks for; and config.json where
+    something quantised is written in bfloat16.
+    """
+    _, files = source.opened
+    stored = files.stored if isinstance(files, QuantizedFolder) else files
+    rewritten = {}
+    if isinstance(files, QuantizedFolder) and quantization == "none":
+        config = {name: value for name, value in source.raw.items() if name != FIELD}
+        spellings = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+        config |= dict.fromkeys(spellings, "bfloat16")
+        rewritten["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    if stored.index is not None and (
+        tuple(shards) != stored.shards or not isinstance(stored.index.get("metadata"), dict)
+    ):
+        rewritten[INDEX_FILE] = index_json(shards)
+    return rewritten
+
+
+def source_files(source: Source) -> set[str]:
+    """The files that hold the source's tensors."""
+    _, files = source.opened
+    stored = files.stored if isinstance(files, QuantizedFolder) else files
+    return {shard.file for shard in stored.shards}
+
+
+def side_files(folder: Path, known: Collection[str]) -> tuple[list[str], list[str]]:
+    """The other files of a source, by their paths in it: those to copy, and those to leave out (see `LEFT_OUT`).
+
+    A folder that is left out as a whole ends in a slash. Of the folders of git and of the hub's client nothing is said.
+
+    Args:
+        folder: of the source.
+        known: files in it that are accounted for.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
+    copied, left_out = [], []
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        inside = Path(place).relative_to(folder)
+        if inside == Path():
+            folders[:] = [name for name in folders if name not in _OF_TOOLS]
+        for name in list(folders):
+            if (Path(place) / name).is_symlink() or (inside == Path() and _matches(name, _TRAINING_FOLDERS)):
+                folders.remove(name)
+                left_out.append(f"{(inside / name).as_posix()}/")
+        for name in names:
+            path = (inside / name).as_posix()
+            if path in known:
+                continue
+            regular = os.path.isfile(Path(place) / name)  # noqa: PTH113 -- false, whatever keeps it from being looked at
+            other = Path(name).suffix.lower() in _OTHER_WEIGHTS or _matches(name, _TRAINING_FILES)
+            (copied if regular and not other else left_out).append(path)
+    return sorted(copied), sorted(left_out)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
