@@ -15,7 +15,8 @@ from jaxmoe.files import why_unusable
 from jaxmoe.interop.config_json import read_config
 from jaxmoe.interop.families import family_of
 from jaxmoe.interop.families.family import Family
-from jaxmoe.interop.quantization.folder import Files, open_files, split_config
+from jaxmoe.interop.quantization.config import split_config
+from jaxmoe.interop.quantization.folder import Files, open_files
 from jaxmoe.interop.rules import Bindings, bind
 from jaxmoe.interop.storage.format import TensorInfo, raise_problems
 from jaxmoe.model.spec import ModelSpec
@@ -82,7 +83,7 @@ def open_source(path_or_hub_id: str | Path) -> Source:
     folder = resolve_folder(path_or_hub_id)
     raw = read_config(folder / "config.json")
     family = family_of(raw, str(folder / "config.json"))
-    plain, quantization = split_config(raw, str(folder / "config.json"))
+    plain, quantization = split_config(raw, str(folder / "config.json"), folder)
     spec = family.spec(plain, str(folder / "config.json"))
     problems: list[str] = []
     files = open_files(folder, quantization, problems)
