@@ -16,7 +16,7 @@ from jaxmoe.interop.config_json import read_config
 from jaxmoe.interop.families import family_of
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.quantization.config import split_config
-from jaxmoe.interop.quantization.folder import Files, open_files
+from jaxmoe.interop.quantization.folder import Files, is_zero_bias, open_files
 from jaxmoe.interop.rules import Bindings, bind
 from jaxmoe.interop.storage.format import TensorInfo, raise_problems
 from jaxmoe.model.spec import ModelSpec
@@ -139,7 +139,8 @@ def resolve_folder(path_or_hub_id: str | Path) -> Path:
 
 def _problems(bindings: Bindings, files: Files) -> list[str]:
     problems = [f"tensor {name} is missing" for name in bindings.missing]
-    problems += [f"tensor {name} is not part of the model" for name in bindings.surplus]
+    surplus = (name for name in bindings.surplus if not is_zero_bias(files, name))
+    problems += [f"tensor {name} is not part of the model" for name in surplus]
     for name, binding in bindings.of_tensor.items():
         info: TensorInfo | None = files.tensors.get(name)
         if info is None:

@@ -286,6 +286,14 @@ def open_files(folder: Path, format: Format | None, problems: list[str]) -> File
     return stored if format is None else QuantizedFolder(stored, format, problems)
 
 
+def is_zero_bias(files: Files, name: str) -> bool:
+    """Whether a tensor is the bias of a quantised weight and all 0: AutoGPTQ gave one to each, whatever the model."""
+    weight = f"{name.removesuffix('.bias')}.weight"
+    if not isinstance(files, QuantizedFolder) or not name.endswith(".bias") or weight not in files.quantized:
+        return False
+    return not any(any(chunk) for chunk in files.iter_bytes(name))
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredOrder:
     """The letters of a quantised tensor's binding in the order in which it is stored."""

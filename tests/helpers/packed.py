@@ -76,7 +76,7 @@ def eight_bits(
     beside: Mapping[str, np.ndarray] = {},
 ) -> Made:
     """FP8 or int8 with one scale per block, by default of the whole tensor."""
-    block = block or shape
+    block = shape if block is None else (min(block[0], shape[0]), min(block[1], shape[1]))
     codes = random.integers(0, 256, shape, np.uint8)
     codes[(codes & 127) == 127] = 0  # NaN has tests of its own
     scales = scales_of(random, (-(-shape[0] // block[0]), -(-shape[1] // block[1])), dtype)
