@@ -43,7 +43,7 @@ _FORMATS = (
     "mxfp4-pack-quantized",
     "mixed-precision",
 )
-_FLOATS = ("F32", "BF16", "F16")
+_FLOATS: tuple[str, ...] = ("F32", "BF16", "F16")
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "format": _FORMATS,
     "quantization_status": ("compressed", "frozen", None),
@@ -225,14 +225,14 @@ def _described(
     tensors: Mapping[str, TensorInfo], codes: TensorInfo, name: str, scheme: _Scheme
 ) -> tuple[QuantizedTensor, list[str]]:
     """The weight of that name as a scheme has it, and what is wrong with it."""
-    scales = f"{name}_scale"
+    scales, dtypes = f"{name}_scale", _FLOATS
     order = tuple(range(len(codes.shape)))
     if codes.name == name:
         arithmetic = FP8() if scheme.kind == "float" else Integers(8, signed=True)
         part = scheme.part(scales, codes.shape)
-        tensor, dtypes = QuantizedTensor(name, codes.shape, order, arithmetic, Part(name), part), _FLOATS
+        tensor = QuantizedTensor(name, codes.shape, order, arithmetic, Part(name), part)
     elif scheme.kind == "int":
-        tensor, dtypes = _integers(tensors, codes, name, scheme), _FLOATS
+        tensor = _integers(tensors, codes, name, scheme)
     elif scheme.block == (1, COLUMNS_PER_SCALE):
         tensor, dtypes = nvfp4_tensor(name, codes, scales, f"{name}_global_scale", divides=True), SCALES
     else:

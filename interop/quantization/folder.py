@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxmoe.errors import UserError
 from jaxmoe.interop.quantization.arithmetic import Blocks
-from jaxmoe.interop.quantization.parts import Axis, numbers, pack, places, read_words
+from jaxmoe.interop.quantization.parts import Axis, numbers, pack, places, read_words, spread
 from jaxmoe.interop.quantization.stored_form import ROWS, Format, Part, QuantizedTensor
 from jaxmoe.interop.rules import Binding
 from jaxmoe.interop.storage.format import Shard, dtype_name, new_shard
@@ -215,12 +215,12 @@ def _decode(tensor: QuantizedTensor, found: Mapping[Part, np.ndarray], wanted: S
     """Codes and scales → bfloat16."""
     values = tensor.arithmetic.values[found[tensor.codes].view(np.uint8)]
     if tensor.zeros is not None:
-        values -= found[tensor.zeros][np.ix_(*places(tensor.zeros, wanted))]
+        values -= spread(tensor.zeros, found[tensor.zeros], wanted)
     factors = tensor.arithmetic.factors(found[tensor.scales])
     if tensor.whole is not None:
         factors = tensor.whole.applied(factors, found[tensor.whole.part])
     with np.errstate(over="ignore", invalid="ignore"):
-        values *= factors[np.ix_(*places(tensor.scales, wanted))]
+        values *= spread(tensor.scales, factors, wanted)
         return values.astype(BF16)
 
 
@@ -233,7 +233,8 @@ def _anew(
 ) -> dict[Part, np.ndarray]:
     """Quantise the blocks anew that hold a number that is `different`; the others keep what was `found`."""
     scales = found[tensor.scales]
-    blocks = Blocks(*places(tensor.scales, axes)[ROWS:], scales.shape[ROWS:])
+    *_, rows, columns = places(tensor.scales, axes)
+    blocks = Blocks(rows, columns, (scales.shape[-2], scales.shape[-1]))
     changed = blocks.reduce(np.logical_or, different)
     here = blocks.spread(changed)
     _check_finite(tensor, values[here])
@@ -256,7 +257,7 @@ def _anew(
     chosen = np.where(here, fresh.codes, codes.view(np.uint8).reshape(here.shape))
     made[tensor.codes] = chosen.reshape(codes.shape).view(codes.dtype)
     made[tensor.scales] = np.where(changed, fresh.scales, scales.reshape(changed.shape)).reshape(scales.shape)
-    if tensor.zeros is not None:
+    if tensor.zeros is not None and fresh.zeros is not None:
         zeros = found[tensor.zeros]
         made[tensor.zeros] = np.where(changed, fresh.zeros, zeros.reshape(changed.shape)).reshape(zeros.shape)
     return made

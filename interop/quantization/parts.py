@@ -93,9 +93,9 @@ def numbers(part: Part, words: np.ndarray, held: Sequence[Axis], wanted: Sequenc
         index = wants.at if step == 1 else np.arange(wants.index(step).min(), wants.index(step).max() + 1)
         chosen.append(index - first * count)
     found = words if part.packing is None else unpack(words, part.packing)
-    for axis, index in enumerate(chosen):
-        if index is not None and not _is_all(index, found.shape[axis]):
-            found = found.take(index, axis)
+    for axis, indices in enumerate(chosen):
+        if indices is not None and not _is_all(indices, found.shape[axis]):
+            found = found.take(indices, axis)
     return found
 
 
@@ -107,6 +107,14 @@ def places(part: Part, wanted: Sequence[Axis]) -> list[np.ndarray]:
         np.arange(len(index)) if step == 1 else index - index.min()
         for index, step in zip(indices, steps, strict=True)
     ]
+
+
+def spread(part: Part, found: np.ndarray, wanted: Sequence[Axis]) -> np.ndarray:
+    """Repeat what `numbers` found of a part for every wanted index, or leave it to broadcasting where there is one."""
+    for axis, index in enumerate(places(part, wanted)):
+        if found.shape[axis] > 1 and not _is_all(index, found.shape[axis]):
+            found = found.take(index, axis)
+    return found
 
 
 def _range(part: Part, number: int, axis: Axis) -> tuple[int, int]:
