@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from jaxmoe.interop.quantization.arithmetic import Integers
-from jaxmoe.interop.quantization.qweight import check_dynamic, find_qweights, group_size
+from jaxmoe.interop.quantization.qweight import INERT, check_dynamic, find_qweights, group_size
 from jaxmoe.interop.quantization.stored_form import COLUMNS, Packing, Part, QuantizedTensor, check_fields
 from jaxmoe.interop.storage.format import TensorInfo
 
@@ -25,19 +25,6 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "pack_dtype": ("int32", None),
     "lm_head": (False, None),
 }
-_KNOWN = frozenset(
-    {
-        "quant_method",
-        "method",
-        "group_size",
-        "modules_to_not_convert",
-        "backend",
-        "meta",
-        "dynamic",
-        "sym",
-        "desc_act",
-    }
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +48,7 @@ class AWQ:
         Raises:
             UserError: a field that is unknown or of another value than those supported.
         """
-        check_fields(given, where, _KNOWN, _CHOICES)
+        check_fields(given, where, INERT, _CHOICES)
         check_dynamic(given, where)
         return cls(group_size(given, where), given.get("zero_point") is False)
 

@@ -47,12 +47,19 @@ _FLOATS: tuple[str, ...] = ("F32", "BF16", "F16")
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "format": _FORMATS,
     "quantization_status": ("compressed", "frozen", None),
-    "sparsity_config": ({}, None),
     "transform_config": ({}, None),
     "moe_sparsity_config": (None,),
 }
 _KNOWN = frozenset(
-    {"quant_method", "config_groups", "ignore", "kv_cache_scheme", "global_compression_ratio", "version"}
+    {
+        "quant_method",
+        "config_groups",
+        "ignore",
+        "kv_cache_scheme",
+        "global_compression_ratio",
+        "version",
+        "sparsity_config",
+    }
 )
 _SCHEME_CHOICES: Mapping[str, tuple[Any, ...]] = {"format": (*_FORMATS, None), "output_activations": (None,)}
 _SCHEME_KNOWN = frozenset({"targets", "weights", "input_activations"})
@@ -167,6 +174,11 @@ class CompressedTensors:
             UserError: a field that is unknown or of another value than those supported.
         """
         check_fields(given, where, _KNOWN, _CHOICES)
+        sparse = given.get("sparsity_config") or {}
+        if not isinstance(sparse, dict) or sparse.get("format", "dense") != "dense":
+            raise UserError(
+                f"{where}.sparsity_config = {quote(sparse)} is not supported; expected format 'dense'"
+            )
         groups = given.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise UserError(f"{where}.config_groups = {quote(groups)}: expected an object of schemes")

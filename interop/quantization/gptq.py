@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from jaxmoe.interop.quantization.arithmetic import Integers
-from jaxmoe.interop.quantization.qweight import check_dynamic, find_qweights, group_size
+from jaxmoe.interop.quantization.qweight import INERT, check_dynamic, find_qweights, group_size
 from jaxmoe.interop.quantization.stored_form import (
     COLUMNS,
     ROWS,
@@ -33,13 +33,6 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "pack_dtype": ("int32", None),
     "lm_head": (False, None),
 }
-# How the weights were quantised, and which kernels are to run them.
-_INERT = """
-    quant_method method group_size damp_percent damp_auto_increment static_groups true_sequential act_group_aware
-    hyb_act mse model_name_or_path model_file_base_name meta dataset tokenizer batch_size block_name_to_quantize
-    module_name_preceding_first_block modules_in_block_to_quantize cache_block_outputs exllama_config use_exllama
-    disable_exllama max_input_length use_cuda_fp16 model_seqlen pad_token_id backend dynamic
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +60,7 @@ class GPTQ:
         Raises:
             UserError: a field that is unknown or of another value than those supported.
         """
-        check_fields(given, where, frozenset(_INERT.split()), _CHOICES)
+        check_fields(given, where, INERT, _CHOICES)
         check_dynamic(given, where)
         version = given.get("checkpoint_format") or given.get("format") or "gptq"
         symmetric = given.get("sym") is not False

@@ -14,6 +14,16 @@ from jaxmoe.interop.storage.format import TensorInfo
 _CODES = ".qweight"
 _OTHERS = (".qzeros", ".scales", ".g_idx")
 _FLOATS = ("F16", "BF16", "F32")
+_FIELDS = """
+    quant_method method group_size modules_to_not_convert dynamic meta backend
+    desc_act sym static_groups act_group_aware hyb_act mse damp_percent damp_auto_increment true_sequential
+    dataset tokenizer batch_size model_seqlen pad_token_id max_input_length cache_block_outputs
+    block_name_to_quantize module_name_preceding_first_block modules_in_block_to_quantize
+    model_name_or_path model_file_base_name
+    exllama_config use_exllama disable_exllama use_cuda_fp16 do_fuse modules_to_fuse fuse_max_seq_len
+"""
+INERT = frozenset(_FIELDS.split())
+"""Fields of a config that change nothing: how weights were quantised, and which kernels are to run them."""
 
 
 def group_size(given: Mapping[str, Any], where: str) -> int | None:

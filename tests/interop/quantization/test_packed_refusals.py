@@ -133,6 +133,76 @@ def test_fp8_codes_without_any_scale(folders):
     }
 
 
+GPTQ_FIELDS = {
+    **{
+        "tokenizer": None,
+        "dataset": None,
+        "damp_percent": 0.1,
+        "act_group_aware": True,
+        "true_sequential": True,
+    },
+    **{
+        "meta": None,
+        "backend": "auto",
+        "model_seqlen": None,
+        "block_name_to_quantize": None,
+        "batch_size": 1,
+    },
+    **{"module_name_preceding_first_block": None, "pad_token_id": None, "max_input_length": None},
+    **{"cache_block_outputs": True, "modules_in_block_to_quantize": None, "desc_act": False, "sym": True},
+}
+CT_FIELDS = {"moe_sparsity_config": None, "sparsity_config": {"format": "dense"}, "transform_config": {}}
+ACTIVATIONS = {
+    "num_bits": 4,
+    "type": "float",
+    "group_size": 16,
+    "dynamic": "local",
+    "observer": "static_minmax",
+}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        GPTQ_FIELDS | {"quant_method": "gptq", "bits": 4, "group_size": 128, "format": "gptq"},
+        GPTQ_FIELDS
+        | {"quant_method": "awq", "bits": 4, "group_size": 128, "format": "gemm", "version": "gemm"}
+        | {"zero_point": True, "modules_to_not_convert": None},
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+        | {"backend": "autoawq", "do_fuse": False, "exllama_config": None, "fuse_max_seq_len": None}
+        | {"modules_to_fuse": None, "modules_to_not_convert": ["gate"]},
+        {
+            "quant_method": "fp8",
+            "activation_scheme": "static",
+            "weight_block_size": None,
+            "expert_dtype": "fp8",
+        }
+        | {
+            "dequantize": False,
+            "scale_fmt": "float",
+            "modules_to_convert": None,
+            "modules_to_not_convert": None,
+        },
+        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "ignore": [], "producer": {}}
+        | {"quantized_layers": {"a": {"quant_algo": "FP8"}, "b": {"quant_algo": "NVFP4", "group_size": 16}}}
+        | {"config_groups": {}},
+        CT_FIELDS
+        | ct_config(
+            "nvfp4-pack-quantized",
+            ACTIVATIONS,
+            num_bits=4,
+            group_size=16,
+            strategy="tensor_group",
+            scale_dtype="torch.float8_e4m3fn",
+            observer_kwargs={},
+        ),
+        CT_FIELDS | ct_config("float-quantized", ACTIVATIONS, strategy="channel", group_size=None),
+    ],
+)
+def test_config_as_the_libraries_write_it(given):
+    assert config_source(PACKED | {"quantization_config": given}).spec == config_source(PACKED).spec
+
+
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 
 
