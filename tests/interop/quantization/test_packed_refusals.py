@@ -252,6 +252,10 @@ INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
             "config_groups = {}: expected an object of schemes",
         ),
         (
+            ct_config("pack-quantized") | {"sparsity_config": {"format": "sparse-bitmask"}},
+            "expected format 'dense'",
+        ),
+        (
             ct_config("pack-quantized") | {"config_groups": {"a": {"targets": []}}},
             "config_groups has no scheme of weights",
         ),
