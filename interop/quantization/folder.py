@@ -245,7 +245,7 @@ def _anew(
         if (scale != kept).any():  # the scales of all blocks go with it
             here, changed = np.full_like(here, True), np.full_like(changed, True)
             _check_finite(tensor, values)
-        given = values / tensor.whole.applied(np.ones((), np.float64), scale).reshape(1, 1)
+        given = values / tensor.whole.applied(np.ones((), np.float32), scale).reshape(1, 1)
     fresh = tensor.arithmetic.encode(np.where(here, given, 0).astype(np.float32), blocks, scales.dtype)
     if not np.isfinite(fresh.scales.astype(np.float32)).all():
         largest = np.abs(values[here].astype(np.float64)).max()

@@ -1,15 +1,20 @@
 """What changed is quantised anew in formats that take several tensors for one: whole blocks of it, none cut off."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import quantize
 from helpers.quantize import E4M3, FP4, FP8, nearest
-from helpers.quantized import BFLOAT16, EXPERTS, change, folder_of, tensors_of, where
+from helpers.quantized import BFLOAT16, EXPERTS, bytes_of, change, folder_of, tensors_of, where
 
 import jaxmoe
 from jaxmoe import UserError
 from jaxmoe.interop import saving
+from jaxmoe.interop.loading import load_params
 from jaxmoe.interop.quantization import arithmetic
+from jaxmoe.interop.source import open_source
+from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import named
 
 ENDINGS = {
@@ -74,6 +79,33 @@ def test_blocks_that_changed(folders, monkeypatch, kind, piece):
     assert error.max() <= size.max() * step * 0.52
     if "order" not in kind and kind != "modelopt fp8":  # the largest is not cut off
         assert np.abs(made[ROW]).max() >= np.abs(wanted[ROW]).max() * (1 - step * 0.52)
+
+
+@pytest.mark.parametrize("kind", ["gptq in any order", "modelopt nvfp4", "int4 with zero points"])
+def test_any_mesh_and_process_computes_the_same(folders, monkeypatch, kind):
+    """Other processes than the one that writes slice the same parts, or it would wait for them for ever."""
+    config, stored, _ = folder_of(kind)
+    quantize.write(folders.source, config, stored)
+    source = open_source(folders.source)
+    trained = jax.jit(lambda params: jax.tree.map(lambda x: x * 1.1, params))
+    saving.export_like_source(
+        trained(load_params(source, jnp.float32)), source, folders.export, quantization="source"
+    )
+    monkeypatch.setattr(saving, "PIECE_BYTES", 3000)
+    params = trained(load_params(source, jnp.float32, make_mesh(fsdp=2, expert=2, tensor=2)))
+    slice_bits, calls = saving.slice_bits, []
+
+    def record(array, box):
+        calls[-1].append((array.shape, str(box)))
+        return slice_bits(array, box)
+
+    monkeypatch.setattr(saving, "slice_bits", record)
+    for process in (0, 1):
+        calls.append([])
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        saving.export_like_source(params, source, folders.plain / str(process), quantization="source")
+    assert calls[0] == calls[1]
+    assert bytes_of(folders.plain / "0") == bytes_of(folders.export) != bytes_of(folders.source)
 
 
 @pytest.mark.parametrize("kind", ["nvfp4", "modelopt nvfp4"])

@@ -31,12 +31,14 @@ def check(files, expected):
     assert (info.dtype, info.shape, set(files.tensors)) == ("BF16", shape, {"a.weight"})
     whole = [slice(0, size) for size in shape]
     assert_equal_bits(files.read_box("a.weight", shape, whole), expected)
-    for sizes in (shape, (2, shape[0] // 2, shape[1]), (shape[0] // 2, 2, 4, shape[1] // 4)):
+    *lead, rows, columns = shape
+    for sizes in (shape, (*lead, 2, rows // 2, columns), (*lead, rows // 2, 2, 4, columns // 4)):
         seen = expected.reshape(sizes)
         for low, high in ((0, 1), (1, 0), (1, 2)):
             box = tuple(slice(low, size - high) if size > 3 else slice(size - 1, size) for size in sizes)
             assert_equal_bits(files.read_box("a.weight", sizes, box), seen[box])
-    assert files.read_box("a.weight", shape, (slice(2, 2), slice(1, 3))).shape == (0, 2)
+    empty = [*whole[:-2], slice(2, 2), slice(1, 3)]
+    assert files.read_box("a.weight", shape, empty).shape == (*lead, 0, 2)
     for chunk in (70, 1 << 20):
         read = b"".join(files.iter_bytes("a.weight", chunk))
         assert_equal_bits(np.frombuffer(read, BF16).reshape(shape), expected)
@@ -57,6 +59,17 @@ def test_numbers_that_do_not_fill_the_last_word(tmp_path, zeros):
     parts, expected = packed.ct_integers(np.random.default_rng(0), (18, 28), group=14, zeros=zeros)
     assert parts["weight_packed"].shape == (18, 4)
     check(opened(tmp_path, config, parts), expected)
+
+
+@pytest.mark.parametrize("kind", ["int4 with zero points", "mxfp4", "float per row"])
+def test_experts_in_one_tensor(tmp_path, kind):
+    """compressed-tensors packs each matrix of three axes for itself."""
+    random = packed.random_of(kind)
+    made = [FORMATS[kind].make(random, (24, 64)) for _ in range(3)]
+    parts = {name: np.stack([parts[name] for parts, _ in made]) for name in made[0][0]}
+    if "weight_shape" in parts:
+        parts["weight_shape"] = np.array([3, 24, 64])
+    check(opened(tmp_path, FORMATS[kind].config, parts), np.stack([values for _, values in made]))
 
 
 def test_a_zero_point_that_borrows(tmp_path):
