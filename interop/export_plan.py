@@ -10,7 +10,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from jaxmoe.errors import UserError
-from jaxmoe.interop.quantization.folder import FIELD, QuantizedFolder
+from jaxmoe.interop.quantization.config import FIELD
+from jaxmoe.interop.quantization.config import FILES as QUANTIZATION_FILES
+from jaxmoe.interop.quantization.folder import QuantizedFolder
 from jaxmoe.interop.source import Source
 from jaxmoe.interop.storage.format import INDEX_FILE, SINGLE_FILE, Shard
 from jaxmoe.interop.storage.writer import index_json
@@ -100,11 +102,13 @@ def rewritten_files(source: Source, shards: Sequence[Shard], quantization: str) 
     return rewritten
 
 
-def source_files(source: Source) -> set[str]:
-    """The files that hold the source's tensors."""
+def source_files(source: Source, quantization: str) -> set[str]:
+    """Files whose place the export's own take: those of tensors, and what describes a format that it has not."""
     _, files = source.opened
+    quantized = isinstance(files, QuantizedFolder)
     stored = files.stored if isinstance(files, QuantizedFolder) else files
-    return {shard.file for shard in stored.shards}
+    described = QUANTIZATION_FILES if quantized and quantization == "none" else frozenset[str]()
+    return {shard.file for shard in stored.shards} | described
 
 
 def side_files(folder: Path, known: Collection[str]) -> tuple[list[str], list[str]]:

@@ -125,7 +125,7 @@ def export_like_source(
         rewritten = rewritten_files(source, shards, quantization)
         for name, data in rewritten.items():
             writer.file(name, data)
-        known = source_files(source) | rewritten.keys() | (replaced_files or {}).keys()
+        known = source_files(source, quantization) | rewritten.keys() | (replaced_files or {}).keys()
         copied, left_out = side_files(origin, known)
         for name in copied:
             writer.copy(origin / name, name)
@@ -306,7 +306,7 @@ def _refuse_lost(info: TensorInfo, values: np.ndarray, cast: np.ndarray) -> None
 class _QuantizedTensors(_Tensors):
     """Fetches the tensors of a quantised folder as they are stored, codes and scales.
 
-    Codes depend on their scales, which may lie in another file: both are made whenever one of them is written.
+    Codes depend on their scales, which may lie in another file: all are made whenever one of them is written.
     """
 
     def __init__(self, params: Tree, bindings: Bindings, files: QuantizedFolder) -> None:
@@ -322,8 +322,7 @@ class _QuantizedTensors(_Tensors):
         dtype = self._params[stored.binding.target].dtype
         for band, parts in self._bands(stored):
             rows = [stored.rows(np.asarray(bits).view(dtype)) for bits in parts]
-            codes, scales = self._files.requantize(stored.pair, band, np.concatenate(rows))
-            made = codes if info.name == stored.pair.codes else scales
+            made = self._files.requantize(stored.tensor, band, np.concatenate(rows))[info.name]
             yield np.ascontiguousarray(made).reshape(-1).view(np.uint8).data
 
     def _computed(self, info: TensorInfo) -> Iterator[Any]:
@@ -334,15 +333,15 @@ class _QuantizedTensors(_Tensors):
             yield from (bits for _, parts in self._bands(stored) for bits in parts)
 
     def _quantized(self, info: TensorInfo) -> StoredOrder | None:
-        """The quantised tensor of the model's that a stored tensor is one half of."""
-        pair = self._files.pair_of(info.name)
-        binding = None if pair is None else self._bindings.of_tensor.get(pair.name)
-        return None if pair is None or binding is None else StoredOrder(pair, binding)
+        """The quantised tensor of the model's that a stored tensor is a part of."""
+        tensor = self._files.part_of(info.name)
+        binding = None if tensor is None else self._bindings.of_tensor.get(tensor.name)
+        return None if tensor is None or binding is None else StoredOrder(tensor, binding)
 
     def _bands(self, stored: StoredOrder) -> Iterator[tuple[Box, list[Any]]]:
         """Bands of a tensor in order, and the bits of the parts that each is made of."""
         array = self._params[stored.binding.target]
-        for band in self._files.bands(stored.pair, PIECE_BYTES // array.dtype.itemsize):
+        for band in self._files.bands(stored.tensor, PIECE_BYTES // array.dtype.itemsize):
             yield (
                 band,
                 [

@@ -13,7 +13,8 @@ from jaxmoe.interop.config_json import read_config
 from jaxmoe.interop.families import family_of
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.locating import resolve_folder
-from jaxmoe.interop.quantization.folder import Files, open_files, split_config
+from jaxmoe.interop.quantization.config import split_config
+from jaxmoe.interop.quantization.folder import Files, is_zero_bias, open_files
 from jaxmoe.interop.rules import Bindings, bind, tensor_count
 from jaxmoe.interop.storage.format import MAX_TENSORS, TensorInfo
 from jaxmoe.interop.storage.problems import raise_problems
@@ -83,7 +84,7 @@ def open_source(path_or_hub_id: str | Path) -> Source:
     raw = read_config(folder / "config.json")
     file = str(folder / "config.json")
     family = family_of(raw, file)
-    plain, quantization = split_config(raw, file)
+    plain, quantization = split_config(raw, file, folder)
     spec = _plausible_spec(family, plain, file)
     problems: list[str] = []
     files = open_files(folder, quantization, problems)
@@ -123,7 +124,8 @@ def _plausible_spec(family: Family, raw: Mapping[str, Any], file: str) -> ModelS
 
 def _problems(bindings: Bindings, files: Files) -> list[str]:
     problems = [f"tensor {name} is missing" for name in bindings.missing]
-    problems += [f"tensor {name} is not part of the model" for name in bindings.surplus]
+    surplus = (name for name in bindings.surplus if not is_zero_bias(files, name))
+    problems += [f"tensor {name} is not part of the model" for name in surplus]
     for name, binding in bindings.of_tensor.items():
         info: TensorInfo | None = files.tensors.get(name)
         if info is None:

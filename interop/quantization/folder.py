@@ -1,56 +1,28 @@
 """Quantised checkpoint folders, seen as if they were stored in bfloat16, and written again as they are stored.
 
-config.json says how a folder is quantised. A `QuantizedFolder` presents the pairs of codes and scales in it as ordinary
-tensors, so that conversion rules, sharded loading and export need not know.
+A `QuantizedFolder` presents each quantised tensor in it as one ordinary tensor, so that conversion rules, sharded
+loading and export need not know.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from jaxmoe.errors import UserError, quote
-from jaxmoe.interop.quantization.block_format import BF16, Format, Pair, per_block, per_element
-from jaxmoe.interop.quantization.block_fp8 import BlockFP8
-from jaxmoe.interop.quantization.mxfp4 import MXFP4
+from jaxmoe.errors import UserError
+from jaxmoe.interop.quantization.arithmetic import Blocks
+from jaxmoe.interop.quantization.parts import Axis, numbers, pack, places, read_words, spread
+from jaxmoe.interop.quantization.stored_form import ROWS, Format, Part, QuantizedTensor
 from jaxmoe.interop.rules import Binding
 from jaxmoe.interop.storage.format import Shard, dtype_name, new_shard
 from jaxmoe.interop.storage.reader import BUFFER_BYTES, CheckpointFolder
-from jaxmoe.interop.storage.slices import Box, pieces, runs
+from jaxmoe.interop.storage.slices import Box, finer_axes, pieces, runs
 
-FIELD = "quantization_config"
-_FORMATS: Mapping[str, Callable[[Mapping[str, Any], str], Format]] = {
-    "fp8": BlockFP8.from_config,
-    "mxfp4": MXFP4.from_config,
-}
-
-
-def split_config(raw: Mapping[str, Any], file: str) -> tuple[dict[str, Any], Format | None]:
-    """A config.json without its ``quantization_config``, and the format that this describes, if any.
-
-    Args:
-        raw: the config.json.
-        file: what to call it in error messages.
-
-    Raises:
-        UserError: a method, or a choice of it, that is not supported.
-    """
-    plain = {name: value for name, value in raw.items() if name != FIELD}
-    given = raw.get(FIELD)
-    if given is None:
-        return plain, None
-    where = f"{file}: {FIELD}"
-    if not isinstance(given, dict):
-        raise UserError(f"{where} = {quote(given)}: expected an object with a quant_method")
-    method = given.get("quant_method")
-    if method not in list(_FORMATS):
-        raise UserError(
-            f"{where}.quant_method = {quote(method)} is not supported; supported: {', '.join(_FORMATS)}. "
-            "Convert the checkpoint to bfloat16"
-        )
-    return plain, _FORMATS[method](given, where)
+BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class QuantizedFolder:
@@ -58,20 +30,28 @@ class QuantizedFolder:
 
     Attributes:
         stored: the folder as it is.
-        pairs: quantised tensors by their names without quantisation.
+        quantized: quantised tensors by their names without quantisation.
         shards: the same files without quantisation, where they would hold anything.
         tensors: what is in those, by name. Their places in a file are those of `shards`.
     """
 
     def __init__(self, stored: CheckpointFolder, format: Format, problems: list[str]) -> None:
-        """Pair up the tensors of a folder; what is damaged is appended to `problems`."""
+        """Find the quantised tensors of a folder; what is damaged is appended to `problems`."""
         self.stored = stored
-        self._format = format
-        pairs, self._hidden = format.find(stored.tensors, problems)
-        self.pairs: Mapping[str, Pair] = {pair.name: pair for pair in pairs}
-        self._pair_of = {name: pair for pair in pairs for name in (pair.codes, pair.scales)}
+        damage: list[str] = []
+        found, self._hidden = format.find(stored.tensors, damage)
+        if not found and not damage:
+            dtypes = sorted({info.dtype for info in stored.tensors.values()})
+            damage.append(
+                f"the config says that weights are quantised, but of {len(stored.tensors)} tensors none is: found "
+                f"{', '.join(dtypes)}, expected {format.expected}; remove quantization_config if they were dequantised"
+            )
+        problems += damage
+        self.quantized: Mapping[str, QuantizedTensor] = {tensor.name: tensor for tensor in found}
+        self._part_of = {part.tensor: tensor for tensor in found for part in tensor.parts}
         self.shards = tuple(shard for shard in map(self._unquantized, stored.shards) if shard.tensors)
         self.tensors = {info.name: info for shard in self.shards for info in shard.tensors}
+        self._last: tuple[Any, list[Axis], list[np.ndarray]] | None = None
 
     @property
     def bytes_read(self) -> int:
@@ -80,94 +60,218 @@ class QuantizedFolder:
 
     def read_box(self, name: str, sizes: Sequence[int], box: Sequence[slice]) -> np.ndarray:
         """See `CheckpointFolder.read_box`."""
-        if name in self.pairs:
-            return self._format.read(self.stored, self.pairs[name], sizes, box)
-        return self.stored.read_box(name, sizes, box)
+        if name not in self.quantized:
+            return self.stored.read_box(name, sizes, box)
+        tensor = self.quantized[name]
+        lengths = [len(range(*part.indices(size))) for part, size in zip(box, sizes, strict=True)]
+        if 0 in lengths:
+            return np.empty(lengths, BF16)
+        finer = finer_axes(tensor.shape, sizes)
+        order = [axis for logical in tensor.order for axis in finer[logical]]
+        wanted = [
+            Axis(tuple(sizes[i] for i in axes), tuple(box[i] for i in axes), tensor.shape[logical])
+            for logical, axes in ((logical, finer[logical]) for logical in tensor.order)
+        ]
+        values = self._read(tensor, wanted)
+        return values.reshape([lengths[axis] for axis in order]).transpose(np.argsort(order))
+
+    def _read(self, tensor: QuantizedTensor, wanted: Sequence[Axis]) -> np.ndarray:
+        """What is wanted of a tensor on its axes as they are stored."""
+        self._check_shape(tensor)
+        wanted = self._grouped(tensor, wanted)
+        held, words = self._words(tensor, wanted)
+        found = {
+            part: numbers(part, part_words, held, wanted)
+            for part, part_words in zip(tensor.parts, words, strict=True)
+        }
+        return _decode(tensor, found, wanted)
+
+    def _words(
+        self, tensor: QuantizedTensor, wanted: Sequence[Axis]
+    ) -> tuple[Sequence[Axis], list[np.ndarray]]:
+        """The stored numbers of all parts that have what is wanted, and what else they have.
+
+        Of a tensor that is stored transposed, stored rows are read whole: the tensor's order goes through all of them
+        for each of their elements, so pieces in that order would read them again and again. Those of the last piece are
+        kept until other ones are asked for.
+        """
+        if not tensor.transposed:
+            return wanted, [read_words(self.stored, part, wanted) for part in tensor.parts]
+        others = wanted[:-1]
+        asked = tensor.name, [(axis.sizes, [(one.start, one.stop) for one in axis.box]) for axis in others]
+        kept = self._last  # read once: another thread may replace it
+        if kept is None or kept[0] != asked:
+            held = self._grouped(tensor, [*others, wanted[-1].whole()])
+            kept = asked, held, [read_words(self.stored, part, held) for part in tensor.parts]
+            self._last = kept
+        return [*others, kept[1][-1]], kept[2]
+
+    def _grouped(self, tensor: QuantizedTensor, axes: Sequence[Axis]) -> list[Axis]:
+        """The axes with the blocks that their indices are in, where a stored tensor says these."""
+        axes, blocks = list(axes), self._blocks(tensor)
+        if blocks is not None:
+            axis = axes[tensor.groups_axis]
+            axes[tensor.groups_axis] = dataclasses.replace(axis, blocks=blocks[axis.at])
+        return axes
+
+    def _blocks(self, tensor: QuantizedTensor) -> np.ndarray | None:
+        """Which block each row or column is in; None where they follow each other."""
+        if tensor.groups is None:
+            return None
+        length, step = tensor.stored_shape[tensor.groups_axis], tensor.scales.step[tensor.groups_axis]
+        blocks = self.stored.read(tensor.groups).astype(np.int64)
+        if (blocks == np.arange(length) // step).all():
+            return None
+        last = tensor.scales.stored(tensor.stored_shape)[tensor.groups_axis] - 1
+        wrong = blocks[(blocks < 0) | (blocks > last)]
+        if len(wrong):
+            raise UserError(
+                f"tensor {tensor.groups} has the group {wrong[0]}, expected 0 to {last}; download it again"
+            )
+        return blocks
+
+    def _check_shape(self, tensor: QuantizedTensor) -> None:
+        if tensor.declared is None:
+            return
+        says = tuple(self.stored.read(tensor.declared).ravel().tolist())
+        if says != tensor.shape:
+            raise UserError(
+                f"tensor {tensor.declared} says {list(says)}, expected {list(tensor.shape)}: "
+                f"{tensor.codes.tensor} and {tensor.scales.tensor} have that shape"
+            )
 
     def iter_bytes(self, name: str, chunk: int = BUFFER_BYTES) -> Iterator[bytearray]:
         """See `CheckpointFolder.iter_bytes`."""
-        return (
-            self._chunks(self.pairs[name], chunk)
-            if name in self.pairs
-            else self.stored.iter_bytes(name, chunk)
-        )
+        if name in self.quantized:
+            return self._chunks(self.quantized[name], chunk)
+        return self.stored.iter_bytes(name, chunk)
 
-    def _chunks(self, pair: Pair, chunk: int) -> Iterator[bytearray]:
-        whole = [slice(0, size) for size in pair.shape]
+    def _chunks(self, tensor: QuantizedTensor, chunk: int) -> Iterator[bytearray]:
+        whole = [slice(0, size) for size in tensor.shape]
         for box in pieces(whole, max(1, chunk // BF16.itemsize)):
-            yield bytearray(self.read_box(pair.name, pair.shape, box).tobytes())
+            yield bytearray(self.read_box(tensor.name, tensor.shape, box).tobytes())
 
-    def pair_of(self, name: str) -> Pair | None:
-        """What a stored tensor has the codes or the scales of."""
-        return self._pair_of.get(name)
+    def part_of(self, name: str) -> QuantizedTensor | None:
+        """The quantised tensor that a stored tensor has codes or scales of."""
+        return self._part_of.get(name)
 
-    def bands(self, pair: Pair, elements: int) -> Iterator[Box]:
+    def bands(self, tensor: QuantizedTensor, elements: int) -> Iterator[Box]:
         """Cut a quantised tensor into runs of whole blocks of rows, on its axes as they are stored.
 
-        They have at most `elements` elements, or one row of blocks.
+        They have at most `elements` elements, or as few rows as can be quantised apart.
         """
-        *lead, rows, columns = pair.stored_shape
-        height = self._format.block[0]
+        *lead, rows, columns = tensor.stored_shape
+        height = tensor.height
+        if tensor.groups_axis == ROWS and self._blocks(tensor) is not None:
+            height = rows
         height *= max(1, elements // (height * columns))
         for matrix in np.ndindex(*lead):
             for start in range(0, rows, height):
                 place = (slice(index, index + 1) for index in matrix)
                 yield (*place, slice(start, min(start + height, rows)), slice(0, columns))
 
-    def requantize(self, pair: Pair, band: Box, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Codes and scales of a band: the source's own for every block whose values are the source's in bfloat16.
+    def requantize(self, tensor: QuantizedTensor, band: Box, values: np.ndarray) -> dict[str, np.ndarray]:
+        """What is stored of a band: the source's own for every block whose values are the source's in bfloat16.
 
         Args:
-            pair: the tensor.
+            tensor: the tensor.
             band: one of its `bands`.
             values: its values, (rows, columns).
 
+        Returns:
+            The numbers to store by the name of their tensor.
+
         Raises:
-            UserError: a value that changed is not finite.
+            UserError: a value that changed is not finite, or too large for the dtype of the scales.
         """
-        codes, scales = self._stored_band(pair, band)
-        box = tuple(band[pair.order.index(axis)] for axis in range(len(band)))
-        before = self.read_box(pair.name, pair.shape, box).transpose(pair.order).reshape(values.shape)
+        shape = tensor.stored_shape
+        axes = [Axis((size,), (part,), size) for size, part in zip(shape, band, strict=True)]
+        axes = self._grouped(tensor, axes)
+        words = {part: read_words(self.stored, part, axes) for part in tensor.parts}
+        found = {part: numbers(part, one, axes, axes) for part, one in words.items()}
+        before = _decode(tensor, found, axes).reshape(values.shape)
         with np.errstate(over="ignore", invalid="ignore"):
             # By way of the dtype of training, which may have rounded what was read.
             was, now = (array.astype(BF16).view(np.uint16) for array in (before.astype(values.dtype), values))
-        changed = per_block(np.logical_or, was != now, self._format.block)
-        if not changed.any():
-            return codes, scales
-        here = per_element(changed, self._format.block, values.shape)
-        if not np.isfinite(values[here]).all():
-            raise UserError(
-                f"tensor {pair.name}: a value that is not finite has no place in blocks; export without quantization"
-            )
-        numbers = np.where(here, values, 0).astype(np.float32)
-        new_codes, new_scales = self._format.encode(numbers, scales.dtype)
-        flat = codes.reshape(len(values), -1)
-        width = self._format.block[1] * flat.shape[1] // values.shape[1]  # of a block, in elements of `codes`
-        mask = per_element(changed, (self._format.block[0], width), flat.shape).reshape(codes.shape)
-        return np.where(mask, new_codes, codes), np.where(changed, new_scales, scales)
-
-    def _stored_band(self, pair: Pair, band: Box) -> tuple[np.ndarray, np.ndarray]:
-        *lead, rows, _ = band
-        height = self._format.block[0]
-        blocks = slice(rows.start // height, -(-rows.stop // height))
-        read = []
-        for name, part in ((pair.codes, rows), (pair.scales, blocks)):
-            shape = self.stored.tensors[name].shape
-            box = (*lead, part, *(slice(0, size) for size in shape[len(lead) + 1 :]))
-            read.append(self.stored.read_box(name, shape, box).reshape(-1, *shape[len(lead) + 1 :]))
-        return read[0], read[1]
+        if not (was != now).any():
+            return {part.tensor: one for part, one in words.items()}
+        made = _anew(tensor, found, axes, values, was != now)
+        return {part.tensor: _stored(part, made[part], words[part]) for part in tensor.parts}
 
     def _unquantized(self, shard: Shard) -> Shard:
         if not any(info.name in self._hidden for info in shard.tensors):
             return shard
         there: list[tuple[str, str, Sequence[int]]] = []
         for info in shard.tensors:
-            pair = self._pair_of.get(info.name)
+            tensor = self._part_of.get(info.name)
             if info.name not in self._hidden:
                 there.append((info.name, info.dtype, info.shape))
-            elif pair is not None and info.name == pair.codes:
-                there.append((pair.name, dtype_name(BF16), pair.shape))
+            elif tensor is not None and info.name == tensor.codes.tensor:
+                there.append((tensor.name, dtype_name(BF16), tensor.shape))
         return new_shard(shard.file, there, shard.metadata)
+
+
+def _decode(tensor: QuantizedTensor, found: Mapping[Part, np.ndarray], wanted: Sequence[Axis]) -> np.ndarray:
+    """Codes and scales → bfloat16."""
+    values = tensor.arithmetic.values[found[tensor.codes].view(np.uint8)]
+    if tensor.zeros is not None:
+        values -= spread(tensor.zeros, found[tensor.zeros], wanted)
+    factors = tensor.arithmetic.factors(found[tensor.scales])
+    if tensor.whole is not None:
+        factors = tensor.whole.applied(factors, found[tensor.whole.part])
+    with np.errstate(over="ignore", invalid="ignore"):
+        values *= spread(tensor.scales, factors, wanted)
+        return values.astype(BF16)
+
+
+def _anew(
+    tensor: QuantizedTensor,
+    found: Mapping[Part, np.ndarray],
+    axes: Sequence[Axis],
+    values: np.ndarray,
+    different: np.ndarray,
+) -> dict[Part, np.ndarray]:
+    """Quantise the blocks anew that hold a number that is `different`; the others keep what was `found`."""
+    scales = found[tensor.scales]
+    *_, rows, columns = places(tensor.scales, axes)
+    blocks = Blocks(rows, columns, (scales.shape[-2], scales.shape[-1]))
+    changed = blocks.reduce(np.logical_or, different)
+    here = blocks.spread(changed)
+    _check_finite(tensor, values[here])
+    made, given = dict(found), values
+    if tensor.whole is not None:
+        kept = found[tensor.whole.part]
+        scale = made[tensor.whole.part] = tensor.whole.serving(kept, float(np.abs(values[here]).max()))
+        if (scale != kept).any():  # the scales of all blocks go with it
+            here, changed = np.full_like(here, True), np.full_like(changed, True)
+            _check_finite(tensor, values)
+        given = values / tensor.whole.applied(np.ones((), np.float32), scale).reshape(1, 1)
+    fresh = tensor.arithmetic.encode(np.where(here, given, 0).astype(np.float32), blocks, scales.dtype)
+    if not np.isfinite(fresh.scales.astype(np.float32)).all():
+        largest = np.abs(values[here].astype(np.float64)).max()
+        raise UserError(
+            f"tensor {tensor.name}: value {largest:.6g} is too large for scales of dtype {dtype_name(scales.dtype)}; "
+            "export without quantization"
+        )
+    codes = found[tensor.codes]
+    chosen = np.where(here, fresh.codes, codes.view(np.uint8).reshape(here.shape))
+    made[tensor.codes] = chosen.reshape(codes.shape).view(codes.dtype)
+    made[tensor.scales] = np.where(changed, fresh.scales, scales.reshape(changed.shape)).reshape(scales.shape)
+    if tensor.zeros is not None and fresh.zeros is not None:
+        zeros = found[tensor.zeros]
+        made[tensor.zeros] = np.where(changed, fresh.zeros, zeros.reshape(changed.shape)).reshape(zeros.shape)
+    return made
+
+
+def _check_finite(tensor: QuantizedTensor, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise UserError(
+            f"tensor {tensor.name}: a value that is not finite has no place in blocks; export without quantization"
+        )
+
+
+def _stored(part: Part, made: np.ndarray, words: np.ndarray) -> np.ndarray:
+    return made if part.packing is None else pack(made, part.packing, words.dtype)
 
 
 Files = CheckpointFolder | QuantizedFolder
@@ -183,22 +287,25 @@ def open_files(folder: Path, format: Format | None, problems: list[str]) -> File
     return stored if format is None else QuantizedFolder(stored, format, problems)
 
 
+def is_zero_bias(files: Files, name: str) -> bool:
+    """Whether a tensor is the bias of a quantised weight and all 0: AutoGPTQ gave one to each, whatever the model."""
+    weight = f"{name.removesuffix('.bias')}.weight"
+    if not isinstance(files, QuantizedFolder) or not name.endswith(".bias") or weight not in files.quantized:
+        return False
+    return not any(any(chunk) for chunk in files.iter_bytes(name))
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredOrder:
     """The letters of a quantised tensor's binding in the order in which it is stored."""
 
-    pair: Pair
+    tensor: QuantizedTensor
     binding: Binding
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[tuple[str, ...], ...]:
         """Letters of each stored axis."""
-        return tuple(self.binding.axes[axis] for axis in self.pair.order)
-
-    @property
-    def columns(self) -> int:
-        """Length of a row."""
-        return self.pair.stored_shape[-1]
+        return tuple(self.binding.axes[axis] for axis in self.tensor.order)
 
     def parts(self, band: Box) -> Iterator[dict[str, slice]]:
         """Parts of the parameter, a slice per letter, whose rows follow each other in `band`.
@@ -220,4 +327,4 @@ class StoredOrder:
         dims = self.binding.declared.dims
         order = [dims.index(letter) for group in self.axes for letter in group]
         fixed = [dims.index(letter) for letter in self.binding.index]  # of length 1
-        return part.transpose([*fixed, *order]).reshape(-1, self.columns)
+        return part.transpose([*fixed, *order]).reshape(-1, self.tensor.stored_shape[-1])

@@ -279,8 +279,8 @@ class TrainConfig(Section):
     )
     export_quantization: Literal["none", "source"] = Field(
         default="none",
-        description="Weights that the model's folder has in MXFP4 or FP8 are written as bfloat16 (none) or in that "
-        "format again (source).",
+        description="Weights that the model's folder has quantised are written as bfloat16 (none) or in its format "
+        "again (source).",
     )
     peak_tflops: Positive | None = Field(
         default=None,

@@ -8,9 +8,10 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from helpers import quantize, tiny
+from helpers import packed, quantize, tiny
 from helpers.quantize import BF16
-from jaxmoe.interop.quantization.folder import QuantizedFolder, split_config
+from jaxmoe.interop.quantization.config import split_config
+from jaxmoe.interop.quantization.folder import QuantizedFolder
 from jaxmoe.interop.source import config_source
 from jaxmoe.interop.storage.reader import CheckpointFolder
 from jaxmoe.params import named
@@ -137,3 +138,27 @@ def assert_equal_bits(actual, expected):
     np.testing.assert_array_equal(np.isnan(actual), nan)
     actual, expected = (np.ascontiguousarray(array).view(np.uint16) for array in (actual, expected))
     np.testing.assert_array_equal(np.where(nan, 0, actual), np.where(nan, 0, expected))
+
+
+PACKED = (
+    QWEN
+    | {"hidden_size": 96, "moe_intermediate_size": 64, "intermediate_size": 160}
+    | {
+        "head_dim": 8,
+        "num_experts": 4,
+    }
+)
+"""Widths that every format can have, and four experts."""
+
+
+def folder_of(kind):
+    """config.json, the stored tensors and those that they stand for, of a model in one of `packed.FORMATS`."""
+    random, format = packed.random_of(kind), packed.FORMATS[kind]
+    stored, plain = {}, {}
+    for name, values in tiny.random_tensors(PACKED, "bfloat16").items():
+        if not is_matrix(name):
+            stored[name] = plain[name] = values
+            continue
+        parts, plain[name] = format.make(random, values.shape)
+        stored |= {f"{name.removesuffix('.weight')}.{part}": array for part, array in parts.items()}
+    return PACKED | {"quantization_config": format.config}, stored, plain

@@ -74,7 +74,9 @@ def test_a_process_reads_what_its_own_devices_hold(
     for index in local.values():
         np.testing.assert_array_equal(shards.at(index), expected[index])
     width = 1 if method == "fp8" else 0.5
-    codes = [source.files.stored.tensors[source.files.pairs[part.source].codes] for part in parts[name]]
+    codes = [
+        source.files.stored.tensors[source.files.quantized[part.source].codes.tensor] for part in parts[name]
+    ]
     in_codes = [
         count for file, at, count in reads if any(i.file == file and i.start <= at < i.end for i in codes)
     ]

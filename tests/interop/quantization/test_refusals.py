@@ -99,15 +99,14 @@ def test_shape_of_the_unquantised_tensor(folders):
         ({}, r"quantization_config.quant_method = None is not supported; supported: fp8, mxfp4"),
         ({"quant_method": ["fp8"]}, r"quant_method = \['fp8'\] is not supported; supported: fp8, mxfp4"),
         (
-            {"quant_method": "awq", "bits": 4},
-            "quant_method = 'awq' is not supported; supported: fp8, mxfp4. Conv",
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "quant_method = 'bitsandbytes' is not supported; supported: fp8, mxfp4, .*gptq. Convert the",
         ),
         ({"quant_method": "mxfp4", "bits": 4}, "has unknown fields 'bits'; known are dequantize, mod"),
         (
             {"quant_method": "fp8", "weight_block_size": [8, 8], "zz": 4},
             "has unknown fields 'zz'; known are act",
         ),
-        ({"quant_method": "fp8"}, "weight_block_size = None: expected two positive integers"),
         (
             {"quant_method": "fp8", "weight_block_size": [8, 0]},
             r"weight_block_size = \[8, 0\]: expected two",
@@ -121,8 +120,8 @@ def test_shape_of_the_unquantised_tensor(folders):
             r"weight_block_size = \[8\]: expected two positive",
         ),
         (
-            {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": [8, 8]},
-            "quantization_config.activation_scheme = 'static' is not supported; expected 'dynamic'",
+            {"quant_method": "fp8", "activation_scheme": "none", "weight_block_size": [8, 8]},
+            "quantization_config.activation_scheme = 'none' is not supported; expected 'dynamic' or 'static'",
         ),
         (
             {"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [8, 8]},

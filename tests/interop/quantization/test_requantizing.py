@@ -9,8 +9,7 @@ from helpers.quantized import BFLOAT16, BLOCK, E8M0, EXPERTS, change, made, tens
 import jaxmoe
 from jaxmoe import UserError
 from jaxmoe.interop import saving
-from jaxmoe.interop.quantization.block_fp8 import BlockFP8
-from jaxmoe.interop.quantization.mxfp4 import MXFP4
+from jaxmoe.interop.quantization import arithmetic
 from jaxmoe.interop.storage.reader import CheckpointFolder
 
 
@@ -99,6 +98,12 @@ def test_a_value_that_is_not_finite(folders, method, value):
     assert not folders.export.exists()
 
 
+def encoded(format, values, block, scales):
+    index = [np.arange(size) // step for size, step in zip(values.shape, block, strict=True)]
+    blocks = arithmetic.Blocks(*index, tuple(int(one[-1]) + 1 for one in index))
+    return format.encode(values, blocks, scales)
+
+
 def test_rounding_of_mxfp4():
     """Against the nearest values in float64."""
 
@@ -113,11 +118,11 @@ def test_rounding_of_mxfp4():
     )
     values[2, 20:32] = 0
     values[3] = np.float32(3.4e38)
-    blocks, scales = MXFP4().encode(values, np.dtype(np.uint8))
+    codes, scales, _ = encoded(arithmetic.MXFP4(), values, (1, 32), np.dtype(np.uint8))
     expected_blocks, expected_scales = quantize.quantize_mxfp4(values.T[None])
     np.testing.assert_array_equal(scales, expected_scales[0])
-    np.testing.assert_array_equal(blocks, expected_blocks[0])
-    codes = np.stack([blocks % 16, blocks // 16], -1).reshape(values.shape)
+    expected = np.stack([expected_blocks[0] % 16, expected_blocks[0] // 16], -1)
+    np.testing.assert_array_equal(codes, expected.reshape(values.shape))
     assert np.abs(FP4[codes[4:]]).reshape(36, 3, 32).max(-1).min() >= 3  # the range is used
 
 
@@ -130,7 +135,7 @@ def test_rounding_of_fp8(dtype):
     values = values.astype(np.float32)
     values[:8, :16] = 0
     values[8:16, 16:32] = 1e-44
-    codes, scales = BlockFP8(BLOCK).encode(values, np.dtype(dtype))
+    codes, scales, _ = encoded(arithmetic.FP8(), values, BLOCK, np.dtype(dtype))
     factors = quantize.spread(scales, BLOCK, values.shape)
     largest = quantize.spread(np.abs(quantize.blocks_of(values, BLOCK)).max((-2, -1)), BLOCK, values.shape)
     assert (factors[largest > 1e-30] * 448 * (1 + 2.0**-8) >= largest[largest > 1e-30]).all()

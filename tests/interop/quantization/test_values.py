@@ -80,7 +80,7 @@ def test_bands(tmp_path):
     codes, scales = any_fp8((2, 43, 5))
     files = view_of(tmp_path, "fp8", {"a": codes, "a_scale_inv": scales})
     for elements, height in ((1, 8), (100, 16), (1000, 43)):
-        bands = list(files.bands(files.pairs["a"], elements))
+        bands = list(files.bands(files.quantized["a"], elements))
         starts = [(e, row) for e in range(2) for row in range(0, 43, height)]
         assert [(e.start, rows.start) for e, rows, _ in bands] == starts
         np.testing.assert_array_equal(
