@@ -52,6 +52,7 @@ _INERT = frozenset(
         "output_hidden_states",
         "output_router_logits",
         "pad_token_id",
+        "partial_rotary_factor",
         "problem_type",
         "return_dict",
         "rope_scaling",

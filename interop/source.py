@@ -69,7 +69,7 @@ class Source:
         shapes = None
         if self.files is not None:
             shapes = {name: info.shape for name, info in self.files.tensors.items()}
-        bindings = bind(self.family.rules(spec), spec, shapes, self.family.ignored)
+        bindings = bind(self.family.rules(spec), spec, shapes, self.family.beside(self.raw, spec))
         return dataclasses.replace(self, spec=spec, bindings=bindings)
 
 
@@ -87,7 +87,7 @@ def open_source(path_or_hub_id: str | Path) -> Source:
     problems: list[str] = []
     files = open_files(folder, quantization, problems)
     shapes = {name: info.shape for name, info in files.tensors.items()}
-    bindings = bind(family.rules(spec), spec, shapes, family.ignored)
+    bindings = bind(family.rules(spec), spec, shapes, family.beside(raw, spec))
     raise_problems(folder, problems + _problems(bindings, files))
     return Source(family, raw, spec, bindings, folder, files)
 

@@ -31,7 +31,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
 
     return common.model_spec(
         config,
-        common.attention(config, rope_spec(config, whole=True, interleaved=True, float32=True), "use_bias"),
+        common.attention(config, rope_spec(config, interleaved=True, float32=True), "use_bias"),
         common.by_index(config, is_dense, common.dense(config, bias=bias), sparse),
         common.rms_norm(config),
         head_bias=bias,
@@ -43,7 +43,11 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
         spec,
         *layouts.mlp_rules(),
         *layouts.expert_rules(),
-        layouts.correction_rule("mlp.moe_statics.e_score_correction_bias", "() E"),
+        *layouts.correction_rules(
+            "mlp.moe_statics.e_score_correction_bias",
+            "mlp.gate.moe_statics.e_score_correction_bias",
+            axes="() E",
+        ),
         *layouts.shared_rules("mlp.shared_experts"),
     )
 

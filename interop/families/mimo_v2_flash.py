@@ -25,7 +25,7 @@ def _attention(config: ConfigReader, kind: str) -> AttentionSpec:
         given.setdefault("partial_rotary_factor", 0.334)
     full = common.attention(
         config,
-        rope_spec(config, given),
+        rope_spec(config, given, partial=True),
         bias=config.take("attention_bias"),
         value_dim=config.size("v_head_dim"),
         value_scale=config.number("attention_value_scale", 1.0),
@@ -78,7 +78,7 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
         spec,
         *layouts.mlp_rules(),
         *layouts.expert_rules(),
-        layouts.correction_rule("mlp.gate.e_score_correction_bias"),
+        *layouts.correction_rules("mlp.gate.e_score_correction_bias"),
         attention=(sinks, *layouts.attention_rules()),
     )
 
@@ -88,5 +88,5 @@ FAMILY = Family(
     _spec,
     _rules,
     ignored=(r"^model\.mtp\.",),
-    unused_fields=frozenset({"attention_chunk_size", "auto_map", "partial_rotary_factor"}),
+    unused_fields=frozenset({"attention_chunk_size", "auto_map"}),
 )

@@ -58,7 +58,9 @@ def _spec(config: ConfigReader) -> ModelSpec:
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
-    return layouts.decoder_rules(spec, *layouts.expert_rules("block_sparse_moe", ("w1", "w3", "w2")))
+    return layouts.decoder_rules(
+        spec, *layouts.expert_rules("block_sparse_moe", ("w1", "w3", "w2"), ("gate", "router"))
+    )
 
 
 FAMILY = Family("phimoe", _spec, _rules, unused_fields=frozenset({"auto_map", "hidden_dropout"}))

@@ -13,7 +13,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
     common.check_constants(config)
     for name in ("use_sliding_window", "max_window_layers"):
         config.take(name)  # layer_types and sliding_window already say what follows from them
-    attention = common.attention(config, rope_spec(config, whole=True), bias=config.take("qkv_bias"))
+    attention = common.attention(config, rope_spec(config), bias=config.take("qkv_bias"))
     shared = common.shared_expert(config.size("shared_expert_intermediate_size"), gated=True)
     sparse = common.moe(config, common.router(config), shared=shared)
     step = config.size("decoder_sparse_step", MAX_LAYERS)

@@ -30,7 +30,7 @@ def rope_spec(
     config: ConfigReader,
     given: Mapping[str, Any] | None = None,
     sections: bool = False,
-    whole: bool = False,
+    partial: bool = False,
     **options: Any,
 ) -> RopeSpec:
     """The rotation from ``rope_parameters`` (or the older rope_theta and rope_scaling, already merged into it).
@@ -40,7 +40,8 @@ def rope_spec(
         given: other parameters than ``rope_parameters``, such as those of one kind of layer.
         sections: features may be split between positions in time, height and width, which are one and the same
             for text.
-        whole: heads are rotated as a whole, whatever partial_rotary_factor would say: it must be 1.
+        partial: transformers' model rotates the part of each head that partial_rotary_factor says. Most rotate whole
+            heads, and it must be 1.
         options: further fields of the spec.
 
     Raises:
@@ -53,6 +54,11 @@ def rope_spec(
             f"{config.file}: rope type {rope.kind!r} is not supported; supported: {', '.join(_SCALINGS)}"
         )
     share = rope.pop("partial_rotary_factor", 1.0)
+    if share != 1 and not partial and rope.kind != "proportional":
+        raise UserError(
+            f"{config.file}: partial_rotary_factor = {share!r} is not supported; expected 1.0: transformers' model "
+            "rotates whole heads"
+        )
     rotary = width if rope.kind == "proportional" else int(width * share)
     least = 4 if rope.kind == "dynamic" else 2  # its exponent has rotary - 2 in the denominator
     if share > 1 or rotary % 2 or rotary < least:
@@ -60,8 +66,6 @@ def rope_spec(
             f"{config.file}: heads of width {width} with partial_rotary_factor {share} would rotate {rotary} features: "
             f"expected an even number of them from {least} to {width}"
         )
-    if whole and share != 1:
-        raise UserError(f"{config.file}: partial_rotary_factor = {share!r} is not supported; expected 1.0")
     if sections:
         rope.check_sections(rotary // 2)
     theta = rope.need("rope_theta")

@@ -25,6 +25,8 @@ from jaxmoe.model.spec import LayerGroup, LayerSpec, ModelSpec, group_layers
 
 MIXTRAL, QWEN, OLMOE = (published.CONFIGS[name] for name in ("Mixtral-8x7B", "Qwen3-30B-A3B", "OLMoE-1B-7B"))
 
+GLM = families.config_json("glm4_moe")
+
 
 def spec_of(config, *, without=(), **changes):
     config = {name: value for name, value in config.items() if name not in without} | changes
@@ -214,8 +216,17 @@ class TestSpellings:
         assert layer_of(OLMOE, without=["rope_theta"]).mixer.rope.theta == 1e4
 
     def test_of_a_partial_rotation(self):
-        rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
-        assert layer_of(QWEN, without=["rope_theta"], rope_parameters=rope).mixer.rope == RopeSpec(1e4, 32)
+        rope = {"rope_type": "default", "rope_theta": 1e4}
+        config = {name: value for name, value in GLM.items() if name != "rope_parameters"}
+        for quarter in (
+            {"rope_parameters": rope | {"partial_rotary_factor": 0.25}},
+            {"rope_parameters": rope, "partial_rotary_factor": 0.25},
+            {"rope_theta": 1e4, "partial_rotary_factor": 0.25},
+        ):
+            mixers = {layer.mixer.rope for layer in spec_of(config, **quarter).layers}
+            assert mixers == {RopeSpec(1e4, 4)}
+            assert "partial_rotary_factor = 0.25" in refusal(QWEN, **quarter)
+        assert spec_of(QWEN, partial_rotary_factor=1.0) == spec_of(QWEN)
 
     @pytest.mark.parametrize("config", [MIXTRAL, QWEN, OLMOE], ids=["mixtral", "qwen3_moe", "olmoe"])
     def test_of_the_number_of_experts(self, config):
@@ -263,6 +274,12 @@ class TestVariants:
         assert layer_of(QWEN, attention_bias=True).mixer.bias is True
         assert layer_of(OLMOE, num_key_value_heads=None).mixer.num_kv_heads == 16
         assert layer_of(MIXTRAL, head_dim=64).mixer.head_dim == 64
+
+    @pytest.mark.parametrize("name", ["granitemoe", "granitemoeshared"])
+    @pytest.mark.parametrize("kind", ["rope", None])
+    def test_position_embeddings_of_granite(self, name, kind):
+        config = families.config_json(name)
+        assert spec_of(config, position_embedding_type=kind) == spec_of(config)
 
     @pytest.mark.parametrize("config", [MIXTRAL, QWEN, OLMOE], ids=["mixtral", "qwen3_moe", "olmoe"])
     def test_what_other_programs_note_down_changes_nothing(self, config):
@@ -406,7 +423,7 @@ class TestRefused:
             ({"initializer_range": -0.02}, r"initializer_range = -0\.02: expected 0 or a positive number"),
             (
                 {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 3}, "rope_scaling": None},
-                "partial_rotary_factor 3 would rotate [0-9]+ features",
+                r"partial_rotary_factor = 3 is not supported; expected 1\.0",
             ),
             (
                 {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 2.0}},
@@ -437,6 +454,15 @@ class TestRefused:
                 QWEN,
                 {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 64}},
                 "short_factor .* expected 64 positive numbers",
+            ),
+            (
+                GLM,
+                {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 3}},
+                "partial_rotary_factor 3 would rotate 48 features",
+            ),
+            *(
+                (families.config_json(name), {"position_embedding_type": "nope"}, "expected 'rope' or None")
+                for name in ("granitemoe", "granitemoeshared")
             ),
             (QWEN, {"decoder_sparse_step": 0}, "decoder_sparse_step = 0: expected a positive integer"),
             (QWEN, {"mlp_only_layers": ["0"]}, "mlp_only_layers"),
