@@ -48,6 +48,7 @@ _INERT = frozenset(
         "model_type",
         "num_experts",
         "num_local_experts",
+        "original_max_position_embeddings",
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",

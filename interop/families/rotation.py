@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.errors import UserError, quote
+from jaxmoe.errors import UserError, quote, shortened
 from jaxmoe.interop.config_json import ConfigReader, is_positive
 from jaxmoe.interop.families.common import head_dim
 from jaxmoe.model.mixers.rope import Dynamic, Linear, Llama3, LongRope, Proportional, RopeSpec, Scaling, Yarn
@@ -24,6 +24,24 @@ _NUMBERS = frozenset(
         "high_freq_factor",
     }
 )
+
+_STRETCHES = frozenset({"factor", "attention_factor"})
+
+# How other types stretch, and what a model was before: no formula but that of the type reads them.
+_IDLE = frozenset(
+    {
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+        "finetuned",
+    }
+)
+
+KINDS = ("full_attention", "sliding_attention")
+"""Of layers."""
 
 
 def rope_spec(
@@ -80,14 +98,23 @@ def rope_spec(
 
 
 def rotation_of(config: ConfigReader, kind: str) -> Mapping[str, Any]:
-    """The part of ``rope_parameters`` for layers of one kind.
+    """The part of ``rope_parameters`` for layers of one kind, where each kind has a rotation of its own.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or something that transformers' model would not read.
     """
-    given = config.take("rope_parameters").get(kind)
+    rotations = config.take("rope_parameters")
+    given = rotations.get(kind)
     if not isinstance(given, dict):
         raise UserError(f"{config.file}: rope_parameters lack an object {kind!r}")
+    unread = sorted(name for name, value in rotations.items() if name not in KINDS and value is not None)
+    if unread:
+        raise UserError(f"{config.file}: rope_parameters have unknown entries {shortened(', '.join(unread))}")
+    if given.get("truncate", True) is not True:  # it looks for this beside the kinds of layers
+        raise UserError(
+            f"{config.file}: truncate = {quote(given['truncate'])} of the rotation of {kind!r} is not supported; "
+            "expected true"
+        )
     return given
 
 
@@ -144,11 +171,17 @@ class _Parameters:
 
     def refuse(self, name: str, value: Any, expected: str) -> UserError:
         """The error of a value out of range."""
-        return UserError(f"{self._file}: {name} = {value!r} of rope type {self.kind!r}: expected {expected}")
+        return UserError(
+            f"{self._file}: {name} = {quote(value)} of rope type {self.kind!r}: expected {expected}"
+        )
 
     def finish(self) -> None:
-        """Refuse what has not been taken."""
-        unread = sorted(name for name, value in self._given.items() if value is not None)
+        """Refuse what has not been taken, unless it says nothing without what has been refused then."""
+        unread = sorted(
+            name
+            for name, value in self._given.items()
+            if value is not None and name not in _IDLE and not (name in _STRETCHES and value == 1)
+        )
         if unread:
             raise UserError(
                 f"{self._file}: rope_parameters of type {self.kind!r} have unknown entries {', '.join(unread)}"
@@ -168,7 +201,6 @@ def _proportional(rope: _Parameters, pairs: int) -> Scaling:
 
 
 def _dynamic(rope: _Parameters, _: int) -> Scaling:
-    rope.pop("original_max_position_embeddings")
     return Dynamic(rope.need("factor"), rope.positions)
 
 
@@ -202,13 +234,16 @@ def _yarn(rope: _Parameters, _: int) -> Scaling:
         return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
 
     default = magnitude(mscale) / magnitude(all_dim) if mscale and all_dim else magnitude(1.0)
+    truncate = rope.pop("truncate", True)
+    if not isinstance(truncate, bool):
+        raise rope.refuse("truncate", truncate, "true or false")
     return Yarn(
         factor,
         original,
         rope.pop("attention_factor", default),
         rope.pop("beta_fast", 32.0),
         rope.pop("beta_slow", 1.0),
-        rope.pop("truncate", True),
+        truncate,
     )
 
 
