@@ -8,6 +8,7 @@ silently ignored.
 import copy
 import dataclasses
 import difflib
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -123,7 +124,7 @@ class ConfigReader:
             raise UserError(f"{file}: {' '.join(str(error).split())}") from error
         finally:
             transformers_logging.set_verbosity(verbosity)
-        self._defaults = config_class()
+        self._defaults = _defaults(config_class)
         self._known = {field.name for field in dataclasses.fields(config_class)} | set(
             config_class.attribute_map
         )
@@ -248,6 +249,12 @@ def text_config(
     part = part | {"model_type": config_class.sub_configs[name].model_type}  # whatever it says of itself
     tied = raw.get("tie_word_embeddings", getattr(config_class(), "tie_word_embeddings", None))
     return part if tied is None else part | {"tie_word_embeddings": tied}
+
+
+@functools.cache
+def _defaults(config_class: type) -> Any:
+    """A config of the class with nothing said."""
+    return config_class()
 
 
 def is_positive(value: Any) -> bool:
