@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.errors import UserError, first_line
+from jaxmoe.errors import UserError, first_line, quote
 from jaxmoe.files import why_unusable
 from jaxmoe.interop.config_json import read_config
 from jaxmoe.interop.families import family_of
@@ -102,7 +102,7 @@ def config_source(config: str | Path | Mapping[str, Any]) -> Source:
         (config, "model.config") if isinstance(config, Mapping) else (read_config(Path(config)), str(config))
     )
     if not isinstance(raw.get("model_type"), str):
-        raise UserError(f"{file}: expected a string 'model_type', got {raw.get('model_type')!r}")
+        raise UserError(f"{file}: expected a string 'model_type', got {quote(raw.get('model_type'))}")
     family = family_of(raw, file)
     raw, _ = split_config(raw, file)
     spec = family.spec(raw, file)

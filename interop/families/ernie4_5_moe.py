@@ -1,6 +1,7 @@
 """ERNIE 4.5 (Baidu, 2025): experts chosen by softmax plus a constant, biases everywhere but in experts by config."""
 
-from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
+from jaxmoe.interop.bounds import MAX_LAYERS
+from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.rotation import rope_spec

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxmoe.errors import UserError, quote
+from jaxmoe.interop.bounds import check_plausible
 from jaxmoe.interop.config_json import ConfigReader, text_config
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.spec import ModelSpec
@@ -63,6 +64,7 @@ class Family:
         Raises:
             UserError: a field that is unknown, of a wrong type or value.
         """
+        check_plausible(raw, file)
         for name in self.text:
             raw = text_config(raw, name, file, self.unused_fields)
         config = ConfigReader(raw, file, self.unused_fields | set(self.speculative))

@@ -66,7 +66,9 @@ def _rope(config: ConfigReader, width: int) -> RopeSpec:
         return rope_spec(config)
     for name, value in (("rope_theta", theta), ("alpha", alpha)):
         if not is_positive(value):
-            raise UserError(f"{config.file}: {name} = {value!r} of the rotation: expected a positive number")
+            raise UserError(
+                f"{config.file}: {name} = {quote(value)} of the rotation: expected a positive number"
+            )
     if width < 4:  # its exponent has width - 2 in the denominator
         raise UserError(f"{config.file}: head_dim = {width}: expected at least 4 with alpha in the rotation")
     return rope_spec(config, {"rope_theta": theta * alpha ** (width / (width - 2))})

@@ -1,6 +1,7 @@
 """Qwen2-MoE (arXiv 2407.10671): biases on queries, keys and values, a shared expert behind a gate of its own."""
 
-from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
+from jaxmoe.interop.bounds import MAX_LAYERS
+from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.layouts import LAYER

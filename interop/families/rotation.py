@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.errors import UserError, quote, shortened
+from jaxmoe.errors import UserError, listed, quote, shortened
 from jaxmoe.interop.config_json import ConfigReader, is_positive
 from jaxmoe.interop.families.common import head_dim
 from jaxmoe.model.mixers.rope import Dynamic, Linear, Llama3, LongRope, Proportional, RopeSpec, Scaling, Yarn
@@ -69,7 +69,7 @@ def rope_spec(
     rope = _Parameters(config, dict(config.take("rope_parameters") if given is None else given))
     if not isinstance(rope.kind, str) or rope.kind not in _SCALINGS:
         raise UserError(
-            f"{config.file}: rope type {rope.kind!r} is not supported; supported: {', '.join(_SCALINGS)}"
+            f"{config.file}: rope type {quote(rope.kind)} is not supported; supported: {', '.join(_SCALINGS)}"
         )
     share = rope.pop("partial_rotary_factor", 1.0)
     if share != 1 and not partial and rope.kind != "proportional":
@@ -109,7 +109,10 @@ def rotation_of(config: ConfigReader, kind: str) -> Mapping[str, Any]:
         raise UserError(f"{config.file}: rope_parameters lack an object {kind!r}")
     unread = sorted(name for name, value in rotations.items() if name not in KINDS and value is not None)
     if unread:
-        raise UserError(f"{config.file}: rope_parameters have unknown entries {shortened(', '.join(unread))}")
+        raise UserError(
+            f"{config.file}: rope_parameters have unknown entries "
+            f"{listed([shortened(name, 60) for name in unread], 8)}"
+        )
     if given.get("truncate", True) is not True:  # it looks for this beside the kinds of layers
         raise UserError(
             f"{config.file}: truncate = {quote(given['truncate'])} of the rotation of {kind!r} is not supported; "
@@ -131,7 +134,7 @@ class _Parameters:
         for name in _NUMBERS & given.keys():
             if given[name] is not None and not is_positive(given[name]):
                 raise UserError(
-                    f"{config.file}: {name} = {given[name]!r} of the rotation: expected a positive number"
+                    f"{config.file}: {name} = {quote(given[name])} of the rotation: expected a positive number"
                 )
         self.kind: Any = given.pop("rope_type", "default")
         given.pop("type", None)
@@ -184,7 +187,8 @@ class _Parameters:
         )
         if unread:
             raise UserError(
-                f"{self._file}: rope_parameters of type {self.kind!r} have unknown entries {', '.join(unread)}"
+                f"{self._file}: rope_parameters of type {self.kind!r} have unknown entries "
+                f"{listed([shortened(name, 60) for name in unread], 8)}"
             )
 
 
