@@ -8,9 +8,10 @@ silently ignored.
 import copy
 import dataclasses
 import difflib
+import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, first_line, listed, quote, shortened
+from jaxmoe.files import read_text
+from jaxmoe.interop.bounds import MAX_BYTES, MAX_LAYERS, check_text
 
-MAX_LAYERS = 10_000
 _MAX_SIZE = 2**31 - 1
 _MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 _REQUIRED: Any = object()
+_TOLD = 8  # problems, of which there may be thousands
 
 # Fields that change nothing in a training forward pass: bookkeeping, token ids, generation, reporting.
 _INERT = frozenset(
@@ -48,10 +51,12 @@ _INERT = frozenset(
         "model_type",
         "num_experts",
         "num_local_experts",
+        "original_max_position_embeddings",
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",
         "pad_token_id",
+        "partial_rotary_factor",
         "problem_type",
         "return_dict",
         "rope_scaling",
@@ -105,11 +110,8 @@ class ConfigReader:
         for alias, name in config_class.attribute_map.items():
             if alias in raw and name in raw and raw[alias] != raw[name]:
                 raise UserError(
-                    f"{file}: {alias} = {raw[alias]!r} and {name} = {raw[name]!r} mean the same; keep one"
+                    f"{file}: {alias} = {quote(raw[alias])} and {name} = {quote(raw[name])} mean the same; keep one"
                 )
-        layers = raw.get("num_hidden_layers")
-        if isinstance(layers, int) and layers > MAX_LAYERS:  # the class would write a list of what each is
-            raise UserError(f"{file}: num_hidden_layers = {layers!r}: expected at most {MAX_LAYERS:,}")
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # what matters of a config is checked here, and is an error
         try:
@@ -118,10 +120,10 @@ class ConfigReader:
             self._config = config_class.from_dict(fields)
             self._config.standardize_rope_params()
         except Exception as error:  # the class raises its own, many kinds
-            raise UserError(f"{file}: {' '.join(str(error).split())}") from error
+            raise UserError(f"{file}: {shortened(' '.join(str(error).split()), 600)}") from error
         finally:
             transformers_logging.set_verbosity(verbosity)
-        self._defaults = config_class()
+        self._defaults = _defaults(config_class)
         self._known = {field.name for field in dataclasses.fields(config_class)} | set(
             config_class.attribute_map
         )
@@ -157,7 +159,7 @@ class ConfigReader:
         other = sorted({name for fields in given.values() for name in fields} - set(differing))
         if other:
             raise UserError(
-                f"{self.file}: per_layer_config has {', '.join(map(repr, other))}: supported are "
+                f"{self.file}: per_layer_config has {listed(list(map(quote, other)), _TOLD)}: supported are "
                 f"{' and '.join(map(repr, differing))}"
             )
         readers = [copy.copy(self) for _ in range(layers)]  # they share what was taken
@@ -173,9 +175,9 @@ class ConfigReader:
         """
         value = self.take(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{self.file}: {name} = {value!r}: expected a positive integer")
+            raise UserError(f"{self.file}: {name} = {quote(value)}: expected a positive integer")
         if value > most:
-            raise UserError(f"{self.file}: {name} = {value!r}: expected at most {most:,}")
+            raise UserError(f"{self.file}: {name} = {quote(value)}: expected at most {most:,}")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED, *, zero: bool = False) -> float:
@@ -187,7 +189,7 @@ class ConfigReader:
         value = self.take(name, default)
         if not (is_positive(value) or (zero and not isinstance(value, bool) and value == 0)):
             expected = "0 or a positive number" if zero else "a positive number"
-            raise UserError(f"{self.file}: {name} = {value!r}: expected {expected}")
+            raise UserError(f"{self.file}: {name} = {quote(value)}: expected {expected}")
         return value
 
     def expect(self, name: str, *allowed: Any) -> None:
@@ -199,7 +201,7 @@ class ConfigReader:
         value = self.take(name, None)
         if value not in allowed:
             choices = " or ".join(map(repr, allowed))
-            raise UserError(f"{self.file}: {name} = {value!r} is not supported; expected {choices}")
+            raise UserError(f"{self.file}: {name} = {quote(value)} is not supported; expected {choices}")
 
     def finish(self) -> None:
         """Check that nothing in the file was overlooked.
@@ -207,19 +209,27 @@ class ConfigReader:
         Raises:
             UserError: fields that are unknown, or known but not at their default and not taken.
         """
-        problems = []
-        for name, value in self.raw.items():
-            if name in self._taken or name in self._inert:
-                continue
-            if name not in self._known:
-                near = difflib.get_close_matches(name, sorted(self._known), 1)
-                problems.append(f"unknown field {name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-            elif value != getattr(self._defaults, name, None):
-                problems.append(
-                    f"{name} = {value!r} is not supported (only {getattr(self._defaults, name, None)!r})"
-                )
+        problems = [
+            name
+            for name, value in self.raw.items()
+            if name not in self._taken
+            and name not in self._inert
+            and (name not in self._known or value != getattr(self._defaults, name, None))
+        ]
         if problems:
-            raise UserError(f"{self.file}: {'; '.join(problems)}")
+            told = [self._overlooked(name) for name in problems[:_TOLD]]
+            raise UserError(f"{self.file}: {listed(told + problems[_TOLD:], _TOLD, '; ')}")
+
+    def _overlooked(self, name: str) -> str:
+        if name not in self._known:
+            return f"unknown field {quote(name)}{_hint(name, self._known)}"
+        default = getattr(self._defaults, name, None)
+        return f"{name} = {quote(self.raw[name])} is not supported (only {quote(default)})"
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), 1) if len(name) < 100 else []
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def text_config(
@@ -237,15 +247,22 @@ def text_config(
     known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     unknown = sorted(raw.keys() - known - _INERT - unused)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], sorted(known), 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise UserError(f"{file}: unknown fields {', '.join(map(repr, unknown))}{hint}")
+        names = listed([quote(name) for name in unknown], _TOLD)
+        raise UserError(f"{file}: unknown fields {names}{_hint(unknown[0], known)}")
     part = raw.get(name)
     if not isinstance(part, dict):
-        raise UserError(f"{file}: {name} = {part!r}: expected an object with the text model's fields")
+        raise UserError(f"{file}: {name} = {quote(part)}: expected an object with the text model's fields")
     part = part | {"model_type": config_class.sub_configs[name].model_type}  # whatever it says of itself
     tied = raw.get("tie_word_embeddings", getattr(config_class(), "tie_word_embeddings", None))
+    if tied is not None and not isinstance(tied, bool):
+        raise UserError(f"{file}: tie_word_embeddings = {quote(tied)}: expected true or false")
     return part if tied is None else part | {"tie_word_embeddings": tied}
+
+
+@functools.cache
+def _defaults(config_class: type) -> Any:
+    """A config of the class with nothing said."""
+    return config_class()
 
 
 def is_positive(value: Any) -> bool:
@@ -259,14 +276,17 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a config.json.
 
     Raises:
-        UserError: it is missing, not JSON, or not an object with a model_type.
+        UserError: it is missing, not JSON, larger than any, or not an object with a model_type.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        text = read_text(path, MAX_BYTES)
+        check_text(text, str(path))
+        raw = json.loads(text)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: expected the config.json of a Hugging Face model") from None
     except (ValueError, RecursionError, OSError) as error:  # ValueError also for numbers of many digits
-        raise UserError(f"{path} is not readable JSON: {error}") from error
+        reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
+        raise UserError(f"{path} is not readable JSON: {reason}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise UserError(f"{path}: expected a JSON object with a string 'model_type'")
     return raw

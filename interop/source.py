@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, quote
 from jaxmoe.interop.config_json import read_config
 from jaxmoe.interop.families import family_of
 from jaxmoe.interop.families.family import Family
@@ -70,7 +70,7 @@ class Source:
         shapes = None
         if self.files is not None:
             shapes = {name: info.shape for name, info in self.files.tensors.items()}
-        bindings = bind(self.family.rules(spec), spec, shapes, self.family.ignored)
+        bindings = bind(self.family.rules(spec), spec, shapes, self.family.beside(self.raw, spec))
         return dataclasses.replace(self, spec=spec, bindings=bindings)
 
 
@@ -89,7 +89,7 @@ def open_source(path_or_hub_id: str | Path) -> Source:
     problems: list[str] = []
     files = open_files(folder, quantization, problems)
     shapes = {name: info.shape for name, info in files.tensors.items()}
-    bindings = bind(family.rules(spec), spec, shapes, family.ignored)
+    bindings = bind(family.rules(spec), spec, shapes, family.beside(raw, spec))
     raise_problems(folder, problems + _problems(bindings, files))
     return Source(family, raw, spec, bindings, folder, files)
 
@@ -104,7 +104,7 @@ def config_source(config: str | Path | Mapping[str, Any]) -> Source:
         (config, "model.config") if isinstance(config, Mapping) else (read_config(Path(config)), str(config))
     )
     if not isinstance(raw.get("model_type"), str):
-        raise UserError(f"{file}: expected a string 'model_type', got {raw.get('model_type')!r}")
+        raise UserError(f"{file}: expected a string 'model_type', got {quote(raw.get('model_type'))}")
     family = family_of(raw, file)
     raw, _ = split_config(raw, file)
     spec = _plausible_spec(family, raw, file)

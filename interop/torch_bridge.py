@@ -66,7 +66,8 @@ def _stored(model: Any, tensors: dict[str, torch.Tensor]) -> tuple[Source, dict[
     source = config_source(_config_json(model))
     stored = {name: to_numpy(tensor) for name, tensor in revert_weight_conversion(model, tensors).items()}
     shapes = {name: array.shape for name, array in stored.items()}
-    bindings = bind(source.family.rules(source.spec), source.spec, shapes, source.family.ignored)
+    beside = source.family.beside(source.raw, source.spec)
+    bindings = bind(source.family.rules(source.spec), source.spec, shapes, beside)
     if bindings.missing or bindings.surplus:
         raise KeyError(
             f"tensors missing: {listed(bindings.missing, 8)}; unknown: {listed(bindings.surplus, 8)}"

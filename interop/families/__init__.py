@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, quote
 from jaxmoe.interop.families.family import Family
 
 
@@ -32,9 +32,9 @@ def family_of(raw: Mapping[str, Any], file: str) -> Family:
     """
     model_type = raw["model_type"]
     if model_type not in FAMILIES:
-        near = difflib.get_close_matches(model_type, FAMILIES, 1)
+        near = difflib.get_close_matches(model_type[:100], FAMILIES, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise UserError(
-            f"{file}: model_type {model_type!r} is not supported{hint}; supported: {', '.join(sorted(FAMILIES))}"
+            f"{file}: model_type {quote(model_type)} is not supported{hint}; supported: {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[model_type]

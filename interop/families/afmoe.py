@@ -57,9 +57,9 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
     return layouts.decoder_rules(
         spec,
         *layouts.mlp_rules(),
-        *layouts.expert_rules(router="router.gate"),
+        *layouts.expert_rules(routers=("router.gate",)),
         *layouts.shared_rules("mlp.shared_experts"),
-        layouts.correction_rule("mlp.expert_bias"),
+        *layouts.correction_rules("mlp.expert_bias"),
         norms=_NORMS,
     )
 

@@ -25,7 +25,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
     )
     return common.model_spec(
         config,
-        common.attention(config, rope_spec(config, whole=True), "attention_bias"),
+        common.attention(config, rope_spec(config), "attention_bias"),
         common.moe(config, router, "intermediate_size", shared=shared),
         common.rms_norm(config),
     )
@@ -37,7 +37,9 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
         *layouts.shared_rules("mlp.shared_experts"),
         Rule("layers.{L}.router.weight", LAYER + "mlp.router.weight", "E D"),
         Rule("layers.{L}.experts.gate_up", LAYER + "mlp.experts.fc1.weight", "E D (G F)"),
+        Rule("layers.{L}.experts.gate_up", LAYER + "mlp.experts.gate_up_proj", "E D (G F)"),
         Rule("layers.{L}.experts.down", LAYER + "mlp.experts.fc2.weight", "E F D"),
+        Rule("layers.{L}.experts.down", LAYER + "mlp.experts.down_proj", "E F D"),
     )
 
 

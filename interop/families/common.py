@@ -10,7 +10,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from jaxmoe.errors import UserError, quote
-from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
+from jaxmoe.interop.bounds import MAX_EXPERTS, MAX_LAYERS
+from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.model.feed_forward.mlp import MLPSpec
 from jaxmoe.model.feed_forward.moe import DenseMoESpec, MoESpec, SharedSpec
 from jaxmoe.model.feed_forward.router import Groups, RouterSpec
@@ -141,8 +142,14 @@ def router(
         weight_dtype: of the combine weights.
         options: further fields of the spec.
     """
+    count = config.size("num_experts") if num_experts is None else num_experts
+    if count * depth(config) > MAX_EXPERTS:
+        raise UserError(
+            f"{config.file}: found {count:,} experts in each of {depth(config):,} layers: expected at most "
+            f"{MAX_EXPERTS:,} in all of them"
+        )
     return RouterSpec(
-        num_experts=config.size("num_experts") if num_experts is None else num_experts,
+        num_experts=count,
         top_k=config.size("num_experts_per_tok") if top_k is None else top_k,
         renormalize=config.take("norm_topk_prob") if renormalize is None else renormalize,
         weight_dtype=weight_dtype,
@@ -205,7 +212,7 @@ def by_index(
 
 def every_step(config: ConfigReader, step: int, dense: MLPSpec, sparse: MoESpec) -> list[FeedForward]:
     """The feed-forward of every layer: each `step`-th is sparse, unless ``mlp_only_layers`` has it."""
-    always_dense = config.take("mlp_only_layers", ())
+    always_dense = frozenset(config.take("mlp_only_layers", ()))
     return by_index(config, lambda index: index in always_dense or (index + 1) % step != 0, dense, sparse)
 
 

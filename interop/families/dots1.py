@@ -15,7 +15,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
     common.check_constants(config, _UNREAD)
     config.take("max_window_layers", None)  # layer_types already says what follows from it
     norm = common.rms_norm(config)
-    attention = common.attention(config, rope_spec(config, whole=True), "attention_bias", head_norm=norm)
+    attention = common.attention(config, rope_spec(config), "attention_bias", head_norm=norm)
     shared = common.shared_experts(config, "n_shared_experts")
     sparse = common.moe(config, common.grouped_sigmoid_router(config), shared=shared)
     first = config.take("first_k_dense_replace")
@@ -32,7 +32,7 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
         spec,
         *layouts.mlp_rules(),
         *layouts.expert_rules(),
-        layouts.correction_rule("mlp.gate.e_score_correction_bias"),
+        *layouts.correction_rules("mlp.gate.e_score_correction_bias"),
         *layouts.shared_rules("mlp.shared_experts"),
     )
 

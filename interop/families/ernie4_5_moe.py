@@ -1,6 +1,7 @@
 """ERNIE 4.5 (Baidu, 2025): experts chosen by softmax plus a constant, biases everywhere but in experts by config."""
 
-from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
+from jaxmoe.interop.bounds import MAX_LAYERS
+from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.rotation import rope_spec
@@ -31,7 +32,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
 
     return common.model_spec(
         config,
-        common.attention(config, rope_spec(config, whole=True, interleaved=True, float32=True), "use_bias"),
+        common.attention(config, rope_spec(config, interleaved=True, float32=True), "use_bias"),
         common.by_index(config, is_dense, common.dense(config, bias=bias), sparse),
         common.rms_norm(config),
         head_bias=bias,
@@ -43,7 +44,11 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
         spec,
         *layouts.mlp_rules(),
         *layouts.expert_rules(),
-        layouts.correction_rule("mlp.moe_statics.e_score_correction_bias", "() E"),
+        *layouts.correction_rules(
+            "mlp.moe_statics.e_score_correction_bias",
+            "mlp.gate.moe_statics.e_score_correction_bias",
+            axes="() E",
+        ),
         *layouts.shared_rules("mlp.shared_experts"),
     )
 

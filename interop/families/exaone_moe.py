@@ -32,7 +32,7 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
         *layouts.mlp_rules(),
         *layouts.expert_rules(),
         *layouts.shared_rules("mlp.shared_experts"),
-        layouts.correction_rule("mlp.e_score_correction_bias"),
+        *layouts.correction_rules("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),
     )
 
 

@@ -1,15 +1,22 @@
 """What a family is."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, quote
+from jaxmoe.interop.bounds import check_plausible
 from jaxmoe.interop.config_json import ConfigReader, text_config
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.spec import ModelSpec
 
 TRUNK = "model."
+
+_ROTATION = r"(^|\.)rotary_emb\.inv_freq$"
+"""A buffer that older checkpoints hold. It follows from config.json, and transformers does not load it."""
+
+MAX_SPECULATIVE = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +42,8 @@ class Family:
         named_rules: spec → conversion rules, for tensors named ``model.…`` and ``lm_head.…``.
         ignored: regular expressions of tensors that such checkpoints may hold beside the model (towers of other
             modalities, layers for speculative decoding); they are not loaded, and copied as they are on export.
+        speculative: where layers for speculative decoding follow the last one and are counted like it, the fields of
+            config.json that say how many; one where it does not say.
         unused_fields: config.json fields that published configs carry and transformers' model never reads.
         text: where in config.json the text model's config is, such as ("text_config",).
         prefixes: of the layouts that are published, the most common one first.
@@ -44,6 +53,7 @@ class Family:
     read_spec: Callable[[ConfigReader], ModelSpec]
     named_rules: Callable[[ModelSpec], tuple[Rule, ...]]
     ignored: tuple[str, ...] = ()
+    speculative: tuple[str, ...] = ()
     unused_fields: frozenset[str] = frozenset()
     text: tuple[str, ...] = ()
     prefixes: tuple[Prefix, ...] = (Prefix(),)
@@ -54,14 +64,40 @@ class Family:
         Raises:
             UserError: a field that is unknown, of a wrong type or value.
         """
+        check_plausible(raw, file)
         for name in self.text:
             raw = text_config(raw, name, file, self.unused_fields)
-        config = ConfigReader(raw, file, self.unused_fields)
+        config = ConfigReader(raw, file, self.unused_fields | set(self.speculative))
         spec = self.read_spec(config)
         config.finish()
+        self._speculative_layers(raw, file)
         for problem in spec.problems():
             raise UserError(f"{file}: {problem}")
         return spec
+
+    def beside(self, raw: Mapping[str, Any], spec: ModelSpec) -> tuple[str, ...]:
+        """Regular expressions of the tensors that a folder may hold beside the model.
+
+        Args:
+            raw: its config.json.
+            spec: of the model.
+        """
+        text = raw
+        for name in self.text:
+            text = text[name]
+        depth = len(spec.layers)
+        further = "|".join(str(depth + i) for i in range(self._speculative_layers(text, "config.json")))
+        layers = [rf"^{re.escape(prefix.trunk)}layers\.({further})\." for prefix in self.prefixes if further]
+        return (*self.ignored, *layers, _ROTATION)
+
+    def _speculative_layers(self, text: Mapping[str, Any], file: str) -> int:
+        given = {name: text[name] for name in self.speculative if text.get(name) is not None}
+        for name, value in given.items():
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SPECULATIVE:
+                raise UserError(
+                    f"{file}: {name} = {quote(value)}: expected an integer from 0 to {MAX_SPECULATIVE}"
+                )
+        return max(given.values(), default=1 if self.speculative else 0)
 
     def rules(self, spec: ModelSpec) -> tuple[Rule, ...]:
         """The conversion rules of a model, in every layout."""

@@ -1,6 +1,7 @@
 """Flint: windows with rope and full layers without, a sink per head, sigmoid routing beside a shared expert."""
 
-from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
+from jaxmoe.interop.bounds import MAX_LAYERS
+from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.layouts import LAYER

@@ -62,7 +62,7 @@ def _attention(layer: ConfigReader, window: int | None, norm: NormSpec) -> Atten
         layer.take(name, None)
     return common.attention(
         layer,
-        rope_spec(layer, rotation, whole=rotation.get("rope_type") != "proportional"),
+        rope_spec(layer, rotation),
         "attention_bias",
         qk_norm=QKNorm(norm, "head", values=True),
         window=window,

@@ -19,7 +19,7 @@ def text_spec(config: ConfigReader, qk_norm: bool, sections: bool = False) -> Mo
     norm = common.rms_norm(config)
     attention = common.attention(
         config,
-        rope_spec(config, sections=sections),
+        rope_spec(config, sections=sections, partial=True),
         head_norm=norm if qk_norm else None,
         bias=config.take("attention_bias"),
     )
@@ -40,7 +40,7 @@ def rules(spec: ModelSpec) -> tuple[Rule, ...]:
         spec,
         *layouts.mlp_rules(),
         *layouts.expert_rules(),
-        layouts.correction_rule("mlp.gate.e_score_correction_bias"),
+        *layouts.correction_rules("mlp.gate.e_score_correction_bias"),
         *layouts.shared_rules("mlp.shared_experts"),
     )
 
@@ -49,6 +49,5 @@ FAMILY = Family(
     "glm4_moe",
     _spec,
     rules,
-    ignored=(r"^model\.layers\.(46|92)\.", r"\.rotary_emb\.inv_freq$"),  # predict the token after the next
-    unused_fields=frozenset({"num_mtp_layers", "num_nextn_predict_layers", "partial_rotary_factor"}),
+    speculative=("num_nextn_predict_layers", "num_mtp_layers"),
 )

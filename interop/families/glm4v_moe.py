@@ -16,14 +16,13 @@ FAMILY = Family(
     "glm4v_moe",
     _spec,
     rules,
-    ignored=(r"^model\.visual\.", r"^model\.language_model\.layers\.(46|92)\.", r"\.rotary_emb\.inv_freq$"),
+    ignored=(r"^model\.visual\.",),
+    speculative=("num_nextn_predict_layers",),
     unused_fields=frozenset(
         {
             "image_end_token_id",
             "image_start_token_id",
             "image_token_id",
-            "num_nextn_predict_layers",
-            "partial_rotary_factor",  # also in rope_parameters
             "video_end_token_id",
             "video_start_token_id",
             "video_token_id",

@@ -23,7 +23,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
         bias=True,
     )
     activation = Activation("swiglu_clamped", config.number("swiglu_limit"))
-    attention = common.attention(config, rope_spec(config, whole=True), "attention_bias", sinks=True)
+    attention = common.attention(config, rope_spec(config), "attention_bias", sinks=True)
     return common.model_spec(
         config,
         common.windowed(config, attention),

@@ -15,6 +15,9 @@ from jaxmoe.model.spec import ModelSpec
 
 UNUSED = frozenset({"attention_dropout"})
 
+# transformers 4.53 to 5.0 wrote this; later models always rotate.
+_UNREAD = {"position_embedding_type": "rope"}
+
 STACKED = ("router.layer.weight", "input_linear.weight", "output_linear.weight")
 FUSED = ("router.weight", "experts.gate_up_proj", "experts.down_proj")
 
@@ -27,7 +30,7 @@ def attention(config: ConfigReader, rope: RopeSpec | None, **options: Any) -> At
 
 def model(config: ConfigReader, mixers: AttentionSpec | Sequence[AttentionSpec]) -> ModelSpec:
     """The model of these token mixers, with a shared expert where the config gives it a width."""
-    common.check_constants(config)
+    common.check_constants(config, _UNREAD)
     router = common.router(
         config, num_experts=config.size("num_local_experts"), renormalize=False, score="logits"
     )

@@ -63,10 +63,12 @@ def _rope(config: ConfigReader, width: int) -> RopeSpec:
     given: dict[str, Any] = config.take("rope_parameters")
     theta, alpha = given.get("rope_theta"), given.get("alpha")
     if given.get("rope_type") != "dynamic" or not alpha:
-        return rope_spec(config, whole=True)
+        return rope_spec(config)
     for name, value in (("rope_theta", theta), ("alpha", alpha)):
         if not is_positive(value):
-            raise UserError(f"{config.file}: {name} = {value!r} of the rotation: expected a positive number")
+            raise UserError(
+                f"{config.file}: {name} = {quote(value)} of the rotation: expected a positive number"
+            )
     if width < 4:  # its exponent has width - 2 in the denominator
         raise UserError(f"{config.file}: head_dim = {width}: expected at least 4 with alpha in the rotation")
     return rope_spec(config, {"rope_theta": theta * alpha ** (width / (width - 2))})
@@ -85,7 +87,7 @@ def _chosen(config: ConfigReader, depth: int) -> list[int]:
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
     return layouts.decoder_rules(
         spec,
-        *layouts.expert_rules(router="gate.wg"),
+        *layouts.expert_rules(routers=("gate.wg",)),
         *layouts.shared_rules("mlp.shared_mlp"),
         attention=(
             *layouts.attention_rules(),

@@ -17,8 +17,7 @@ _UNREAD = {
 
 # Token ids, kernels, and sums in float32 of what is rounded right after, which changes nothing.
 _UNUSED = """
-enable_attention_fp32_softmax enable_lm_head_fp32 enable_moe_fp32_combine eod_token_id num_nextn_predict_layers
-sep_token_id use_grouped_mm
+enable_attention_fp32_softmax enable_lm_head_fp32 enable_moe_fp32_combine eod_token_id sep_token_id use_grouped_mm
 """
 
 
@@ -41,7 +40,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
     dense, sparse = common.dense(config, bias=mlp_bias), common.moe(config, router, shared=shared)
     return common.model_spec(
         config,
-        common.attention(config, rope_spec(config, whole=True), "attention_bias", head_norm=norm),
+        common.attention(config, rope_spec(config), "attention_bias", head_norm=norm),
         common.by_type(config, dense, sparse),
         norm,
     )
@@ -51,9 +50,10 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
     return layouts.decoder_rules(
         spec,
         *layouts.mlp_rules(),
-        *layouts.expert_rules(router="router.gate"),
-        layouts.correction_rule("mlp.expert_bias"),
+        *layouts.expert_rules(routers=("router.gate", "gate")),
+        *layouts.correction_rules("mlp.expert_bias", "mlp.e_score_correction_bias"),
         *layouts.shared_rules("mlp.shared_mlp"),
+        *layouts.shared_rules("mlp.shared_experts"),
     )
 
 
@@ -61,6 +61,6 @@ FAMILY = Family(
     "hy_v3",
     _spec,
     _rules,
-    ignored=(r"^model\.layers\.80\.",),  # predicts the token after the next
+    speculative=("num_nextn_predict_layers",),
     unused_fields=frozenset(_UNUSED.split()),
 )

@@ -13,6 +13,7 @@ _NORMS = {
     "ffn_norm": "post_attention_layernorm",
     "ffn_post_norm": "post_ffn_norm",
 }
+_IN_MEMORY = {"attention_post_norm": "post_self_attn_layernorm", "ffn_post_norm": "post_mlp_layernorm"}
 
 
 def _spec(config: ConfigReader) -> ModelSpec:
@@ -38,7 +39,8 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
         spec,
         *layouts.expert_rules(),
         *layouts.shared_rules("mlp.shared_experts"),
-        layouts.correction_rule("moe.router.expert_bias"),
+        *layouts.correction_rules("moe.router.expert_bias", "mlp.gate.e_score_correction_bias"),
+        *layouts.norm_rules(_IN_MEMORY),
         norms=_NORMS,
     )
 

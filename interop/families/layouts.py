@@ -1,6 +1,6 @@
 """Conversion rules that several families share: parameters by the names of their tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.spec import ModelSpec
@@ -53,20 +53,20 @@ def attention_rules(query_norm: str = "H", key_norm: str = "H") -> tuple[Rule, .
 
 
 def expert_rules(
-    block: str = "mlp", words: tuple[str, str, str] = GATED, router: str = "gate"
+    block: str = "mlp", words: tuple[str, str, str] = GATED, routers: Sequence[str] = ("gate",)
 ) -> tuple[Rule, ...]:
     """Router and experts: one by one under `block`, or fused under ``mlp`` as transformers holds them in memory.
 
     Args:
         block: module that holds them.
         words: names of gate, up and down.
-        router: module of the router's matrix.
+        routers: module of the router's matrix; the second one, if any, as transformers names it in memory.
     """
     gate, up, down = words
     gate_up = f"{block}.experts.{{E}}.{{G:{gate}|{up}}}.weight"
-    routers = tuple(dict.fromkeys((f"{block}.{router}.weight", f"mlp.{router}.weight")))
+    sources = dict.fromkeys(f"{module}.{router}.weight" for module in (block, "mlp") for router in routers)
     return (
-        *(Rule("layers.{L}.router.weight", LAYER + source, "E D") for source in routers),
+        *(Rule("layers.{L}.router.weight", LAYER + source, "E D") for source in sources),
         Rule("layers.{L}.experts.gate_up", LAYER + gate_up, "F D"),
         Rule("layers.{L}.experts.gate_up", LAYER + "mlp.experts.gate_up_proj", "E (G F) D"),
         Rule("layers.{L}.experts.down", LAYER + f"{block}.experts.{{E}}.{down}.weight", "D F"),
@@ -84,9 +84,9 @@ def shared_rules(block: str) -> tuple[Rule, ...]:
     )
 
 
-def correction_rule(source: str, axes: str = "E") -> Rule:
-    """The constant per expert that is added to the scores for the choice alone."""
-    return Rule("layers.{L}.router.correction", LAYER + source, axes)
+def correction_rules(*sources: str, axes: str = "E") -> tuple[Rule, ...]:
+    """The constant per expert that is added to the scores for the choice alone, by its name in each layout."""
+    return tuple(Rule("layers.{L}.router.correction", LAYER + source, axes) for source in sources)
 
 
 def mlp_rules() -> tuple[Rule, ...]:

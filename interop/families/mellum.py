@@ -15,7 +15,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
 
     def attention(window: int | None) -> AttentionSpec:
         given = rotation_of(config, "full_attention" if window is None else "sliding_attention")
-        rope = rope_spec(config, given, whole=True)
+        rope = rope_spec(config, given)
         return common.attention(config, rope, "attention_bias", head_norm=norm, window=window)
 
     return common.model_spec(

@@ -3,12 +3,11 @@
 import dataclasses
 from typing import Any
 
-from jaxmoe.errors import UserError
 from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.layouts import LAYER
-from jaxmoe.interop.families.rotation import rope_spec
+from jaxmoe.interop.families.rotation import rope_spec, rotation_of
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.mixers.grouped_query import AttentionSpec
 from jaxmoe.model.spec import ModelSpec
@@ -17,15 +16,12 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _attention(config: ConfigReader, kind: str) -> AttentionSpec:
-    ropes = config.take("rope_parameters")
-    if not isinstance(ropes.get(kind), dict):
-        raise UserError(f"{config.file}: rope_parameters lack those of {kind!r}")
-    given = dict(ropes[kind])
+    given = dict(rotation_of(config, kind))
     if given.get("rope_type", "default") == "default":
         given.setdefault("partial_rotary_factor", 0.334)
     full = common.attention(
         config,
-        rope_spec(config, given),
+        rope_spec(config, given, partial=True),
         bias=config.take("attention_bias"),
         value_dim=config.size("v_head_dim"),
         value_scale=config.number("attention_value_scale", 1.0),
@@ -78,7 +74,7 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
         spec,
         *layouts.mlp_rules(),
         *layouts.expert_rules(),
-        layouts.correction_rule("mlp.gate.e_score_correction_bias"),
+        *layouts.correction_rules("mlp.gate.e_score_correction_bias"),
         attention=(sinks, *layouts.attention_rules()),
     )
 
@@ -88,5 +84,5 @@ FAMILY = Family(
     _spec,
     _rules,
     ignored=(r"^model\.mtp\.",),
-    unused_fields=frozenset({"attention_chunk_size", "auto_map", "partial_rotary_factor"}),
+    unused_fields=frozenset({"attention_chunk_size", "auto_map"}),
 )

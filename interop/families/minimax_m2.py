@@ -33,7 +33,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
     )
     return common.model_spec(
         config,
-        common.attention(config, rope_spec(config), qk_norm=QKNorm(norm, "full")),
+        common.attention(config, rope_spec(config, partial=True), qk_norm=QKNorm(norm, "full")),
         common.moe(config, router, "intermediate_size"),
         norm,
     )
@@ -43,7 +43,7 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
     return layouts.decoder_rules(
         spec,
         *layouts.expert_rules("block_sparse_moe", ("w1", "w3", "w2")),
-        layouts.correction_rule("block_sparse_moe.e_score_correction_bias"),
+        *layouts.correction_rules("block_sparse_moe.e_score_correction_bias", "mlp.e_score_correction_bias"),
         attention=layouts.attention_rules(query_norm="Q", key_norm="U"),
     )
 
@@ -52,6 +52,7 @@ FAMILY = Family(
     "minimax_m2",
     _spec,
     _rules,
+    speculative=("num_mtp_modules",),
     unused_fields=frozenset(
         {
             "layernorm_full_attention_beta",
@@ -59,8 +60,6 @@ FAMILY = Family(
             "layernorm_mlp_beta",
             "mlp_intermediate_size",
             "mtp_transformer_layers",
-            "num_mtp_modules",
-            "partial_rotary_factor",
             "rotary_dim",  # transformers' config makes it a part of rope_parameters
             "shared_moe_mode",
             "use_mtp",

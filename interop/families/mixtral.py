@@ -29,4 +29,4 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
     return layouts.decoder_rules(spec, *layouts.expert_rules("block_sparse_moe", ("w1", "w3", "w2")))
 
 
-FAMILY = Family("mixtral", _spec, _rules, ignored=(r"\.rotary_emb\.inv_freq$",))
+FAMILY = Family("mixtral", _spec, _rules)

@@ -31,4 +31,4 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
     )
 
 
-FAMILY = Family("olmoe", _spec, _rules, ignored=(r"\.rotary_emb\.inv_freq$",))
+FAMILY = Family("olmoe", _spec, _rules)

@@ -6,7 +6,7 @@ context the long factors of the rotation are used, as the model was published, w
 ones.
 """
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, quote
 from jaxmoe.interop.config_json import ConfigReader, is_positive
 from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family
@@ -26,12 +26,12 @@ def _rope(config: ConfigReader) -> RopeSpec:
         return rope_spec(config, given)
     if given.get("rope_type") != "longrope":
         raise UserError(
-            f"{config.file}: rope type {given.get('rope_type')!r} is not supported; supported: default, longrope"
+            f"{config.file}: rope type {quote(given.get('rope_type'))} is not supported; supported: default, longrope"
         )
     if short != long or not is_positive(short):
         raise UserError(
-            f"{config.file}: short_mscale {short!r} and long_mscale {long!r} of the rotation: expected one positive "
-            "number for both"
+            f"{config.file}: short_mscale {quote(short)} and long_mscale {quote(long)} of the rotation: expected one "
+            "positive number for both"
         )
     return rope_spec(config, given | {"attention_factor": short})
 
@@ -58,7 +58,9 @@ def _spec(config: ConfigReader) -> ModelSpec:
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
-    return layouts.decoder_rules(spec, *layouts.expert_rules("block_sparse_moe", ("w1", "w3", "w2")))
+    return layouts.decoder_rules(
+        spec, *layouts.expert_rules("block_sparse_moe", ("w1", "w3", "w2"), ("gate", "router"))
+    )
 
 
 FAMILY = Family("phimoe", _spec, _rules, unused_fields=frozenset({"auto_map", "hidden_dropout"}))

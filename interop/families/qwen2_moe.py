@@ -1,6 +1,7 @@
 """Qwen2-MoE (arXiv 2407.10671): biases on queries, keys and values, a shared expert behind a gate of its own."""
 
-from jaxmoe.interop.config_json import MAX_LAYERS, ConfigReader
+from jaxmoe.interop.bounds import MAX_LAYERS
+from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.layouts import LAYER
@@ -13,7 +14,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
     common.check_constants(config)
     for name in ("use_sliding_window", "max_window_layers"):
         config.take(name)  # layer_types and sliding_window already say what follows from them
-    attention = common.attention(config, rope_spec(config, whole=True), bias=config.take("qkv_bias"))
+    attention = common.attention(config, rope_spec(config), bias=config.take("qkv_bias"))
     shared = common.shared_expert(config.size("shared_expert_intermediate_size"), gated=True)
     sparse = common.moe(config, common.router(config), shared=shared)
     step = config.size("decoder_sparse_step", MAX_LAYERS)

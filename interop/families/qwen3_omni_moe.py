@@ -8,7 +8,7 @@ from jaxmoe.interop.families.qwen3_omni_moe_thinker import FAMILY as THINKER
 FAMILY = dataclasses.replace(
     THINKER,
     model_type="qwen3_omni_moe",
-    ignored=(r"^thinker\.(audio_tower|visual)\.", r"^(talker|code2wav)\."),
+    ignored=(r"^thinker\.(model\.)?(audio_tower|visual)\.", r"^(talker|code2wav)\."),
     text=("thinker_config", "text_config"),
-    prefixes=(Prefix("thinker.model.", "thinker."),),
+    prefixes=(Prefix("thinker.model.", "thinker."), Prefix("thinker.model.language_model.", "thinker.")),
 )

@@ -2,7 +2,7 @@
 
 from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common, layouts
-from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.family import Family, Prefix
 from jaxmoe.interop.families.qwen3_vl_moe import text_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.spec import ModelSpec
@@ -25,9 +25,10 @@ FAMILY = Family(
     "qwen3_omni_moe_thinker",
     _spec,
     _rules,
-    ignored=(r"^(audio_tower|visual)\.",),
+    ignored=(r"^(model\.)?(audio_tower|visual)\.",),
     unused_fields=frozenset(
         {"audio_end_token_id", "seconds_per_chunk", "vision_end_token_id", "vision_start_token_id"}
     ),
     text=("text_config",),
+    prefixes=(Prefix(), Prefix("model.language_model.")),
 )

@@ -21,7 +21,7 @@ def text_spec(config: ConfigReader, renormalize: bool) -> ModelSpec:
     """
     config.expect("sliding_window", None)
     norm = common.rms_norm(config)
-    rope = rope_spec(config, sections=True, whole=True)
+    rope = rope_spec(config, sections=True)
     sparse = common.moe(config, common.router(config, renormalize=renormalize))
     step = config.size("decoder_sparse_step")
     return common.model_spec(

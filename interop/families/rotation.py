@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.errors import UserError, quote
+from jaxmoe.errors import UserError, listed, quote, shortened
 from jaxmoe.interop.config_json import ConfigReader, is_positive
 from jaxmoe.interop.families.common import head_dim
 from jaxmoe.model.mixers.rope import Dynamic, Linear, Llama3, LongRope, Proportional, RopeSpec, Scaling, Yarn
@@ -25,12 +25,30 @@ _NUMBERS = frozenset(
     }
 )
 
+_STRETCHES = frozenset({"factor", "attention_factor"})
+
+# How other types stretch, and what a model was before: no formula but that of the type reads them.
+_IDLE = frozenset(
+    {
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+        "finetuned",
+    }
+)
+
+KINDS = ("full_attention", "sliding_attention")
+"""Of layers."""
+
 
 def rope_spec(
     config: ConfigReader,
     given: Mapping[str, Any] | None = None,
     sections: bool = False,
-    whole: bool = False,
+    partial: bool = False,
     **options: Any,
 ) -> RopeSpec:
     """The rotation from ``rope_parameters`` (or the older rope_theta and rope_scaling, already merged into it).
@@ -40,7 +58,8 @@ def rope_spec(
         given: other parameters than ``rope_parameters``, such as those of one kind of layer.
         sections: features may be split between positions in time, height and width, which are one and the same
             for text.
-        whole: heads are rotated as a whole, whatever partial_rotary_factor would say: it must be 1.
+        partial: transformers' model rotates the part of each head that partial_rotary_factor says. Most rotate whole
+            heads, and it must be 1.
         options: further fields of the spec.
 
     Raises:
@@ -50,9 +69,14 @@ def rope_spec(
     rope = _Parameters(config, dict(config.take("rope_parameters") if given is None else given))
     if not isinstance(rope.kind, str) or rope.kind not in _SCALINGS:
         raise UserError(
-            f"{config.file}: rope type {rope.kind!r} is not supported; supported: {', '.join(_SCALINGS)}"
+            f"{config.file}: rope type {quote(rope.kind)} is not supported; supported: {', '.join(_SCALINGS)}"
         )
     share = rope.pop("partial_rotary_factor", 1.0)
+    if share != 1 and not partial and rope.kind != "proportional":
+        raise UserError(
+            f"{config.file}: partial_rotary_factor = {share!r} is not supported; expected 1.0: transformers' model "
+            "rotates whole heads"
+        )
     rotary = width if rope.kind == "proportional" else int(width * share)
     least = 4 if rope.kind == "dynamic" else 2  # its exponent has rotary - 2 in the denominator
     if share > 1 or rotary % 2 or rotary < least:
@@ -60,8 +84,6 @@ def rope_spec(
             f"{config.file}: heads of width {width} with partial_rotary_factor {share} would rotate {rotary} features: "
             f"expected an even number of them from {least} to {width}"
         )
-    if whole and share != 1:
-        raise UserError(f"{config.file}: partial_rotary_factor = {share!r} is not supported; expected 1.0")
     if sections:
         rope.check_sections(rotary // 2)
     theta = rope.need("rope_theta")
@@ -76,14 +98,26 @@ def rope_spec(
 
 
 def rotation_of(config: ConfigReader, kind: str) -> Mapping[str, Any]:
-    """The part of ``rope_parameters`` for layers of one kind.
+    """The part of ``rope_parameters`` for layers of one kind, where each kind has a rotation of its own.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or something that transformers' model would not read.
     """
-    given = config.take("rope_parameters").get(kind)
+    rotations = config.take("rope_parameters")
+    given = rotations.get(kind)
     if not isinstance(given, dict):
         raise UserError(f"{config.file}: rope_parameters lack an object {kind!r}")
+    unread = sorted(name for name, value in rotations.items() if name not in KINDS and value is not None)
+    if unread:
+        raise UserError(
+            f"{config.file}: rope_parameters have unknown entries "
+            f"{listed([shortened(name, 60) for name in unread], 8)}"
+        )
+    if given.get("truncate", True) is not True:  # it looks for this beside the kinds of layers
+        raise UserError(
+            f"{config.file}: truncate = {quote(given['truncate'])} of the rotation of {kind!r} is not supported; "
+            "expected true"
+        )
     return given
 
 
@@ -100,7 +134,7 @@ class _Parameters:
         for name in _NUMBERS & given.keys():
             if given[name] is not None and not is_positive(given[name]):
                 raise UserError(
-                    f"{config.file}: {name} = {given[name]!r} of the rotation: expected a positive number"
+                    f"{config.file}: {name} = {quote(given[name])} of the rotation: expected a positive number"
                 )
         self.kind: Any = given.pop("rope_type", "default")
         given.pop("type", None)
@@ -140,14 +174,21 @@ class _Parameters:
 
     def refuse(self, name: str, value: Any, expected: str) -> UserError:
         """The error of a value out of range."""
-        return UserError(f"{self._file}: {name} = {value!r} of rope type {self.kind!r}: expected {expected}")
+        return UserError(
+            f"{self._file}: {name} = {quote(value)} of rope type {self.kind!r}: expected {expected}"
+        )
 
     def finish(self) -> None:
-        """Refuse what has not been taken."""
-        unread = sorted(name for name, value in self._given.items() if value is not None)
+        """Refuse what has not been taken, unless it says nothing without what has been refused then."""
+        unread = sorted(
+            name
+            for name, value in self._given.items()
+            if value is not None and name not in _IDLE and not (name in _STRETCHES and value == 1)
+        )
         if unread:
             raise UserError(
-                f"{self._file}: rope_parameters of type {self.kind!r} have unknown entries {', '.join(unread)}"
+                f"{self._file}: rope_parameters of type {self.kind!r} have unknown entries "
+                f"{listed([shortened(name, 60) for name in unread], 8)}"
             )
 
 
@@ -164,7 +205,6 @@ def _proportional(rope: _Parameters, pairs: int) -> Scaling:
 
 
 def _dynamic(rope: _Parameters, _: int) -> Scaling:
-    rope.pop("original_max_position_embeddings")
     return Dynamic(rope.need("factor"), rope.positions)
 
 
@@ -198,13 +238,16 @@ def _yarn(rope: _Parameters, _: int) -> Scaling:
         return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
 
     default = magnitude(mscale) / magnitude(all_dim) if mscale and all_dim else magnitude(1.0)
+    truncate = rope.pop("truncate", True)
+    if not isinstance(truncate, bool):
+        raise rope.refuse("truncate", truncate, "true or false")
     return Yarn(
         factor,
         original,
         rope.pop("attention_factor", default),
         rope.pop("beta_fast", 32.0),
         rope.pop("beta_slow", 1.0),
-        rope.pop("truncate", True),
+        truncate,
     )
 
 

@@ -11,7 +11,7 @@ from jaxmoe.model.spec import ModelSpec
 def _spec(config: ConfigReader) -> ModelSpec:
     # transformers' model has no dense layers, and no norms of queries and keys.
     common.check_constants(config, {"first_k_dense_replace": 0, "use_qk_norm": False})
-    rope, bias = rope_spec(config, whole=True), config.take("attention_bias")
+    rope, bias = rope_spec(config), config.take("attention_bias")
     shared = common.shared_experts(config, "n_shared_experts")
     return common.model_spec(
         config,
@@ -25,7 +25,7 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
     return layouts.decoder_rules(
         spec,
         *layouts.expert_rules(),
-        layouts.correction_rule("mlp.gate.e_score_correction_bias"),
+        *layouts.correction_rules("mlp.gate.e_score_correction_bias"),
         *layouts.shared_rules("mlp.shared_experts"),
     )
 
@@ -34,6 +34,6 @@ FAMILY = Family(
     "solar_open",
     _spec,
     _rules,
-    # Of dense layers, which there are none; and what transformers' config makes a part of rope_parameters.
-    unused_fields=frozenset({"intermediate_size", "partial_rotary_factor"}),
+    # Of dense layers, which there are none.
+    unused_fields=frozenset({"intermediate_size"}),
 )

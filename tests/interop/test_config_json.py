@@ -3,8 +3,10 @@
 import copy
 import json
 import math
+import os
 import random
 import re
+import tracemalloc
 
 import families
 import pytest
@@ -24,6 +26,8 @@ from jaxmoe.model.norms import NormSpec
 from jaxmoe.model.spec import LayerGroup, LayerSpec, ModelSpec, group_layers
 
 MIXTRAL, QWEN, OLMOE = (published.CONFIGS[name] for name in ("Mixtral-8x7B", "Qwen3-30B-A3B", "OLMoE-1B-7B"))
+
+GLM = families.config_json("glm4_moe")
 
 
 def spec_of(config, *, without=(), **changes):
@@ -214,8 +218,17 @@ class TestSpellings:
         assert layer_of(OLMOE, without=["rope_theta"]).mixer.rope.theta == 1e4
 
     def test_of_a_partial_rotation(self):
-        rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
-        assert layer_of(QWEN, without=["rope_theta"], rope_parameters=rope).mixer.rope == RopeSpec(1e4, 32)
+        rope = {"rope_type": "default", "rope_theta": 1e4}
+        config = {name: value for name, value in GLM.items() if name != "rope_parameters"}
+        for quarter in (
+            {"rope_parameters": rope | {"partial_rotary_factor": 0.25}},
+            {"rope_parameters": rope, "partial_rotary_factor": 0.25},
+            {"rope_theta": 1e4, "partial_rotary_factor": 0.25},
+        ):
+            mixers = {layer.mixer.rope for layer in spec_of(config, **quarter).layers}
+            assert mixers == {RopeSpec(1e4, 4)}
+            assert "partial_rotary_factor = 0.25" in refusal(QWEN, **quarter)
+        assert spec_of(QWEN, partial_rotary_factor=1.0) == spec_of(QWEN)
 
     @pytest.mark.parametrize("config", [MIXTRAL, QWEN, OLMOE], ids=["mixtral", "qwen3_moe", "olmoe"])
     def test_of_the_number_of_experts(self, config):
@@ -263,6 +276,12 @@ class TestVariants:
         assert layer_of(QWEN, attention_bias=True).mixer.bias is True
         assert layer_of(OLMOE, num_key_value_heads=None).mixer.num_kv_heads == 16
         assert layer_of(MIXTRAL, head_dim=64).mixer.head_dim == 64
+
+    @pytest.mark.parametrize("name", ["granitemoe", "granitemoeshared"])
+    @pytest.mark.parametrize("kind", ["rope", None])
+    def test_position_embeddings_of_granite(self, name, kind):
+        config = families.config_json(name)
+        assert spec_of(config, position_embedding_type=kind) == spec_of(config)
 
     @pytest.mark.parametrize("config", [MIXTRAL, QWEN, OLMOE], ids=["mixtral", "qwen3_moe", "olmoe"])
     def test_what_other_programs_note_down_changes_nothing(self, config):
@@ -390,7 +409,7 @@ class TestRefused:
             ({"rope_scaling": {"type": "llama3", "factor": 2.0, "low_freq_factor": 1.0}}, "high_freq_factor"),
             ({"rope_scaling": "yarn"}, "yarn"),
             ({"rope_theta": 10**400}, "rope_theta = 1000.* expected a positive number"),
-            ({"num_hidden_layers": 10**12}, "num_hidden_layers = 1000000000000: expected at most 10,000"),
+            ({"num_hidden_layers": 10**12}, "num_hidden_layers = 1000000000000: expected at most 1,000"),
             ({"num_hidden_layers": True}, "num_hidden_layers"),
             ({"vocab_size": 10**30}, "vocab_size = .*: expected at most 2,147,483,647"),
             ({"head_dim": True}, "head_dim"),
@@ -406,7 +425,7 @@ class TestRefused:
             ({"initializer_range": -0.02}, r"initializer_range = -0\.02: expected 0 or a positive number"),
             (
                 {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 3}, "rope_scaling": None},
-                "partial_rotary_factor 3 would rotate [0-9]+ features",
+                r"partial_rotary_factor = 3 is not supported; expected 1\.0",
             ),
             (
                 {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 2.0}},
@@ -438,6 +457,15 @@ class TestRefused:
                 {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 64}},
                 "short_factor .* expected 64 positive numbers",
             ),
+            (
+                GLM,
+                {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 3}},
+                "partial_rotary_factor 3 would rotate 48 features",
+            ),
+            *(
+                (families.config_json(name), {"position_embedding_type": "nope"}, "expected 'rope' or None")
+                for name in ("granitemoe", "granitemoeshared")
+            ),
             (QWEN, {"decoder_sparse_step": 0}, "decoder_sparse_step = 0: expected a positive integer"),
             (QWEN, {"mlp_only_layers": ["0"]}, "mlp_only_layers"),
             (QWEN, {"moe_intermediate_sise": 3}, r"did you mean 'moe_intermediate_size'\?"),
@@ -468,7 +496,7 @@ class TestRefused:
             (
                 families.config_json("gpt_oss"),
                 {"num_hidden_layers": 10**12},
-                "num_hidden_layers = 1000000000000: expected at most 10,000",
+                "num_hidden_layers = 1000000000000: expected at most 1,000",
             ),
             (
                 MIXTRAL,
@@ -490,6 +518,47 @@ class TestRefused:
         assert all(
             part in message for part in ("'colour'", "attention_dropout = 0.5", "did you mean 'hidden_size'?")
         )
+
+
+ABSURD = [
+    ({"num_experts": 10**6}, "num_experts = 1000000: expected at most 100,000"),
+    ({"num_experts": 2**31 - 1}, "num_experts = 2147483647: expected at most 100,000"),
+    ({"num_experts": 60_000}, "found 60,000 experts in each of [0-9]+ layers: expected at most 200,000"),
+    ({"num_labels": 10**8}, "num_labels = 100000000: expected at most 100,000"),
+    ({"num_hidden_layers": 10**6}, "num_hidden_layers = 1000000: expected at most 1,000"),
+    ({"num_hidden_layers": -(2**31)}, "num_hidden_layers = -2147483648: expected a positive integer"),
+    ({"num_attention_heads": 2**31}, "num_attention_heads = 2147483648: expected at most 100,000"),
+    ({"num_experts_per_tok": 1e300}, "'num_experts_per_tok' expected int, got float"),
+    ({"mlp_only_layers": [0] * 100_001}, r"100,001 entries in \[0, .*\.\.\.: expected at most 100,000"),
+    ({"mlp_only_layers": [[0] * 90_000] * 90_000}, "more than 500,000 values"),
+    ({"id2label": {str(i): "x" for i in range(100_001)}}, "found 100,001 entries"),
+    ({"hidden_act": "x" * 2_000_000}, "hidden_act has 2,000,000 characters: expected at most 1,000,000"),
+    ({"hidden_act": "x" * 900_000}, r"hidden_act = 'x+\.\.\. is not supported"),
+    ({"x" * 10_000: 1}, "unknown field 'x+"),
+    ({f"{i}" * 100: 1 for i in range(1000)}, "and 992 more"),
+    ({"hidden_size": "9" * 500_000}, "'hidden_size' expected int, got str"),
+    ({"rope_scaling": {"rope_type": "y" * 500_000}}, r"rope type 'y+\.\.\. is not supported"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0} | {f"z{i}": 1 for i in range(900)}}, "more"),
+]
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["whole", "part"])
+@pytest.mark.parametrize(("changes", "message"), ABSURD)
+def test_what_no_model_has_is_refused_at_once(changes, message, inside):
+    """In memory and time that do not grow with what is said: nothing is made of it."""
+    config = families.config_json("qwen3_vl_moe") if inside else families.config_json("qwen3_moe")
+    (config["text_config"] if inside else config).update(changes)
+    spec_of(QWEN)  # what is made once
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError) as caught:
+            spec_of(config)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert re.search(message, str(caught.value))
+    assert len(str(caught.value)) < 3000
+    assert peak < 60e6
 
 
 class TestFiles:
@@ -520,6 +589,22 @@ class TestFiles:
         path = tmp_path / "config.json"
         path.write_bytes(content)
         assert "is not readable JSON" in self.refusal(path)
+
+    def test_pipe(self, tmp_path):
+        path = tmp_path / "config.json"
+        os.mkfifo(path)
+        assert "it is a named pipe, expected a regular file" in self.refusal(path)
+
+    def test_larger_than_any(self, tmp_path):
+        path = tmp_path / "config.json"
+        with path.open("w") as file:
+            file.truncate(10**11)
+        assert "it has 100,000,000,000 bytes, expected at most 16,777,216" in self.refusal(path)
+
+    def test_more_values_than_any(self, tmp_path):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(QWEN)[:-1] + f', "mlp_only_layers": [{"{}," * 1_000_000}0]}}')
+        assert re.search("about 2,000,0[0-9]+ values: expected at most 500,000", self.refusal(path))
 
     def test_many_brackets_in_a_field(self, tmp_path):
         path = tmp_path / "config.json"

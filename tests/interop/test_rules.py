@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers import published, tiny
 
+from jaxmoe import UserError
 from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.rules import Binding, Rule, bind
 from jaxmoe.model.spec import LayerGroup
@@ -216,6 +217,73 @@ class TestLayouts:
         assert bindings.copies == {"lm_head.weight": "model.embed_tokens.weight"}
         assert [part.source for part in bindings.of_parameter["embed"]] == ["model.embed_tokens.weight"]
         assert bindings.of_tensor["lm_head.weight"].target == "embed"
+
+
+SPECULATIVE = [name for name in FAMILIES if FAMILIES[name].speculative]
+
+
+class TestBeside:
+    """Tensors that are not the model's and may lie beside it."""
+
+    @staticmethod
+    def surplus(name, found, **fields):
+        """Those of the tensors `found` that are refused; {L} in their names is the number of layers."""
+        config = families.config_json(name)
+        text = config
+        for part in FAMILIES[name].text:
+            text = text[part]
+        text.update(fields)
+        spec, rules = spec_and_rules(config)
+        shapes = shapes_of(bind(rules, spec))
+        depth = len(spec.layers)
+        found = [tensor.replace("{L}", str(depth)).replace("{L+1}", str(depth + 1)) for tensor in found]
+        bindings = bind(rules, spec, shapes | dict.fromkeys(found, (8,)), FAMILIES[name].beside(config, spec))
+        assert bindings.missing == ()
+        return {
+            tensor.replace(f".{depth}.", ".{L}.").replace(f".{depth + 1}.", ".{L+1}.")
+            for tensor in bindings.surplus
+        }
+
+    @pytest.mark.parametrize("name", FAMILIES)
+    def test_frequencies_of_the_rotation(self, name):
+        trunks = [prefix.trunk for prefix in FAMILIES[name].prefixes]
+        buffers = [
+            f"{trunk}{place}rotary_emb.inv_freq"
+            for trunk in trunks
+            for place in ("", "layers.0.self_attn.", "layers.1.self_attn.")
+        ]
+        others = {
+            f"{trunk}{rest}"
+            for trunk in trunks
+            for rest in (
+                "rotary_emb.inv_freq.weight",
+                "rotary_emb.something_else",
+                "layers.0.self_attn.inv_freq",
+                "layers.0.self_attn.my_rotary_emb.inv_freq",
+                "layers.0.self_attn.rotary_emb.weight",
+            )
+        }
+        assert self.surplus(name, [*buffers, *others]) == others
+
+    def test_families_with_further_layers(self):
+        assert {"glm4_moe", "glm4v_moe", "hy_v3", "minimax_m2"} == set(SPECULATIVE)
+
+    @pytest.mark.parametrize("depth", [3, 5])
+    @pytest.mark.parametrize(("count", "first"), [(0, 0), (None, 1), (1, 1), (2, 2)])
+    @pytest.mark.parametrize("name", SPECULATIVE)
+    def test_further_layers(self, name, depth, count, first):
+        """They begin where config.json says that the model ends, and are as many as it says."""
+        family = FAMILIES[name]
+        fields = {"num_hidden_layers": depth} | ({} if count is None else {family.speculative[0]: count})
+        layers = [f"{family.prefixes[0].trunk}layers.{{{n}}}.eh_proj.weight" for n in ("L", "L+1")]
+        within = f"{family.prefixes[0].trunk}layers.1.eh_proj.weight"
+        assert self.surplus(name, [*layers, within], **fields) == {within, *layers[first:]}
+
+    @pytest.mark.parametrize("count", [-1, 10**9, "1", 1.5, True])
+    @pytest.mark.parametrize("name", SPECULATIVE)
+    def test_malformed_number_of_further_layers(self, name, count):
+        with pytest.raises(UserError, match=r"_layers|num_mtp_modules"):
+            self.surplus(name, [], **{FAMILIES[name].speculative[0]: count})
 
 
 class TestMistakes:

@@ -1,0 +1,85 @@
+"""What no config.json says: refused before anything is made of it.
+
+transformers' config classes write a list of what each layer is and a dictionary of as many labels as they are told, and
+conversion rules make an object of every tensor.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxmoe.errors import UserError, quote, shortened
+
+MAX_BYTES = 16 << 20
+"""Of a file; those with the most labels have some hundred kilobytes."""
+
+MAX_LAYERS = 1_000
+
+MAX_EXPERTS = 200_000
+"""Of all layers together; the largest published models have some 25,000."""
+
+_MAX_COUNT = 100_000
+_MAX_ENTRIES = 100_000  # of one list or object; there are models of 22,000 labels
+_MAX_VALUES = 500_000
+_MAX_TEXT = 1_000_000
+_MAX_NAME = 1_000
+_MAX_DEPTH = 50
+
+_COUNTS = re.compile(r"(^|_)(num|n)_|_layers$|experts$")
+
+
+def check_text(text: str, file: str) -> None:
+    """Refuse JSON of so many values that reading it would take hundreds of megabytes.
+
+    Raises:
+        UserError: it is.
+    """
+    values = sum(map(text.count, ",[{"))
+    if values > _MAX_VALUES:
+        raise UserError(f"{file} has about {values:,} values: expected at most {_MAX_VALUES:,}")
+
+
+def check_plausible(raw: Mapping[str, Any], file: str) -> None:
+    """Refuse counts, lists, texts and nesting beyond those of any model.
+
+    Args:
+        raw: a config.json.
+        file: what to call it in messages.
+
+    Raises:
+        UserError: the first that is found.
+    """
+    found = 0
+    level: list[Any] = [raw]
+    for _ in range(_MAX_DEPTH):
+        inner = (value for outer in level for value in _within(outer, file))
+        level = list(itertools.islice(inner, _MAX_VALUES + 1 - found))
+        found += len(level)
+        if found > _MAX_VALUES:
+            raise UserError(f"{file} has more than {_MAX_VALUES:,} values")
+        if not level:
+            return
+    raise UserError(f"{file} has values within {_MAX_DEPTH} others: expected a config.json's few")
+
+
+def _within(outer: Any, file: str) -> Iterator[Any]:
+    """The values of a list or object, checked as far as they need no looking into."""
+    if not isinstance(outer, Mapping | list | tuple):
+        return
+    if len(outer) > _MAX_ENTRIES:
+        raise UserError(
+            f"{file}: found {len(outer):,} entries in {quote(outer)}: expected at most {_MAX_ENTRIES:,}"
+        )
+    for name, value in outer.items() if isinstance(outer, Mapping) else (("", value) for value in outer):
+        if isinstance(name, str) and len(name) > _MAX_NAME:
+            raise UserError(f"{file}: unknown field {quote(name)}")
+        if isinstance(value, str) and len(value) > _MAX_TEXT:
+            raise UserError(
+                f"{file}: {shortened(str(name))} has {len(value):,} characters: expected at most {_MAX_TEXT:,}"
+            )
+        if isinstance(value, int) and isinstance(name, str) and _COUNTS.search(name):
+            most = MAX_LAYERS if name == "num_hidden_layers" else _MAX_COUNT
+            if value > most:
+                raise UserError(f"{file}: {name} = {quote(value)}: expected at most {most:,}")
+        yield value
