@@ -1,15 +1,19 @@
 """Tokenizers in the ``tokenizer.json`` format: loaded, trained, saved, and applied to documents."""
 
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxmoe.errors import UserError, first_line
 from jaxmoe.files import why_unusable
+
+_TRAINED_CHARACTERS = 2**15
+_WORD_ENDS = re.compile(r"(?<=[A-Za-z])(?=[\x00-\x40\x5b-\x60\x7b-\x7f])")
 
 _COMMON_EOS_TOKENS = (
     *("<|endoftext|>", "</s>", "<|end_of_text|>", "<|eos|>", "<eos>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001
@@ -78,8 +82,20 @@ def train_byte_bpe(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(itertools.chain.from_iterable(map(_small, texts)), trainer)
     return tokenizer
+
+
+def _small(text: str) -> Iterator[str]:
+    """A text in pieces that end with a word, which counts the same words: the library holds 256 of them at a time."""
+    at = 0
+    while len(text) - at > 2 * _TRAINED_CHARACTERS:
+        # An ASCII letter ends a word of ByteLevel's where another kind of ASCII character follows.
+        end = _WORD_ENDS.search(text, at + _TRAINED_CHARACTERS)
+        stop = len(text) if end is None else end.start()
+        yield text[at:stop]
+        at = stop
+    yield text[at:]
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -152,36 +168,3 @@ def _configured_eos(tokenizer: Tokenizer, file: Path) -> int | None:
     if eos is not None and (type(eos) is not int or eos not in tokenizer.get_vocab().values()):
         raise UserError(f"{file}: eos_token_id {eos!r} is not an id of the tokenizer; correct it")
     return eos
-
-
-class DocumentEncoder:
-    """Text → token ids: ``tokenizer.encode``'s, with the tokens that mark where a document starts and ends.
-
-    Args:
-        tokenizer: its own special tokens (a BOS that it puts before every text) are kept.
-        eos: appended unless it is there already; None appends nothing.
-        context: put before every document unless the tokenizer puts a BOS there itself; None puts nothing.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, eos: int | None, context: int | None = None):
-        self._tokenizer = tokenizer
-        self._eos = [] if eos is None else [eos]
-        self._context = [] if context is None else [context]
-        # What the tokenizer puts around nothing starts with its BOS, or is an EOS that no text starts with.
-        self._own_bos = tokenizer.encode("").ids[:1]
-
-    def __call__(self, text: str) -> np.ndarray:
-        """int32 (n,). Safe to call from several threads, which then run side by side."""
-        try:
-            # encode_batch_fast leaves out character offsets and, unlike encode, lets other threads run.
-            ids = self._tokenizer.encode_batch_fast([text])[0].ids
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise UserError(
-                f"the tokenizer cannot encode the document that starts {text[:30]!r} ({first_line(error)}); "
-                "use another tokenizer or leave the document out"
-            ) from None
-        if not self._own_bos or ids[:1] != self._own_bos:
-            ids = self._context + ids
-        if self._eos and ids[-1:] != self._eos:
-            ids += self._eos
-        return np.array(ids, np.int32)

@@ -15,6 +15,7 @@ from jaxmoe.data import (
     Documents,
     Evaluation,
     byte_baselines,
+    check_separable,
     end_of_document,
     evaluation_windows,
     load_tokenizer,
@@ -137,13 +138,13 @@ def open_data(config: RunConfig, model_folder: Path | None, vocab_size: int) -> 
         UserError: files are missing or malformed, no tokenizer is given, or it does not fit the model.
     """
     data = config.data
-    documents = open_documents(data.path, field=data.field, include=data.include, exclude=data.exclude)
+    read = functools.partial(open_documents, field=data.field, max_record_bytes=data.max_record_bytes)
+    documents = read(data.path, include=data.include, exclude=data.exclude)
     heldout = None
     if data.eval_path is not None:
         is_file = Path(data.eval_path).expanduser().is_file()  # patterns choose among the files of a folder
-        heldout = open_documents(
+        heldout = read(
             data.eval_path,
-            field=data.field,
             include=None if is_file else data.include,
             exclude=() if is_file else data.exclude,
         )
@@ -157,6 +158,8 @@ def open_data(config: RunConfig, model_folder: Path | None, vocab_size: int) -> 
             "give a tokenizer that fits the model"
         )
     eos = end_of_document(tokenizer, folder)
+    for opened in filter(None, (documents, heldout)):
+        check_separable(opened, tokenizer)
     return RunData(config, documents, heldout, tokenizer, eos)
 
 

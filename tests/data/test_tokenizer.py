@@ -189,5 +189,5 @@ def test_document_encoder_marks_the_ends():
     assert DocumentEncoder(own_bos, eos=2, context=2)("a").tolist() == [1, 0, 2]
     own_eos = word_level("a", "</s>", template="$A </s>")
     assert DocumentEncoder(own_eos, eos=1, context=1)("a a").tolist() == [1, 0, 0, 1]
-    with pytest.raises(UserError, match="cannot encode the document that starts 'a c'"):
+    with pytest.raises(UserError, match="cannot encode the text that starts 'a c'"):
         DocumentEncoder(plain, eos=2)("a c")
