@@ -5,6 +5,7 @@ from jaxmoe.data.documents import Documents, open_documents, split_documents
 from jaxmoe.data.encoder import DocumentEncoder, check_separable
 from jaxmoe.data.evaluation import Evaluation, byte_baselines, evaluation_windows
 from jaxmoe.data.tokenizer import (
+    TOKENIZER_FILES,
     end_of_document,
     load_tokenizer,
     save_tokenizer,
@@ -13,6 +14,7 @@ from jaxmoe.data.tokenizer import (
 )
 
 __all__ = [
+    "TOKENIZER_FILES",
     "BatchSpec",
     "DocumentEncoder",
     "Documents",

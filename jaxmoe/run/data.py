@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from jaxmoe.config import RunConfig, TrainTokenizer
 from jaxmoe.data import (
+    TOKENIZER_FILES,
     BatchSpec,
     Documents,
     Evaluation,
@@ -33,17 +34,6 @@ from jaxmoe.run.folder import RunLayout
 
 BASELINE_BYTES = 2**24
 """Training text that the byte baselines count."""
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +159,7 @@ def tokenizer_files(config: RunConfig) -> dict[str, Path | None]:
     if given is None:
         return {}
     folder = _kept(config) if isinstance(given, TrainTokenizer) else _folder_of(Path(given).expanduser())
-    return {name: folder / name if (folder / name).is_file() else None for name in _TOKENIZER_FILES}
+    return {name: folder / name if (folder / name).is_file() else None for name in TOKENIZER_FILES}
 
 
 def _tokenizer(
