@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,22 @@ class RunData:
         covered = (self.heldout[i] for i in range(self.evaluation.num_documents))
         return byte_baselines(self.train, covered, max_train_bytes=BASELINE_BYTES)
 
+    def doubts(self, model: Mapping[str, Any]) -> list[str]:
+        """What may be meant and seldom is, a line each; ``model`` is the content of its config.json."""
+        found = []
+        length, most = self.config.data.sequence_length, _positions(model)
+        if most is not None and length > most:
+            found.append(
+                f"data.sequence_length is {length:,} and the model's max_position_embeddings {most:,}: it has not seen "
+                "positions beyond that"
+            )
+        if self.eos is None:
+            found.append(
+                "the tokenizer has no end-of-text token: nothing tells the model where documents end (name one as "
+                "eos_token in tokenizer_config.json)"
+            )
+        return found
+
     def _batch_spec(self, rows: int) -> BatchSpec:
         data = self.config.data
         # A model that begins at random learns how documents begin after the token that ended the one before.
@@ -181,6 +198,15 @@ def _tokenizer(
             "data.tokenizer: a model with random weights has none; give a path or {train_bpe: SIZE}"
         )
     return load_tokenizer(model_folder), model_folder
+
+
+def _positions(model: Mapping[str, Any]) -> int | None:
+    """max_position_embeddings, which folders of several models have in the part for text."""
+    most = model.get("max_position_embeddings")
+    if isinstance(most, int):
+        return most
+    parts = (model.get(name) for name in ("text_config", "thinker_config"))
+    return next((_positions(part) for part in parts if isinstance(part, Mapping)), None)
 
 
 def _folder_of(path: Path) -> Path:

@@ -180,6 +180,8 @@ class Trainer:
         step = self.assembled.train_step
         meter = Meter(self.assembled)
         display.say(self._headline(done, meter))
+        for doubt in self.data.doubts(self.assembled.source.raw):
+            display.say(f"warning: {doubt}")
         batch = self._next(batches)
         for number in range(done + 1, train.steps + 1):
             state, metrics = step(state, batch)
