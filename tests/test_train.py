@@ -1,5 +1,6 @@
 """The train command from end to end: what a run leaves, exact resumption, and what only training shows."""
 
+import dataclasses
 import json
 import math
 import random
@@ -7,6 +8,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import families
 import numpy as np
@@ -15,6 +17,7 @@ import yaml
 from helpers import tiny
 from helpers.runs import finish, refused, run_config, small, start, write_config, write_workspace
 from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxmoe.cli import main as cli
 from jaxmoe.config import RunConfig
@@ -221,6 +224,42 @@ def reported(workspace, folder, number, **figures):
             one._report(number, False, {"loss": 0.0, "grad_norm": 0.0, "targets": 9.0} | figures, {}, None)
         one.checkpoints.close()
     return str(caught.value)
+
+
+def test_what_is_seldom_meant_is_said_before_the_first_step(workspace, tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    class Display:
+        said: ClassVar[list[str]] = []
+        say = said.append
+
+    def stop(*_):
+        raise Stopped
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(104)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    given = {"data__tokenizer": str(tmp_path / "tokenizer.json"), "data__sequence_length": 500}
+    config = RunConfig.from_mapping(yaml.safe_load(small(tmp_path, workspace, **given).read_text()))
+    assembled, data = trainer._open(config)
+    positions = assembled.source.raw["max_position_embeddings"]
+    assert positions < 500
+    with RunFolder.open(config) as folder:
+        one = trainer.Trainer(assembled, folder, data)
+        monkeypatch.setattr(one, "_next", stop)
+        with pytest.raises(Stopped):
+            one._train(None, None, 0, Display)
+        one.checkpoints.close()
+    assert [line[:60] for line in Display.said[1:]] == [
+        f"warning: data.sequence_length is 500 and the model's max_position_embeddings {positions}: it"[:60],
+        "warning: the tokenizer has no end-of-text token: nothing tells the model"[:60],
+    ]
+    assert data.doubts({"text_config": {"max_position_embeddings": 499}}) == data.doubts(
+        {"max_position_embeddings": 499}
+    )
+    assert len(data.doubts({"thinker_config": {"text_config": {"max_position_embeddings": 500}}})) == 1
+    assert dataclasses.replace(data, eos=0).doubts({}) == []
 
 
 def test_a_step_without_a_token_to_predict(workspace, tmp_path):

@@ -161,6 +161,11 @@ class DataConfig(Section):
         description="Glob patterns of the files to read from a folder. null: all that can be read.",
     )
     exclude: Items[Text] = Field(default=(), description="Glob patterns of files to leave out.")
+    max_record_bytes: Annotated[int, Field(ge=2**10, le=2**31 - 1)] = Field(
+        default=2**25,
+        description="Longest line of a .jsonl file and longest text in a .parquet one; both are read in one piece. "
+        ".txt files may have any size.",
+    )
     sequence_length: Annotated[int, Field(ge=2, le=2**20)] = Field(description="Tokens per sequence.")
     packing: bool = Field(
         default=True, description="Fill sequences with several documents, which do not attend to each other."

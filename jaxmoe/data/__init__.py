@@ -2,9 +2,10 @@
 
 from jaxmoe.data.batches import BatchSpec, training_batches
 from jaxmoe.data.documents import Documents, open_documents, split_documents
+from jaxmoe.data.encoder import DocumentEncoder, check_separable
 from jaxmoe.data.evaluation import Evaluation, byte_baselines, evaluation_windows
 from jaxmoe.data.tokenizer import (
-    DocumentEncoder,
+    TOKENIZER_FILES,
     end_of_document,
     load_tokenizer,
     save_tokenizer,
@@ -13,11 +14,13 @@ from jaxmoe.data.tokenizer import (
 )
 
 __all__ = [
+    "TOKENIZER_FILES",
     "BatchSpec",
     "DocumentEncoder",
     "Documents",
     "Evaluation",
     "byte_baselines",
+    "check_separable",
     "end_of_document",
     "evaluation_windows",
     "load_tokenizer",

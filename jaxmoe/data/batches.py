@@ -13,15 +13,19 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxmoe.data.documents import Documents
-from jaxmoe.data.tokenizer import DocumentEncoder
+from jaxmoe.data.encoder import DocumentEncoder
 from jaxmoe.errors import UserError
 
 # The rows of a long document follow each other; shuffled within this many tokens, a batch mixes documents.
 _WINDOW_TOKENS = 2**18
-# Tokenizing releases the interpreter's lock, so two threads run side by side. Not more, and few documents
-# ahead, because a large document takes gigabytes while it is tokenized.
-_READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+# Tokenizing releases the interpreter's lock, so two threads run side by side. Of large documents few are held.
+_THREADS = 2
+_DOCUMENTS_AHEAD = 8
+_BYTES_AHEAD = 2**24
 _BATCHES_AHEAD = 2
+# A batch of so many tokens or fewer is there in seconds.
+_FEW_TOKENS = 2**20
+_MOST_REPEATS = 16
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ def training_batches(
     """Endless batches of this process: dict of int32 (B, T) ``tokens``, ``segment_ids`` and ``positions``.
 
     Segments number the pieces of documents in a row from 1, 0 is padding (token 0); positions count from 0 in
-    each segment. Every epoch is shuffled anew, and in it every document goes to exactly one process. The rows of
+    each segment. Every epoch is shuffled anew, and in it every document goes to exactly one process (of a document of
+    more than 16 MiB every part of 512 KiB, which is shuffled by itself and is a segment of its own). The rows of
     a packed epoch are shuffled once more within a window of at most about a quarter of a million tokens and
     never more than the epoch.
 
@@ -75,27 +80,31 @@ def training_batches(
     order must not.
 
     Raises:
-        UserError: fewer documents than processes; a document without any token (when it is read); in
-            ``set_state``, a state of other data or another spec.
+        UserError: fewer documents than processes; a batch out of proportion to the data; a document without any token
+            (when it is read); in ``set_state``, a state of other data or another spec.
     """
+    if not spec.packing and not documents.beginnings().all():
+        documents = documents.subset(np.flatnonzero(documents.beginnings()))  # the rest would be cut off
     if len(documents) < process_count:
         raise UserError(
             f"{len(documents)} documents for {process_count} processes; expected at least one per process"
         )
     # Not spec.seed itself: grain adds the epoch to it, so that seed 1 would repeat the epochs of seed 0.
     shuffle_seed, window_seed = (int(s) >> 1 for s in np.random.SeedSequence(spec.seed).generate_state(2))
+    _check_proportion(documents, spec, process_count)
     tokenized = (
         grain.MapDataset.source(_TokenizedDocuments(documents, tokenizer, spec))
         .shuffle(seed=shuffle_seed)[process_index::process_count]
         .repeat()
     )
+    ahead = min(_DOCUMENTS_AHEAD, max(_THREADS, _BYTES_AHEAD // max(documents.largest, 1)))
+    read = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=ahead)
     if spec.packing:
-        rows = _packed_rows(
-            tokenized, spec.sequence_length, documents.total_bytes // process_count, window_seed
-        )
+        tokens = tokenized.to_iter_dataset(read)
+        rows = _packed_rows(tokens, spec.sequence_length, documents.total_bytes // process_count, window_seed)
     else:
         rows = tokenized.map(lambda document: _padded_row(document["tokens"], spec.sequence_length))
-        rows = rows.to_iter_dataset(_READ)
+        rows = rows.to_iter_dataset(read)
     batches = grain.experimental.ThreadPrefetchIterDataset(
         rows.batch(spec.batch_size, drop_remainder=True), prefetch_buffer_size=_BATCHES_AHEAD
     )
@@ -124,7 +133,7 @@ class _TokenizedDocuments:
         return len(self._documents)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        tokens = self._encode(self._documents[i])
+        tokens = self._encode.element(self._documents, i)
         if not tokens.size:
             raise UserError(
                 f"{self._documents.where(i)}: the tokenizer turns this document into no tokens; leave it out"
@@ -180,12 +189,21 @@ def _lists_to_tuples(state: Any) -> Any:
     return tuple(state) if isinstance(state, list) else state
 
 
-def _packed_rows(
-    tokenized: grain.MapDataset, T: int, epoch_bytes: int, window_seed: int
-) -> grain.IterDataset:
-    packed = grain.experimental.ConcatThenSplitIterDataset(
-        tokenized.to_iter_dataset(_READ), length_struct={"tokens": T}
-    )
+def _check_proportion(documents: Documents, spec: BatchSpec, process_count: int) -> None:
+    """Refuses a batch that would take minutes to fill with the same few documents over and over."""
+    rows = spec.batch_size * process_count
+    tokens, there = rows * spec.sequence_length, documents.total_bytes
+    repeats = tokens // there if spec.packing else rows // len(documents)
+    if tokens > _FEW_TOKENS and repeats > _MOST_REPEATS:
+        raise UserError(
+            f"a batch of {rows:,} rows of {spec.sequence_length:,} tokens would repeat the {len(documents):,} "
+            f"documents ({there:,} bytes) {repeats:,} times, expected at most {_MOST_REPEATS}: lower the batch size or "
+            "the sequence length, or give more text"
+        )
+
+
+def _packed_rows(tokens: grain.IterDataset, T: int, epoch_bytes: int, window_seed: int) -> grain.IterDataset:
+    packed = grain.experimental.ConcatThenSplitIterDataset(tokens, length_struct={"tokens": T})
     # Text has fewer than 8 bytes per token with any common vocabulary: the window stays within an epoch.
     window = min(_WINDOW_TOKENS, epoch_bytes // 8) // T
     if window > 1:

@@ -51,6 +51,13 @@ def find_files(
         raise UserError(f"{path}: no such file or folder; set the data path to a file or folder of text")
     if include is not None or exclude:
         raise UserError(f"{path}: include and exclude choose among the files of a folder, and this is a file")
+    if not root.is_file():
+        raise UserError(_special(root))
+    if root.suffix.lower() == ".json":
+        raise UserError(
+            f"{path}: a .json file, whose rows cannot be read one by one; convert it to .jsonl with one object per "
+            "line, for example with jq -c '.[]'"
+        )
     if root.suffix.lower() not in SUFFIXES:
         raise UserError(
             f"{path}: unknown suffix {root.suffix!r}; expected one of {', '.join(SUFFIXES)}, "
@@ -77,15 +84,26 @@ def _in_folder(root: Path, include: Sequence[str] | None, exclude: Sequence[str]
                 leading_out += 1
             elif file.is_file():
                 found.append((relative, file))
+            elif file.exists():
+                raise UserError(_special(file))
     if not found:
         looked_for = ", ".join(include or SUFFIXES)
         there = ", ".join(f"{suffix} ({count})" for suffix, count in passed_over.most_common(4)) or "nothing"
         links = f"; {leading_out} symlinks lead out of the folder and are not followed" if leading_out else ""
-        raise UserError(
-            f"{root}: no usable file; looked for {looked_for}, found {there}{links}; "
-            "use include patterns to read other files as plain text"
+        remedy = (
+            "convert .json to .jsonl with one object per line"
+            if passed_over[".json"]
+            else "use include patterns to read other files as plain text"
         )
+        raise UserError(f"{root}: no usable file; looked for {looked_for}, found {there}{links}; {remedy}")
     return sorted(found)
+
+
+def _special(file: Path) -> str:
+    return (
+        f"{file}: no regular file but a pipe, a device or a socket, which cannot be read twice; write its text to a "
+        "file"
+    )
 
 
 def _patterns(patterns: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -1,50 +1,74 @@
-"""One reader per file format: a scan that checks the whole file, and the text at a place that it found.
+"""Readers of text and of JSON lines: a scan that checks the whole file, and the text at a place that it found.
 
-A scan yields (start, length, place, text) per document. ``start`` and ``length`` are what ``read`` takes:
-bytes of a text or jsonl file, (row group, row in it) of a parquet file. ``place`` is for messages: a line or
-a row, counted as ``where`` prints it.
+Readers of every format give ``Found`` per document. ``start`` and ``length`` are what ``read`` takes: bytes of a
+text or jsonl file, (row group, row in it) of a parquet file. ``place`` is for messages: a line or a row, counted
+as ``where`` prints it.
+
+A document beyond ``WHOLE_BYTES`` is handled in parts of ``PART_BYTES``, so that memory does not grow with it.
 """
 
+import codecs
 import difflib
 import json
-import threading
-from collections import OrderedDict
-from collections.abc import Collection, Iterator
+import os
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import IO, NamedTuple, Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from jaxmoe.errors import UserError, listed
+from jaxmoe.files import open_regular
 
-from jaxmoe.errors import UserError, first_line, listed
+WHOLE_BYTES = 2**24
+"""A document of at most so many bytes of UTF-8 is one element of the data."""
 
-ROW_GROUP_CACHE_BYTES = 2**30
-"""Decoded parquet text held in memory: a column beyond it is decoded again and again by shuffled reading."""
+PART_BYTES = 2**19
+"""A larger one is as many elements as it has parts of this size. Tokenizing one takes some 150 times as much memory."""
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAX_RECORD_BYTES = 2**25
+"""Longest line of a jsonl file and longest text in a parquet file, which are read in one piece."""
 
-Found = tuple[int, int, int, str]
+_BYTE_ORDER_MARK = codecs.BOM_UTF8
+
+
+class Found(NamedTuple):
+    """A document that a scan came upon, before the next one is asked for."""
+
+    start: int
+    length: int
+    place: int
+    size: int  # bytes of its text in UTF-8
+    contents: Iterable[bytes]  # that text, checked to be UTF-8, part by part
 
 
 class Reader(Protocol):
-    """A data file: ``scan`` raises UserError for what is wrong in it, ``read`` returns one document."""
+    """A data file: ``scan`` raises UserError for what is wrong in it, ``read`` returns bytes of one document."""
 
     path: Path
 
     def scan(self) -> Iterator[Found]: ...
-    def read(self, start: int, length: int) -> str: ...
+    def read(self, start: int, length: int, begin: int, end: int) -> bytes: ...
     def where(self, place: int) -> str: ...
 
 
-def open_reader(path: Path, field: str, cache: "RowGroupCache") -> Reader:
-    """The reader for the path's suffix; any suffix but .jsonl and .parquet is plain text."""
-    match path.suffix.lower():
-        case ".jsonl":
-            return JsonlReader(path, field)
-        case ".parquet":
-            return ParquetReader(path, field, cache)
-        case _:
-            return TextReader(path)
+def part_begins(size: int) -> range:
+    """Where each part of a document of ``size`` bytes begins. The last one has up to twice as much as the others."""
+    return range(0, 1) if size <= WHOLE_BYTES else range(0, size - PART_BYTES + 1, PART_BYTES)
+
+
+def part_of(size: int, number: int) -> tuple[int, int]:
+    """Begin and end of one of these parts."""
+    begins = part_begins(size)
+    return begins[number], size if number == len(begins) - 1 else begins[number + 1]
+
+
+def found_whole(start: int, length: int, place: int, content: bytes) -> Found:
+    """A document that is in memory."""
+    size = len(content)
+    begins = part_begins(size)
+    if len(begins) == 1:
+        return Found(start, length, place, size, [content])
+    parts = (content[slice(*part_of(size, number))] for number in range(len(begins)))
+    return Found(start, length, place, size, parts)
 
 
 class TextReader:
@@ -54,12 +78,29 @@ class TextReader:
         self.path = path
 
     def scan(self) -> Iterator[Found]:
-        content = self.path.read_bytes()
-        start = len(_BYTE_ORDER_MARK) if content.startswith(_BYTE_ORDER_MARK) else 0
-        yield start, len(content) - start, 0, _decode(content[start:], str(self.path), start)
+        with open_regular(self.path) as file:
+            size = os.fstat(file.fileno()).st_size
+            start = len(_BYTE_ORDER_MARK) if file.read(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK else 0
+            file.seek(start)
+            size -= start
+            yield Found(start, size, 0, size, self._parts(file, start, size))
 
-    def read(self, start: int, length: int) -> str:
-        return _read_bytes(self.path, start, length).decode()
+    def _parts(self, file: IO[bytes], start: int, size: int) -> Iterator[bytes]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for number in range(len(part_begins(size))):
+            done, end = part_of(size, number)
+            content = file.read(end - done)
+            if len(content) < end - done:
+                raise UserError(f"{self.path}: changed while it was read; start the run again")
+            carried = len(decoder.getstate()[0])
+            try:
+                decoder.decode(content, final=end == size)
+            except UnicodeDecodeError as error:
+                raise not_utf8(error, str(self.path), start + done - carried) from None
+            yield content
+
+    def read(self, start: int, length: int, begin: int, end: int) -> bytes:  # noqa: ARG002 - only jsonl needs it
+        return _read_range(self.path, start + begin, end - begin)
 
     def where(self, place: int) -> str:  # noqa: ARG002 - a text file has one place
         return str(self.path)
@@ -68,23 +109,33 @@ class TextReader:
 class JsonlReader:
     """One line, one JSON object, the document in its string ``field``. Blank lines are passed over."""
 
-    def __init__(self, path: Path, field: str):
+    def __init__(self, path: Path, field: str, max_record_bytes: int = MAX_RECORD_BYTES):
         self.path = path
         self.field = field
+        self._most = max_record_bytes
 
     def scan(self) -> Iterator[Found]:
-        offset = 0
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
+        offset, number = 0, 0
+        with open_regular(self.path) as lines:
+            while line := lines.readline(self._most + 2):  # with a line end, which does not count
+                number += 1
+                if len(line.rstrip(b"\r\n")) > self._most:
+                    raise UserError(
+                        f"{self.where(number)}: longer than {self._most:,} bytes, the most that is read of a line; "
+                        "split its text, write it as .txt, or raise the data's max_record_bytes"
+                    )
                 mark = len(_BYTE_ORDER_MARK) if number == 1 and line.startswith(_BYTE_ORDER_MARK) else 0
                 if line[mark:].strip():
-                    text = self._document(line[mark:], number, offset + mark)
-                    yield offset + mark, len(line) - mark, number, text
+                    content = self._document(line[mark:], number, offset + mark)
+                    yield found_whole(offset + mark, len(line) - mark, number, content)
                 offset += len(line)
 
-    def _document(self, line: bytes, number: int, offset: int) -> str:
+    def _document(self, line: bytes, number: int, offset: int) -> bytes:
         where = self.where(number)
-        source = _decode(line, where, offset)
+        try:
+            source = line.decode()
+        except UnicodeDecodeError as error:
+            raise not_utf8(error, where, offset) from None
         try:
             row = json.loads(source)
         except json.JSONDecodeError as error:
@@ -99,118 +150,41 @@ class JsonlReader:
                 f"{where}: a JSON {_json_type(row)}, expected an object with a {self.field!r} field"
             )
         if self.field not in row:
-            raise UserError(f"{where}: no field {self.field!r}; {_available(self.field, row)}")
+            raise UserError(f"{where}: no field {self.field!r}; {available(self.field, row)}")
         text = row[self.field]
         if not isinstance(text, str):
             raise UserError(f"{where}: field {self.field!r} is a JSON {_json_type(text)}, expected a string")
         try:
-            text.encode()
+            return text.encode()
         except UnicodeEncodeError as error:
             raise UserError(
                 f"{where}: field {self.field!r} holds half a surrogate pair at character {error.start}, "
                 "which no UTF-8 text can; remove it"
             ) from None
-        return text
 
-    def read(self, start: int, length: int) -> str:
-        return json.loads(_read_bytes(self.path, start, length))[self.field]
+    def read(self, start: int, length: int, begin: int, end: int) -> bytes:
+        return json.loads(_read_range(self.path, start, length))[self.field].encode()[begin:end]
 
     def where(self, place: int) -> str:
         return f"{self.path} line {place}"
 
 
-class RowGroupCache:
-    """Decoded parquet columns, the least recently used dropped first; shared by all readers and threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._groups: OrderedDict[tuple[Path, int], pa.Array] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, reader: "ParquetReader", group: int) -> pa.Array:
-        key = (reader.path, group)
-        with self._lock:
-            if key not in self._groups:
-                column = reader.row_group(group)
-                self._groups[key] = column
-                self._bytes += column.nbytes
-                while self._bytes > ROW_GROUP_CACHE_BYTES and len(self._groups) > 1:
-                    self._bytes -= self._groups.popitem(last=False)[1].nbytes
-            self._groups.move_to_end(key)
-            return self._groups[key]
-
-
-class ParquetReader:
-    """One row, one document, in the string column ``field``."""
-
-    def __init__(self, path: Path, field: str, cache: RowGroupCache):
-        self.path = path
-        self.field = field
-        self._cache = cache
-
-    def scan(self) -> Iterator[Found]:
-        row = 0
-        for group in range(self._check()):
-            for in_group, value in enumerate(self.row_group(group).to_pylist()):
-                where = self.where(row)
-                if value is None:
-                    raise UserError(f"{where}: column {self.field!r} is null, expected a string")
-                yield group, in_group, row, _decode(value, where, 0)
-                row += 1
-
-    def _check(self) -> int:
-        """The number of row groups of a file whose column is there and holds strings."""
-        try:
-            with pq.ParquetFile(self.path) as file:
-                schema, groups = file.schema_arrow, file.num_row_groups
-        except pa.ArrowException as error:
-            raise UserError(f"{self.path}: not a readable parquet file ({first_line(error)})") from None
-        if self.field not in schema.names:
-            raise UserError(f"{self.path}: no column {self.field!r}; {_available(self.field, schema.names)}")
-        kind = schema.field(self.field).type
-        value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if value_type not in (pa.string(), pa.large_string(), pa.string_view()):
-            raise UserError(f"{self.path}: column {self.field!r} holds {kind}, expected strings")
-        return groups
-
-    def row_group(self, group: int) -> pa.Array:
-        """The column of one row group as bytes: Arrow decodes UTF-8 without saying where it fails."""
-        try:
-            with pq.ParquetFile(self.path) as file:
-                column = file.read_row_group(group, columns=[self.field]).column(self.field)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(
-                f"{self.path} row group {group}: not readable ({first_line(error)}); copy the file again"
-            ) from None
-        if pa.types.is_dictionary(column.type):
-            column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks])
-        chunks = [chunk.cast(pa.large_binary()) for chunk in column.chunks]
-        return pa.concat_arrays(chunks) if chunks else pa.array([], pa.large_binary())
-
-    def read(self, start: int, length: int) -> str:
-        return self._cache.get(self, start)[length].as_py().decode()
-
-    def where(self, place: int) -> str:
-        return f"{self.path} row {place}"
-
-
-def _read_bytes(path: Path, start: int, length: int) -> bytes:
-    with path.open("rb") as file:
+def _read_range(path: Path, start: int, length: int) -> bytes:
+    with open_regular(path) as file:
         file.seek(start)
         return file.read(length)
 
 
-def _decode(content: bytes, where: str, offset: int) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: byte 0x{content[error.start]:02x} at offset {offset + error.start} is not UTF-8; "
-            "convert the file to UTF-8 (iconv -f ENCODING -t UTF-8) or leave it out"
-        ) from None
+def not_utf8(error: UnicodeDecodeError, where: str, offset: int) -> UserError:
+    """What to say of bytes that begin at ``offset`` and could not be decoded."""
+    return UserError(
+        f"{where}: byte 0x{error.object[error.start]:02x} at offset {offset + error.start} is not UTF-8; "
+        "convert the file to UTF-8 (iconv -f ENCODING -t UTF-8) or leave it out"
+    )
 
 
-def _available(field: str, names: Collection[str]) -> str:
+def available(field: str, names: Collection[str]) -> str:
+    """Which names there are instead of ``field``, the nearest one first."""
     nearest = difflib.get_close_matches(field, names, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     return f"{hint}it has {listed([*map(repr, names)], 8) or 'none'}; set the data's field"

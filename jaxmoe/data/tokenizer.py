@@ -1,15 +1,45 @@
 """Tokenizers in the ``tokenizer.json`` format: loaded, trained, saved, and applied to documents."""
 
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxmoe.errors import UserError, first_line
-from jaxmoe.files import why_unusable
+from jaxmoe.files import open_regular, read_text, why_unusable
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+"""What a tokenizer's folder may hold of it."""
+
+MAX_TOKENIZER_BYTES = 2**28
+"""Gemma's tokenizer.json, a large one, has 33 MB."""
+
+_MAX_CONFIG_BYTES = 2**24
+
+# What transformers may read of a folder besides its tokenizer.json.
+_READ_BESIDE = (
+    *TOKENIZER_FILES[1:],
+    *("config.json", "vocab.txt", "tekken.json", "chat_template.json", "adapter_config.json"),
+)
+
+_PROBE = "The 3rd naïve  probe:\n\t<s>{x}</s> 数据"
+
+_TRAINED_CHARACTERS = 2**15
+_WORD_ENDS = re.compile(r"(?<=[A-Za-z])(?=[\x00-\x40\x5b-\x60\x7b-\x7f])")
 
 _COMMON_EOS_TOKENS = (
     *("<|endoftext|>", "</s>", "<|end_of_text|>", "<|eos|>", "<eos>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001
@@ -18,7 +48,11 @@ _COMMON_EOS_TOKENS = (
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads a ``tokenizer.json``, or the one in a folder, without any truncation or padding stored in it.
+    """The tokenizer that transformers' AutoTokenizer makes of a folder with a ``tokenizer.json``, or of that file's.
+
+    Other files there count too: flags of tokenizer_config.json decide what is put around a text, its class may rebuild
+    the whole tokenizer. A file alone, or of another name, is taken as it is. Truncation and padding that are stored are
+    not applied. No code of the folder is run and nothing is fetched.
 
     Raises:
         UserError: there is none, or it is not readable.
@@ -28,24 +62,62 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{unusable}; expected a tokenizer.json or a folder with one")
     path = Path(path).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        slow = path.is_dir() and sorted(f.name for f in path.iterdir() if f.suffix in (".model", ".tiktoken"))
-        remedy = (
-            f"it has {slow[0]}, a slow tokenizer: convert it with "
-            "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-            if slow
-            else "expected a tokenizer.json or a folder with one (a slow sentencepiece tokenizer has none: "
-            "convert it with transformers.AutoTokenizer)"
-        )
-        raise UserError(f"{path}: no tokenizer.json; {remedy}")
+    if not file.exists():
+        raise UserError(f"{path}: no tokenizer.json; {_remedy(path)}")
+    beside = [file.parent / name for name in _READ_BESIDE] if file.name == "tokenizer.json" else []
+    beside = [other for other in beside if other.exists()]
+    for checked in (file, *beside):
+        _check_readable(checked, MAX_TOKENIZER_BYTES)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises nothing narrower
+        tokenizer = _of_folder(file.parent) if beside else Tokenizer.from_file(str(file))
+    except UserError:
+        raise
+    except Exception as error:  # neither library raises anything narrower
         raise UserError(f"{file}: not a readable tokenizer ({first_line(error)})") from None
     # Published files carry the settings of their last use: a document would silently be cut to them.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _of_folder(folder: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    made = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    tokenizer = getattr(made, "backend_tokenizer", None)
+    if not isinstance(tokenizer, Tokenizer) or made(_PROBE)["input_ids"] != tokenizer.encode(_PROBE).ids:
+        raise UserError(
+            f"{folder}: transformers' AutoTokenizer gives a {type(made).__name__}, whose ids are not those of a "
+            "tokenizer.json alone; convert it to a PreTrainedTokenizerFast and save that"
+        )
+    return tokenizer
+
+
+def _check_readable(file: Path, most: int) -> None:
+    """Refuses what another library would wait for, or fill the memory with."""
+    try:
+        with open_regular(file) as opened:
+            size = os.fstat(opened.fileno()).st_size
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); expected a tokenizer's file") from None
+    if size > most:
+        raise UserError(f"{file}: {size:,} bytes, expected at most {most:,} of a tokenizer's file")
+
+
+def _remedy(path: Path) -> str:
+    """What to do where there is no tokenizer.json."""
+    convert = "convert it with transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+    names = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    slow = sorted(name for name in names if name.endswith((".model", ".tiktoken")))
+    if slow:
+        return f"it has {slow[0]}, a slow tokenizer: {convert}"
+    parts = [name for name in ("vocab.json", "merges.txt", "vocab.txt", "tekken.json") if name in names]
+    if parts:
+        return f"it has {' and '.join(parts)}, the vocabulary of a slow tokenizer: {convert}"
+    return (
+        "expected a tokenizer.json or a folder with one (a slow sentencepiece tokenizer has none: convert it with "
+        "transformers.AutoTokenizer)"
+    )
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
@@ -78,8 +150,20 @@ def train_byte_bpe(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(itertools.chain.from_iterable(map(_small, texts)), trainer)
     return tokenizer
+
+
+def _small(text: str) -> Iterator[str]:
+    """A text in pieces that end with a word, which counts the same words: the library holds 256 of them at a time."""
+    at = 0
+    while len(text) - at > 2 * _TRAINED_CHARACTERS:
+        # An ASCII letter ends a word of ByteLevel's where another kind of ASCII character follows.
+        end = _WORD_ENDS.search(text, at + _TRAINED_CHARACTERS)
+        stop = len(text) if end is None else end.start()
+        yield text[at:stop]
+        at = stop
+    yield text[at:]
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -123,10 +207,10 @@ def end_of_document(tokenizer: Tokenizer, folder: str | Path | None = None) -> i
 
 
 def _configured_eos(tokenizer: Tokenizer, file: Path) -> int | None:
-    if not file.is_file():
+    if not file.exists():
         return None
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config = json.loads(read_text(file, _MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not readable as JSON ({first_line(error)})") from None
     except OSError as error:
@@ -152,36 +236,3 @@ def _configured_eos(tokenizer: Tokenizer, file: Path) -> int | None:
     if eos is not None and (type(eos) is not int or eos not in tokenizer.get_vocab().values()):
         raise UserError(f"{file}: eos_token_id {eos!r} is not an id of the tokenizer; correct it")
     return eos
-
-
-class DocumentEncoder:
-    """Text → token ids: ``tokenizer.encode``'s, with the tokens that mark where a document starts and ends.
-
-    Args:
-        tokenizer: its own special tokens (a BOS that it puts before every text) are kept.
-        eos: appended unless it is there already; None appends nothing.
-        context: put before every document unless the tokenizer puts a BOS there itself; None puts nothing.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, eos: int | None, context: int | None = None):
-        self._tokenizer = tokenizer
-        self._eos = [] if eos is None else [eos]
-        self._context = [] if context is None else [context]
-        # What the tokenizer puts around nothing starts with its BOS, or is an EOS that no text starts with.
-        self._own_bos = tokenizer.encode("").ids[:1]
-
-    def __call__(self, text: str) -> np.ndarray:
-        """int32 (n,). Safe to call from several threads, which then run side by side."""
-        try:
-            # encode_batch_fast leaves out character offsets and, unlike encode, lets other threads run.
-            ids = self._tokenizer.encode_batch_fast([text])[0].ids
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise UserError(
-                f"the tokenizer cannot encode the document that starts {text[:30]!r} ({first_line(error)}); "
-                "use another tokenizer or leave the document out"
-            ) from None
-        if not self._own_bos or ids[:1] != self._own_bos:
-            ids = self._context + ids
-        if self._eos and ids[-1:] != self._eos:
-            ids += self._eos
-        return np.array(ids, np.int32)

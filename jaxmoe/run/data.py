@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from tokenizers import Tokenizer
 
 from jaxmoe.config import RunConfig, TrainTokenizer
 from jaxmoe.data import (
+    TOKENIZER_FILES,
     BatchSpec,
     Documents,
     Evaluation,
     byte_baselines,
+    check_separable,
     end_of_document,
     evaluation_windows,
     load_tokenizer,
@@ -32,17 +35,6 @@ from jaxmoe.run.folder import RunLayout
 
 BASELINE_BYTES = 2**24
 """Training text that the byte baselines count."""
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +102,22 @@ class RunData:
         covered = (self.heldout[i] for i in range(self.evaluation.num_documents))
         return byte_baselines(self.train, covered, max_train_bytes=BASELINE_BYTES)
 
+    def doubts(self, model: Mapping[str, Any]) -> list[str]:
+        """What may be meant and seldom is, a line each; ``model`` is the content of its config.json."""
+        found = []
+        length, most = self.config.data.sequence_length, _positions(model)
+        if most is not None and length > most:
+            found.append(
+                f"data.sequence_length is {length:,} and the model's max_position_embeddings {most:,}: it has not seen "
+                "positions beyond that"
+            )
+        if self.eos is None:
+            found.append(
+                "the tokenizer has no end-of-text token: nothing tells the model where documents end (name one as "
+                "eos_token in tokenizer_config.json)"
+            )
+        return found
+
     def _batch_spec(self, rows: int) -> BatchSpec:
         data = self.config.data
         # A model that begins at random learns how documents begin after the token that ended the one before.
@@ -137,13 +145,13 @@ def open_data(config: RunConfig, model_folder: Path | None, vocab_size: int) -> 
         UserError: files are missing or malformed, no tokenizer is given, or it does not fit the model.
     """
     data = config.data
-    documents = open_documents(data.path, field=data.field, include=data.include, exclude=data.exclude)
+    read = functools.partial(open_documents, field=data.field, max_record_bytes=data.max_record_bytes)
+    documents = read(data.path, include=data.include, exclude=data.exclude)
     heldout = None
     if data.eval_path is not None:
         is_file = Path(data.eval_path).expanduser().is_file()  # patterns choose among the files of a folder
-        heldout = open_documents(
+        heldout = read(
             data.eval_path,
-            field=data.field,
             include=None if is_file else data.include,
             exclude=() if is_file else data.exclude,
         )
@@ -157,6 +165,8 @@ def open_data(config: RunConfig, model_folder: Path | None, vocab_size: int) -> 
             "give a tokenizer that fits the model"
         )
     eos = end_of_document(tokenizer, folder)
+    for opened in filter(None, (documents, heldout)):
+        check_separable(opened, tokenizer)
     return RunData(config, documents, heldout, tokenizer, eos)
 
 
@@ -166,7 +176,7 @@ def tokenizer_files(config: RunConfig) -> dict[str, Path | None]:
     if given is None:
         return {}
     folder = _kept(config) if isinstance(given, TrainTokenizer) else _folder_of(Path(given).expanduser())
-    return {name: folder / name if (folder / name).is_file() else None for name in _TOKENIZER_FILES}
+    return {name: folder / name if (folder / name).is_file() else None for name in TOKENIZER_FILES}
 
 
 def _tokenizer(
@@ -188,6 +198,15 @@ def _tokenizer(
             "data.tokenizer: a model with random weights has none; give a path or {train_bpe: SIZE}"
         )
     return load_tokenizer(model_folder), model_folder
+
+
+def _positions(model: Mapping[str, Any]) -> int | None:
+    """max_position_embeddings, which folders of several models have in the part for text."""
+    most = model.get("max_position_embeddings")
+    if isinstance(most, int):
+        return most
+    parts = (model.get(name) for name in ("text_config", "thinker_config"))
+    return next((_positions(part) for part in parts if isinstance(part, Mapping)), None)
 
 
 def _folder_of(path: Path) -> Path:

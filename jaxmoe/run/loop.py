@@ -129,6 +129,8 @@ class Trainer:
             with RunDisplay(steps, done, quiet=jax.process_index() != 0) as display:
                 meter = Meter(self.assembled)
                 display.say(self._headline(done, meter))
+                for doubt in self.data.doubts(self.assembled.source.raw):
+                    display.say(f"warning: {doubt}")
                 step = self._compiled() if done < steps else None
                 state = self._start(batches)
                 if step is not None:

@@ -1,4 +1,6 @@
+import hashlib
 import json
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -14,11 +16,17 @@ from jaxmoe.data import (
     DocumentEncoder,
     batches,
     byte_baselines,
+    encoder,
+    evaluation,
     evaluation_windows,
+    formats,
     open_documents,
+    pieces,
     save_tokenizer,
+    split_documents,
     training_batches,
 )
+from jaxmoe.data import documents as documents_module
 from jaxmoe.errors import UserError
 
 NAMES = ("tokens", "segment_ids", "positions")
@@ -71,8 +79,8 @@ def test_packed_rows_hold_every_document_of_an_epoch_once_without_padding(docume
     assert all((batch["segment_ids"] > 0).all() for batch in taken)
     stream = np.concatenate([batch["tokens"].ravel() for batch in taken]).tolist()
     ends = [-1] + [i for i, token in enumerate(stream) if token == 0]
-    pieces = [tuple(stream[start + 1 : end + 1]) for start, end in pairwise(ends)]
-    epochs = [pieces[i : i + 19] for i in range(0, len(pieces) - 18, 19)]
+    whole = [tuple(stream[start + 1 : end + 1]) for start, end in pairwise(ends)]
+    epochs = [whole[i : i + 19] for i in range(0, len(whole) - 18, 19)]
     assert len(epochs) > 3
     assert all(set(epoch) == encoded for epoch in epochs)
     assert epochs[0] != epochs[1]
@@ -250,6 +258,108 @@ def test_a_state_of_other_batches_is_refused(documents, tokenizer, write_jsonl):
             training_batches(documents, tokenizer, spec).set_state(nonsense)
 
 
+def digest(batches, count=150):
+    found = hashlib.blake2b(digest_size=8)
+    for batch in islice(batches, count):
+        for name in sorted(batch):
+            found.update(np.ascontiguousarray(batch[name]).tobytes())
+    return found.hexdigest()
+
+
+def test_values_are_those_that_runs_have_begun_with(tmp_path):
+    """Written down before documents were read in parts: a run that goes on has to find the same batches."""
+    words = ["<eos>", "?", *(f"w{i}" for i in range(97))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    texts = [" ".join(f"w{(i * i + 7 * j * j) % 97}" for j in range(1 + (i * 37) % 211)) for i in range(83)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:60]))
+    for i, text in enumerate(texts[60:]):
+        (tmp_path / f"b{i:02}.txt").write_text(text)
+    documents = open_documents(tmp_path)
+    train, heldout = split_documents(documents, 0.2, 3)
+    assert documents.fingerprint() == "559ba30ee099706975f2cda99f34a93e"
+    assert train.fingerprint() == "6fd99716c6c7c0aa7f1e4458ebf280cb"
+    assert heldout.fingerprint() == "4b98f589df7aad9ec8e22d214e6b5108"
+    expected = {True: "76ff72f69afa5d25", False: "f3dfd787f583cb92"}
+    for packing, values in expected.items():
+        spec = BatchSpec(29, 3, packing=packing, seed=11, eos=0)
+        iterator = training_batches(train, tokenizer, spec, process_index=1, process_count=2)
+        assert digest(iterator) == values
+        position = iterator.get_state()["position"]
+        iterator.close()
+        if packing:
+            assert (position["window_index"], position["pos_in_window"]) == (7, 51)
+            packed = position["parent_window_start_state"]
+            assert (packed["parent_state"], packed["remainder_slices"]) == (
+                {"next_index": 107},
+                {"tokens": (37, 42)},
+            )
+        else:
+            assert position == {"next_index": 450}
+    held = evaluation_windows(heldout, tokenizer, BatchSpec(29, 3, eos=0))
+    assert digest(held.batches) == "8ac5bcab53cee523"
+    assert (held.num_documents, held.num_bytes, held.num_targets) == (17, 6989, 1813)
+
+
+def test_evaluation_joins_the_parts_of_a_document(tmp_path, tokenizer, monkeypatch):
+    for module in (documents_module, formats, encoder):
+        monkeypatch.setattr(module, "PART_BYTES", 10_000)
+    for module in (documents_module, formats):
+        monkeypatch.setattr(module, "WHOLE_BYTES", 20_000)
+    monkeypatch.setattr(pieces, "_REACH", 9000)
+    text = " ".join(random.Random(0).choices(["expert", "router", "naïve", "token", "数据"], k=9000))
+    (tmp_path / "a.txt").write_text(text)
+    documents, spec = open_documents(tmp_path), BatchSpec(64, 3, eos=0)
+    assert len(documents) > 4
+    parts, whole = (evaluation_windows(d, tokenizer, spec) for d in (documents, [text]))
+    assert predictions([parts]) == predictions([whole])
+    assert (parts.num_bytes, parts.num_targets) == (whole.num_bytes, whole.num_targets)
+    assert byte_baselines(documents, documents) == pytest.approx(naive_bits([text], [text]), rel=1e-3)
+    # Training has every token of them once an epoch, and unpacked rows have only the beginning.
+    one = take(1, documents, tokenizer, BatchSpec(64, 1, packing=False, eos=0))[0]
+    assert one["tokens"].tolist() == [tokenizer.encode(text).ids[:64]]
+    monkeypatch.setattr(batches, "_WINDOW_TOKENS", 0)
+    rows = take(whole.num_targets // 64, documents, tokenizer, BatchSpec(64, 1, eos=0))
+    tokens = np.concatenate([row["tokens"].ravel() for row in rows]).tolist()
+    assert not Counter(tokens) - Counter([*tokenizer.encode(text).ids, 0])
+
+
+def test_too_much_to_evaluate(documents, tokenizer, texts, monkeypatch):
+    spec = BatchSpec(24, 2, eos=0)
+    monkeypatch.setattr(evaluation, "MAX_EVAL_TOKENS", 300)
+    with pytest.raises(
+        UserError, match=r"held-out documents have .* tokens, expected at most 300; .*eval_tokens"
+    ):
+        evaluation_windows(documents, tokenizer, spec)
+    assert evaluation_windows(documents, tokenizer, spec, max_tokens=100).num_targets >= 100
+    monkeypatch.setattr(evaluation, "_MAX_EVAL_BYTES", 300)
+    with pytest.raises(UserError, match="bytes of held-out text, expected at most 300"):
+        evaluation_windows(documents, tokenizer, spec)
+
+
+def test_a_batch_out_of_proportion_to_the_data(documents, tokenizer):
+    for packing, batch_size in ((True, 2**14), (False, 2**14)):
+        spec = BatchSpec(2**14, batch_size, packing=packing, eos=0)
+        with pytest.raises(
+            UserError, match="would repeat the 19 documents .* times, expected at most 16: lower"
+        ):
+            training_batches(documents, tokenizer, spec)
+
+
+def test_first_fit_against_the_definition():
+    rng = random.Random(1)
+    lengths = [rng.randrange(1, 30) for _ in range(700)] + [29] * 50
+    rows: list[int] = []
+    expected = []
+    for length in lengths:
+        row = next((r for r, free in enumerate(rows) if free >= length), len(rows))
+        if row == len(rows):
+            rows.append(29)
+        rows[row] -= length
+        expected.append(row)
+    assert evaluation._first_fit(lengths, 29).tolist() == expected
+
+
 def numbered_words(lengths):
     """Documents of words that occur once, and a tokenizer with id = 2 + word; <s> is 0, </s> is 1."""
     starts = np.cumsum([0, *lengths])
@@ -263,8 +373,8 @@ def numbered_words(lengths):
 def predictions(evaluations):
     """Counter of (input, target) over the batches of all hosts, after checking the rows."""
     pairs = Counter[tuple[int, int]]()
-    for evaluation in evaluations:
-        for batch in evaluation.batches:
+    for part in evaluations:
+        for batch in part.batches:
             segments(batch)
             predicted = batch["targets"] >= 0
             assert (predicted == (batch["segment_ids"] > 0)).all()

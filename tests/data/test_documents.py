@@ -1,5 +1,5 @@
 import json
-from pathlib import Path
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxmoe.data import documents as documents_module
-from jaxmoe.data import formats, open_documents, split_documents
+from jaxmoe.data import formats, open_documents, parquet, split_documents
 from jaxmoe.errors import UserError
 
 
@@ -62,8 +62,8 @@ def test_parquet_reads_rows_of_all_row_groups(tmp_path, kind):
 def test_parquet_row_groups_beyond_the_cache_are_read_again(tmp_path, monkeypatch, caplog):
     texts = [f"text {i}" for i in range(9)]
     file = write_parquet(tmp_path / "a.parquet", text=texts)
-    monkeypatch.setattr(formats, "ROW_GROUP_CACHE_BYTES", 20)
-    monkeypatch.setattr(documents_module, "ROW_GROUP_CACHE_BYTES", 20)
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 20)
+    monkeypatch.setattr(documents_module, "CACHE_BYTES", 20)
     opened = open_documents(file)
     assert ".jsonl files read faster" in caplog.text
     assert [opened[i] for i in (*range(9), *range(8, -1, -1))] == texts + texts[::-1]
@@ -175,14 +175,119 @@ def test_unreadable_file(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(file))
 
     (tmp_path / "a.txt").write_text("x")
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr(formats, "open_regular", denied)
     refuses(tmp_path, "a.txt: cannot be read (Permission denied)")
 
 
-def test_too_long_a_document(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents_module, "MAX_DOCUMENT_BYTES", 5)
-    (tmp_path / "a.txt").write_text("ééé")
-    refuses(tmp_path, "a.txt", "6 bytes", "at most 5", "split")
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+def test_what_is_no_regular_file(tmp_path, suffix):
+    """Opened, a pipe would wait for a writer and a device would never end."""
+    pipe, zero = tmp_path / f"pipe.{suffix}", tmp_path / f"zero.{suffix}"
+    os.mkfifo(pipe)
+    refuses(tmp_path, str(pipe), "no regular file", "write its text to a file")
+    zero.symlink_to("/dev/zero")
+    for file in (pipe, zero):
+        refuses(file, str(file), "no regular file")
+        reader = documents_module._open_reader(file, "text", parquet.BlockCache(), 2**20)
+        with pytest.raises(OSError, match="expected a regular file"):  # for one that takes a file's place
+            next(reader.scan())
+
+
+def test_a_line_that_is_too_long_is_not_read(tmp_path):
+    file = tmp_path / "a.jsonl"
+    with file.open("wb") as lines:
+        lines.write(b'{"text": "one"}\r\n')
+        lines.truncate(2**42)
+    refuses(file, "a.jsonl line 2: longer than 33,554,432 bytes", "max_record_bytes")
+    line = json.dumps({"text": "x" * 1000}).encode()
+    file.write_bytes(line + b"\r\n" + line)
+    assert len(open_documents(file, max_record_bytes=len(line))) == 2
+    refuses(file, "line 1: longer than 1,011 bytes", max_record_bytes=len(line) - 1)
+
+
+def test_a_parquet_text_that_is_too_long(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", text=["a", "b" * 1001, "c", "d"])
+    refuses(file, "row 1: a text of 1,001 bytes, expected at most 1,000", max_record_bytes=1000)
+    refuses(file, "row group 0", "bytes in 2 rows", "at most 100 in each", max_record_bytes=100)
+
+
+def test_two_parquet_columns_of_one_name(tmp_path):
+    table = pa.Table.from_arrays(
+        [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], ["text", "text", "other"]
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    refuses(tmp_path / "a.parquet", "2 columns are named 'text', expected one")
+    assert list(open_documents(tmp_path / "a.parquet", field="other")) == ["c"]
+
+
+def test_parquet_row_groups_are_held_in_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "_BLOCK_BYTES", 50)
+    monkeypatch.setattr(parquet, "_BATCH_ROWS", 4)
+    texts = [f"text {i} " * (1 + i % 3) for i in range(60)]
+    texts[20] = "x" * 80  # by itself more than a block
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=40)
+    opened = open_documents(tmp_path)
+    assert [opened[i] for i in (*range(60), *range(59, -1, -7))] == texts + texts[::-7]
+    blocks = opened._readers[0]._cache._blocks.values()
+    assert len(blocks) > 8
+    assert sorted(sum(map(len, block.to_pylist())) for block in blocks)[-2:] == [49, 80]
+
+
+def test_json_is_to_be_converted(tmp_path):
+    (tmp_path / "rows.json").write_text('[{"text": "a"}]')
+    for path in (tmp_path, tmp_path / "rows.json"):
+        with pytest.raises(UserError, match=r"\.json.*convert .*jsonl") as caught:
+            open_documents(path)
+        assert "plain text" not in str(caught.value)
+
+
+def large(monkeypatch, whole=40, part=10):
+    for module in (documents_module, formats):
+        monkeypatch.setattr(module, "WHOLE_BYTES", whole)
+        monkeypatch.setattr(module, "PART_BYTES", part)
+
+
+def test_a_large_document_is_several_elements(tmp_path, monkeypatch, write_jsonl):
+    large(monkeypatch)
+    text = "".join(chr(0x1F600 + i) + "é" * (i % 4) for i in range(20))
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (tmp_path / "b.txt").write_text("x" * 40)
+    (tmp_path / "c.txt").write_text(" " * 55)
+    write_jsonl([text, "short"], "d.jsonl")
+    write_parquet(tmp_path / "e.parquet", text=["short", text])
+    size = len(text.encode())
+    opened = open_documents(tmp_path)
+    count = size // 10
+    assert opened.beginnings().tolist() == (
+        [True]
+        + [False] * (count - 1)
+        + [True]
+        + [True]
+        + [False] * (count - 1)
+        + [True] * 3
+        + [False] * (count - 1)
+    )
+    assert [opened.num_bytes(i) for i in range(count)] == [10] * (count - 1) + [size - 10 * (count - 1)]
+    assert opened.total_bytes == 3 * size + 40 + 2 * 5
+    assert opened.largest == 40
+    assert "".join(opened) == text + "x" * 40 + text + "short" * 2 + text
+    assert opened.where(1).endswith("a.txt from byte 10")
+    train, heldout = split_documents(opened, 0.3, 1)
+    for side in (train, heldout):  # with all of its parts
+        assert np.count_nonzero(side.beginnings()) * (count - 1) >= np.count_nonzero(~side.beginnings())
+        assert len("".join(side).replace("short", "").replace("x" * 40, "")) % len(text) == 0
+
+
+@pytest.mark.parametrize("at", [3, 9, 10, 11, 30, 59])
+def test_where_a_large_file_is_not_utf8(tmp_path, monkeypatch, at):
+    large(monkeypatch)
+    content = bytearray("aé" * 20, "utf-8")
+    content[at] = 0xFF
+    (tmp_path / "a.txt").write_bytes(content)
+    begins_here = at % 3 != 2
+    refuses(
+        tmp_path, f"byte 0x{'ff' if begins_here else 'c3'} at offset {at if begins_here else at - 1} is not"
+    )
 
 
 def test_a_change_after_opening_is_noticed(tmp_path, write_jsonl):

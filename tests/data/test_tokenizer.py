@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from jaxmoe.data import (
     DocumentEncoder,
@@ -95,7 +96,8 @@ def test_vocabulary_too_small():
 def test_saved_tokenizer_loads_here_and_in_transformers(tmp_path, tokenizer, texts):
     save_tokenizer(tokenizer, tmp_path / "new" / "folder")
     again = load_tokenizer(tmp_path / "new" / "folder")
-    assert again.to_str() == tokenizer.to_str()
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert [again.encode(text).ids for text in texts] == [tokenizer.encode(text).ids for text in texts]
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     automatic = AutoTokenizer.from_pretrained(tmp_path / "new" / "folder")
@@ -103,6 +105,151 @@ def test_saved_tokenizer_loads_here_and_in_transformers(tmp_path, tokenizer, tex
     assert (automatic.eos_token, automatic.eos_token_id) == ("<|endoftext|>", 0)
     assert automatic(texts[7])["input_ids"] == tokenizer.encode(texts[7]).ids
     assert automatic.decode(automatic(texts[7])["input_ids"]) == texts[7]
+
+
+NEW_TOKEN = {"content": "<new>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+
+
+def word_pieces(kind):
+    """A tokenizer of two published kinds; what it knows is beside the point."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=kind == "metaspace"))
+    tokenizer.pre_tokenizer = {
+        "metaspace": pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+        "bytes": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    }[kind]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["The 3rd text of a new kind is new text. " * 9], trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "changes"),
+    [
+        ("bytes", {}, False),
+        ("bytes", {"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}}, False),
+        ("bytes", {"tokenizer_config.json": {"added_tokens_decoder": {"400": NEW_TOKEN}}}, True),
+        ("bytes", {"tokenizer_config.json": {"add_bos_token": True, "bos_token": "<s>"}}, None),
+        (
+            "bytes",
+            {
+                "tokenizer_config.json": {
+                    "add_bos_token": True,
+                    "add_eos_token": True,
+                    "bos_token": "<s>",
+                    "eos_token": "</s>",
+                }
+            },
+            None,
+        ),
+        ("bytes", {"tokenizer_config.json": {"extra_special_tokens": ["<new>"]}}, True),
+        (
+            "bytes",
+            {
+                "tokenizer_config.json": {},
+                "special_tokens_map.json": {"additional_special_tokens": ["<new>"]},
+            },
+            True,
+        ),
+        ("bytes", {"tokenizer_config.json": {}, "added_tokens.json": {"<new>": 400}}, True),
+        (
+            "bytes",
+            {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}},
+            True,
+        ),
+        ("bytes", {"tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer"}}, True),
+        ("bytes", {"config.json": {"model_type": "qwen3_moe"}}, True),
+        ("bytes", {"config.json": {"model_type": "of our own"}}, False),
+        ("metaspace", {"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}}, True),
+        (
+            "metaspace",
+            {"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}},
+            None,
+        ),
+        ("metaspace", {"config.json": {"model_type": "mixtral"}}, None),
+    ],
+)
+def test_ids_are_those_of_transformers(tmp_path, kind, files, changes):
+    """``changes``: that tokenizer.json alone would give others, None where it does not matter."""
+    from transformers import AutoTokenizer
+
+    alone = word_pieces(kind)
+    alone.save(str(tmp_path / "tokenizer.json"))
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    texts = ["The new text", " of <new> kinds:  <s>text</s>", "1234 naïve\n\nCafe\u0301 数据", ""]
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        ids = [load_tokenizer(path).encode(text).ids for text in texts]
+        assert ids == AutoTokenizer.from_pretrained(tmp_path)(texts)["input_ids"]
+    if changes is not None:
+        assert (ids != [alone.encode(text).ids for text in texts]) == changes
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"tokenizer_class": "ByT5Tokenizer"}, "ByT5Tokenizer, whose ids are not those"),
+        ({"auto_map": {"AutoTokenizer": ["code.Own", None]}}, "not a readable tokenizer"),
+        ({"added_tokens_decoder": {"x": 1}}, "not a readable tokenizer"),
+        ([], "not a readable tokenizer"),
+    ],
+)
+def test_folders_of_which_there_is_no_such_tokenizer(tmp_path, tokenizer, config, message):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text("raise SystemExit('was run')")
+    with pytest.raises(UserError, match=message) as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"]
+)
+def test_what_is_no_regular_file_of_a_plausible_size(tmp_path, tokenizer, name):
+    """Opened, a pipe would wait for a writer."""
+    save_tokenizer(tokenizer, tmp_path)
+    file = tmp_path / name
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    with pytest.raises(
+        UserError, match=f"{name}: cannot be read .it is a named pipe, expected a regular file"
+    ):
+        load_tokenizer(tmp_path)
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=f"{name}: cannot be read .it is a character device"):
+        load_tokenizer(tmp_path)
+    file.unlink()
+    with file.open("wb") as sparse:
+        sparse.truncate(2**28 + 1)
+    with pytest.raises(UserError, match=rf"{name}: 268,435,457 bytes, expected at most 268,435,456"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "config.json"])
+def test_end_of_document_reads_regular_files(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: cannot be read .it is a named pipe"):
+        end_of_document(word_level("a"), tmp_path)
+    (tmp_path / name).unlink()
+    with (tmp_path / name).open("wb") as sparse:
+        sparse.truncate(2**24 + 1)
+    with pytest.raises(UserError, match=f"{name}: cannot be read .it has 16,777,217 bytes"):
+        end_of_document(word_level("a"), tmp_path)
+
+
+def test_a_vocabulary_without_tokenizer_json(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(
+        UserError, match=r"it has vocab\.json and merges\.txt, .*: convert it with transformers"
+    ):
+        load_tokenizer(tmp_path)
 
 
 def test_stored_truncation_and_padding_are_not_applied(tmp_path, tokenizer, texts):
@@ -189,5 +336,5 @@ def test_document_encoder_marks_the_ends():
     assert DocumentEncoder(own_bos, eos=2, context=2)("a").tolist() == [1, 0, 2]
     own_eos = word_level("a", "</s>", template="$A </s>")
     assert DocumentEncoder(own_eos, eos=1, context=1)("a a").tolist() == [1, 0, 0, 1]
-    with pytest.raises(UserError, match="cannot encode the document that starts 'a c'"):
+    with pytest.raises(UserError, match="cannot encode the text that starts 'a c'"):
         DocumentEncoder(plain, eos=2)("a c")
