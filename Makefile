@@ -51,6 +51,10 @@ kernels-newest: $(READY_NEWEST)
 recipes: $(READY_TO_TEST) ## compile the training steps of configs/ for GPUs that are not there: memory of each
 	@.ci/compile-recipes .venv/bin/python
 
+.PHONY: older-folders
+older-folders: $(READY_TO_TEST) ## read folders that older transformers write: the tables of interop/OLDER_FOLDERS.md
+	cd tests && ../.venv/bin/python -m older_folders
+
 .PHONY: lint
 lint: $(READY_TO_TEST) ## ruff: rules and formatting
 	.venv/bin/ruff check .

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,10 @@ from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.quantization.folder import Files, open_files, split_config
 from jaxmoe.interop.rules import Bindings, bind
 from jaxmoe.interop.storage.format import TensorInfo, raise_problems
+from jaxmoe.kernels.logs import log_once
 from jaxmoe.model.spec import ModelSpec
+
+_log = logging.getLogger(__name__)
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 """Dtypes of tensors that can be loaded."""
@@ -76,6 +80,8 @@ class Source:
 def open_source(path_or_hub_id: str | Path) -> Source:
     """Open a checkpoint and check that it is whole: every tensor there, of the right shape, and none unknown.
 
+    Where the transformers that wrote it is known to have computed something else, a line in the log says so.
+
     Raises:
         UserError: whatever is wrong with it, all missing, surplus and misshapen tensors listed once.
     """
@@ -89,6 +95,8 @@ def open_source(path_or_hub_id: str | Path) -> Source:
     shapes = {name: info.shape for name, info in files.tensors.items()}
     bindings = bind(family.rules(spec), spec, shapes, family.ignored)
     raise_problems(folder, problems + _problems(bindings, files))
+    for note in family.notes(raw):
+        log_once(_log, logging.WARNING, f"{folder / 'config.json'}: {note}")
     return Source(family, raw, spec, bindings, folder, files)
 
 

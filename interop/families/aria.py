@@ -8,8 +8,8 @@ from jaxmoe.interop.families.family import Prefix
 FAMILY = dataclasses.replace(
     TEXT,
     model_type="aria",
-    ignored=(r"^(vision_tower|multi_modal_projector)\.",),
+    ignored=(r"^(model\.)?(vision_tower|multi_modal_projector)\.",),
     unused_fields=TEXT.unused_fields | {"max_value_projector_patch_to_query_dict"},  # transformers saves it
     text=("text_config",),
-    prefixes=(Prefix("language_model.model.", "language_model."),),
+    prefixes=(Prefix("language_model.model.", "language_model."), Prefix("model.language_model.")),
 )
