@@ -107,8 +107,8 @@ def test_shards_of_cut_experts(tmp_path, axes):
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_aria_of_5_5_is_named_as_in_memory(tmp_path, index):
-    """From 5.5 on, or before it: ``model.language_model.…`` and ``lm_head``, towers under ``model.`` too."""
+def test_aria_named_as_in_memory(tmp_path, index):
+    """As 5.5 and 5.10 write it: ``model.language_model.…`` and ``lm_head``, the towers under ``model.`` too."""
     config = families.config_json("aria", [{}, *families.case_of("aria").variants][index])
     tensors = random_tensors(config)
     beside = {"model.vision_tower.patch": np.zeros(3), "model.multi_modal_projector.query": np.zeros(2)}

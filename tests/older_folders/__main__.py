@@ -15,7 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",  # most of the time is compilation
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))  # for the form of results
 
 import transformers
