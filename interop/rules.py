@@ -73,7 +73,7 @@ class Binding:
         """The part of the parameter that the tensor holds: a slice with bounds per letter, in its own order."""
         sizes = zip(self.declared.dims, self.declared.shape, strict=True)
         whole = {letter: slice(0, size) for letter, size in sizes}
-        return whole | self.ranges | {letter: slice(i, i + 1) for letter, i in self.index.items()}
+        return {**whole, **self.ranges, **{letter: slice(i, i + 1) for letter, i in self.index.items()}}
 
     def within(self, box: Sequence[slice]) -> dict[str, slice]:
         """A box on the tensor's `letters` → the part of the parameter that it is, a slice per letter."""
