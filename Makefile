@@ -55,6 +55,10 @@ recipes: $(READY_TO_TEST) ## compile the training steps of configs/ for GPUs tha
 hostile: $(READY_TO_TEST) ## attack the commands: bad inputs, damaged folders, kills, signals, full disks; an hour
 	cd tests && ../.venv/bin/python -m hostile.campaign
 
+.PHONY: older-folders
+older-folders: $(READY_TO_TEST) ## read folders that older transformers write: the tables of interop/OLDER_FOLDERS.md
+	cd tests && ../.venv/bin/python -m older_folders
+
 .PHONY: lint
 lint: $(READY_TO_TEST) ## ruff: rules and formatting
 	.venv/bin/ruff check .

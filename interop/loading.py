@@ -123,16 +123,18 @@ class LocalShards:
     def _targets(self, part: Binding) -> Iterator[tuple[Box, np.ndarray]]:
         """For each shard that has some of a tensor: its box in the tensor, and that part of its buffer."""
         dims = self._declared.dims
-        free = [letter for letter in dims if letter not in part.index]
+        axes = {letter: axis for axis, letter in enumerate(dims)}
+        fixed = [axes[letter] for letter in part.index]
+        held = tuple(part.held.values())  # in the order of dims
         for bounds, buffer in self._buffers.items():
-            of_letter = {letter: slice(*one) for letter, one in zip(dims, bounds, strict=True)}
-            if all(of_letter[letter].start <= i < of_letter[letter].stop for letter, i in part.index.items()):
-                place = tuple(
-                    part.index[letter] - of_letter[letter].start if letter in part.index else slice(None)
-                    for letter in dims
-                )
-                view = buffer[place].transpose([free.index(letter) for letter in part.letters])
-                yield tuple(of_letter[letter] for letter in part.letters), view
+            shard = tuple(slice(*one) for one in bounds)
+            shared = _overlap(held, shard)
+            if any(one.start >= one.stop for one in shared):
+                continue
+            in_tensor = _within(shared, held)
+            view = buffer[_within(shared, shard)]
+            view = view.transpose([*fixed, *(axes[letter] for letter in part.letters)])
+            yield tuple(in_tensor[axes[letter]] for letter in part.letters), view[(0,) * len(fixed)]
 
     def _bounds(self, index: tuple[slice, ...] | None) -> tuple[tuple[int, int], ...]:
         shape = self._declared.shape

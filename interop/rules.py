@@ -8,6 +8,7 @@ A `Rule` pairs one parameter with the tensors of a checkpoint that hold it::
 words; the last string gives the axes of one such tensor. All letters are those of the parameter's declaration
 (`jaxmoe.params`), so the arrangement follows: einops "F D -> F D" for one tensor, at place [L, E, G] of the
 parameter (L, E, G, F, D). Parentheses fuse letters into one axis: "E (G F) D" is a fused layout.
+``{D/first|second}`` spells the halves of letter D, which the axes have as well: a tensor that was cut.
 
 `bind` turns the rules of a family into one `Binding` per tensor; reading takes a binding left to right,
 writing right to left.
@@ -26,7 +27,7 @@ import numpy as np
 from jaxmoe.model.spec import ModelSpec
 from jaxmoe.params import Param, named
 
-_FIELD = re.compile(r"\{([A-Z])(?::([^}]*))?\}")
+_FIELD = re.compile(r"\{([A-Z])(?:([:/])([^}]*))?\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Binding:
         declared: the parameter's declaration.
         index: letters that the tensor's name fixes, with their index.
         axes: the tensor's axes, each a tuple of letters.
+        ranges: letters of which the tensor holds a part, with its bounds.
     """
 
     source: str
@@ -64,6 +66,23 @@ class Binding:
     declared: Param
     index: Mapping[str, int]
     axes: tuple[tuple[str, ...], ...]
+    ranges: Mapping[str, slice] = dataclasses.field(default_factory=dict)
+
+    @property
+    def held(self) -> dict[str, slice]:
+        """The part of the parameter that the tensor holds: a slice with bounds per letter, in its own order."""
+        sizes = zip(self.declared.dims, self.declared.shape, strict=True)
+        whole = {letter: slice(0, size) for letter, size in sizes}
+        return {**whole, **self.ranges, **{letter: slice(i, i + 1) for letter, i in self.index.items()}}
+
+    def within(self, box: Sequence[slice]) -> dict[str, slice]:
+        """A box on the tensor's `letters` → the part of the parameter that it is, a slice per letter."""
+        held = self.held
+        inside = {
+            letter: slice(held[letter].start + part.start, held[letter].start + part.stop)
+            for letter, part in zip(self.letters, box, strict=True)
+        }
+        return held | inside
 
     @property
     def letters(self) -> tuple[str, ...]:
@@ -73,8 +92,8 @@ class Binding:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Size per letter of `letters`."""
-        size_of = dict(zip(self.declared.dims, self.declared.shape, strict=True))
-        return tuple(size_of[letter] for letter in self.letters)
+        held = self.held
+        return tuple(held[letter].stop - held[letter].start for letter in self.letters)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -85,7 +104,7 @@ class Binding:
     @property
     def place(self) -> tuple[int | slice, ...]:
         """Index of the tensor's part within the parameter."""
-        return tuple(self.index.get(letter, slice(None)) for letter in self.declared.dims)
+        return tuple(self.index.get(letter, part) for letter, part in self.held.items())
 
     def to_parameter(self, factored: np.ndarray) -> np.ndarray:
         """(axes `letters`) → the parameter's own order of the letters that the name leaves free."""
@@ -234,29 +253,54 @@ def _layout(
 def _expand(rule: Rule, part: _Part) -> list[Binding]:
     """The bindings of one rule for one part, experts in numeric order."""
     axes = tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", rule.axes))
-    fields = [(match[1], match[2].split("|") if match[2] else None) for match in _FIELD.finditer(rule.source)]
-    letters = [letter for letter, _ in fields] + [letter for group in axes for letter in group]
-    if sorted(letters) != sorted(part.declared.dims):
-        raise ValueError(f"{rule} gives letters {letters} for {part.name}, declared as {part.declared.dims}")
     size_of = dict(zip(part.declared.dims, part.declared.shape, strict=True))
-    choices: list[list[tuple[str, int, str]]] = []
-    for letter, words in fields:
-        if words is not None and len(words) != size_of[letter]:
-            raise ValueError(
-                f"{rule} spells {len(words)} words for {letter}={size_of[letter]} of {part.name}"
-            )
-        if letter == "L":
-            choices.append([("L", part.repeat or 0, str(part.layer))])
-        else:
-            choices.append([(letter, i, words[i] if words else str(i)) for i in range(size_of[letter])])
+    fields = [
+        (letter, mark, words.split("|") if words else None)
+        for letter, mark, words in _FIELD.findall(rule.source)
+    ]
+    letters = [letter for letter, mark, _ in fields if mark != "/"] + [
+        letter for group in axes for letter in group
+    ]
+    if (
+        sorted(letters) != sorted(part.declared.dims)
+        or not {letter for letter, *_ in fields} <= size_of.keys()
+    ):
+        raise ValueError(f"{rule} gives letters {letters} for {part.name}, declared as {part.declared.dims}")
+    choices = [
+        _parts_of(letter, words or (), size_of[letter])
+        if mark == "/"
+        else _places(rule, part, letter, words, size_of[letter])
+        for letter, mark, words in fields
+    ]
     template = _FIELD.sub(r"{\1}", rule.source)
     return [
         Binding(
             source=template.format(**{letter: word for letter, _, word in choice}),
             target=part.name,
             declared=part.declared,
-            index={letter: i for letter, i, _ in choice},
+            index={letter: place for letter, place, _ in choice if isinstance(place, int)},
             axes=axes,
+            ranges={letter: place for letter, place, _ in choice if isinstance(place, slice)},
         )
         for choice in itertools.product(*choices)
+    ]
+
+
+_Choice = tuple[str, int | slice, str]
+"""A letter, a place on it, and how a tensor's name spells that."""
+
+
+def _places(rule: Rule, part: _Part, letter: str, words: Sequence[str] | None, size: int) -> list[_Choice]:
+    if words is not None and len(words) != size:
+        raise ValueError(f"{rule} spells {len(words)} words for {letter}={size} of {part.name}")
+    if letter == "L":
+        return [("L", part.repeat or 0, str(part.layer))]
+    return [(letter, i, words[i] if words else str(i)) for i in range(size)]
+
+
+def _parts_of(letter: str, words: Sequence[str], size: int) -> list[_Choice]:
+    """Cut as torch.chunk does: what does not divide is missing from the last part."""
+    step = -(-size // max(1, len(words)))
+    return [
+        (letter, slice(min(i * step, size), min((i + 1) * step, size)), word) for i, word in enumerate(words)
     ]

@@ -270,8 +270,7 @@ class _Tensors:
         array = self._params[binding.target]
         whole = [slice(0, size) for size in binding.sizes]
         for box in pieces(whole, max(1, PIECE_BYTES // array.dtype.itemsize)):
-            of_letter = dict(zip(binding.letters, box, strict=True))
-            of_letter |= {letter: slice(i, i + 1) for letter, i in binding.index.items()}
+            of_letter = binding.within(box)
             yield box, self._slice(array, [of_letter[letter] for letter in binding.declared.dims])
 
     def _stored(self, info: TensorInfo, binding: Binding, box: Box, part: np.ndarray) -> np.ndarray:

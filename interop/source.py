@@ -1,6 +1,7 @@
 """Where a model comes from: a checkpoint folder, or a config.json alone."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from jaxmoe.interop.rules import Bindings, bind, tensor_count
 from jaxmoe.interop.storage.format import MAX_TENSORS, TensorInfo
 from jaxmoe.interop.storage.problems import raise_problems
 from jaxmoe.interop.storage.slices import pieces
+from jaxmoe.kernels.logs import log_once
 from jaxmoe.model.spec import ModelSpec
+
+_log = logging.getLogger(__name__)
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 """Dtypes of tensors that can be loaded."""
@@ -77,6 +81,8 @@ class Source:
 def open_source(path_or_hub_id: str | Path) -> Source:
     """Open a checkpoint and check that it is whole: every tensor there, of the right shape, and none unknown.
 
+    Where the transformers that wrote it is known to have computed something else, a line in the log says so.
+
     Raises:
         UserError: whatever is wrong with it, all missing, surplus and misshapen tensors listed once.
     """
@@ -91,6 +97,8 @@ def open_source(path_or_hub_id: str | Path) -> Source:
     shapes = {name: info.shape for name, info in files.tensors.items()}
     bindings = bind(family.rules(spec), spec, shapes, family.beside(raw, spec))
     raise_problems(folder, problems + _problems(bindings, files))
+    for note in family.notes(raw):
+        log_once(_log, logging.WARNING, f"{folder / 'config.json'}: {note}")
     return Source(family, raw, spec, bindings, folder, files)
 
 

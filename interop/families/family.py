@@ -8,6 +8,7 @@ from typing import Any
 from jaxmoe.errors import UserError, quote
 from jaxmoe.interop.bounds import check_plausible
 from jaxmoe.interop.config_json import ConfigReader, text_config
+from jaxmoe.interop.families.mistakes import Mistake
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.spec import ModelSpec
 
@@ -47,6 +48,7 @@ class Family:
         unused_fields: config.json fields that published configs carry and transformers' model never reads.
         text: where in config.json the text model's config is, such as ("text_config",).
         prefixes: of the layouts that are published, the most common one first.
+        mistakes: of older versions of transformers, which its folders do not show.
     """
 
     model_type: str
@@ -57,6 +59,7 @@ class Family:
     unused_fields: frozenset[str] = frozenset()
     text: tuple[str, ...] = ()
     prefixes: tuple[Prefix, ...] = (Prefix(),)
+    mistakes: tuple[Mistake, ...] = ()
 
     def spec(self, raw: Mapping[str, Any], file: str) -> ModelSpec:
         """The spec of a config.json.
@@ -98,6 +101,14 @@ class Family:
                     f"{file}: {name} = {quote(value)}: expected an integer from 0 to {MAX_SPECULATIVE}"
                 )
         return max(given.values(), default=1 if self.speculative else 0)
+
+    def notes(self, raw: Mapping[str, Any]) -> list[str]:
+        """What should be known of the transformers that wrote a folder whose config.json `spec` has read."""
+        text = raw
+        for name in self.text:
+            text = text[name]
+        told = (mistake.told(raw.get("transformers_version"), text) for mistake in self.mistakes)
+        return [note for note in told if note is not None]
 
     def rules(self, spec: ModelSpec) -> tuple[Rule, ...]:
         """The conversion rules of a model, in every layout."""

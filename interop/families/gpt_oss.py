@@ -1,9 +1,13 @@
 """gpt-oss (arXiv 2508.10925): windows on every other layer, a sink per head, biases everywhere, clamped experts."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.layouts import LAYER
+from jaxmoe.interop.families.mistakes import Mistake
 from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.kernels.expert_mlp import Activation
@@ -45,4 +49,21 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
     )
 
 
-FAMILY = Family("gpt_oss", _spec, _rules, unused_fields=frozenset({"initial_context_length"}))
+def _other_limit(config: Mapping[str, Any]) -> str | None:
+    """Of modeling_gpt_oss.py: ``self.limit = 7.0``."""
+    limit = config.get("swiglu_limit", 7.0)
+    if limit == 7.0:
+        return None
+    return (
+        f"clamped experts at 7.0 whatever swiglu_limit says; read with swiglu_limit = {limit!r}, as 5.19 and later do. "
+        "If it was trained with that version, set swiglu_limit to 7.0"
+    )
+
+
+FAMILY = Family(
+    "gpt_oss",
+    _spec,
+    _rules,
+    unused_fields=frozenset({"initial_context_length"}),
+    mistakes=(Mistake((4, 55), (5, 19), _other_limit),),
+)

@@ -7,6 +7,7 @@ from jaxmoe.interop.config_json import ConfigReader, is_positive
 from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.layouts import LAYER
+from jaxmoe.interop.families.mistakes import Mistake
 from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.mixers.grouped_query import QKNorm
@@ -97,6 +98,18 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
     )
 
 
+def _first_weights(_: object) -> str:
+    """Of modeling_hunyuan_v1_moe.py: weights were scattered to their experts and then taken from the first K of these.
+
+    And of modeling_utils.py: ``rope_fn(module.config)`` overwrote the frequencies that the model had computed with
+    ``alpha``.
+    """
+    return (
+        "gave the chosen experts the weights of the first ones and left alpha out of the rotation; read as other "
+        "versions compute. If it was trained with that version, train again from what it was made of"
+    )
+
+
 # Dropout, token ids and parts that other models of the original code have.
 _UNUSED = """
 add_classification_head anyres_pooling_size anyres_vit_max_image_size anyres_vit_two_views attention_dropout
@@ -107,4 +120,10 @@ topk_group v_head_dim video_end_id video_start_id vit_add_patchemb_bias vit_inpu
 vit_norm_type vit_patch vit_path vit_remove_prenorm vit_token vit_type vit_used_rms_norm xdrope_section
 """
 
-FAMILY = Family("hunyuan_v1_moe", _spec, _rules, unused_fields=frozenset(_UNUSED.split()))
+FAMILY = Family(
+    "hunyuan_v1_moe",
+    _spec,
+    _rules,
+    unused_fields=frozenset(_UNUSED.split()),
+    mistakes=(Mistake((5, 0), (5, 1), _first_weights),),
+)

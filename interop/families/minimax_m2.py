@@ -1,8 +1,12 @@
 """MiniMax-M2 (MiniMax, 2025): sigmoid router with a constant, query and key norms in full, half of a head rotated."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family
+from jaxmoe.interop.families.mistakes import Mistake
 from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.mixers.grouped_query import QKNorm
@@ -48,6 +52,18 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
     )
 
 
+def _whole_heads(config: Mapping[str, Any]) -> str | None:
+    """Of modeling_minimax_m2.py: it read ``partial_rotary_factor`` alone, where nothing put rotary_dim."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rotary, width = config.get("rotary_dim"), config.get("head_dim", 128)
+    if rotary in (None, width) or "partial_rotary_factor" in rope or "partial_rotary_factor" in config:
+        return None
+    return (
+        f"rotated all {width} features of a head whatever rotary_dim says; read with rotary_dim = {rotary}, as the "
+        f"original code and 5.18 and later do. If it was trained with that version, set rotary_dim to {width}"
+    )
+
+
 FAMILY = Family(
     "minimax_m2",
     _spec,
@@ -65,4 +81,5 @@ FAMILY = Family(
             "use_mtp",
         }
     ),
+    mistakes=(Mistake((5, 0), (5, 18), _whole_heads),),
 )

@@ -7,6 +7,7 @@ from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family, Prefix
 from jaxmoe.interop.families.layouts import LAYER
+from jaxmoe.interop.families.mistakes import Mistake
 from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.spec import ModelSpec
@@ -40,6 +41,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
     gate_up, down = LAYER + "mlp.experts.gate_up_proj", LAYER + "mlp.experts.down_proj"
+    one = LAYER + "mlp.experts.{E}."
     return layouts.decoder_rules(
         spec,
         *layouts.mlp_rules(),
@@ -47,8 +49,18 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
         # Where either has the right shape, transformers takes the first.
         Rule("layers.{L}.experts.gate_up", gate_up, "E (G F) D"),
         Rule("layers.{L}.experts.gate_up", gate_up, "E D (G F)"),
+        # Versions 5.0 and 5.1 cut the fused matrix the wrong way: "gate" is half of the columns of gate and of up.
+        Rule("layers.{L}.experts.gate_up", one + "{D/gate_proj|up_proj}.weight", "D (G F)"),
         Rule("layers.{L}.experts.down", down, "E D F"),
         Rule("layers.{L}.experts.down", down, "E F D"),
+        Rule("layers.{L}.experts.down", one + "down_proj.weight", "F D"),
+    )
+
+
+def _only_there(_: object) -> str:
+    return (
+        "cut experts in a way that 5.2 and later take for missing tensors and fill at random; read as they were meant, "
+        "and exports are laid out like their source"
     )
 
 
@@ -59,4 +71,5 @@ FAMILY = Family(
     ignored=(r"^model\.visual\.",),
     text=("text_config",),
     prefixes=(Prefix("model.language_model."),),
+    mistakes=(Mistake((5, 0), (5, 2), _only_there),),
 )

@@ -312,15 +312,15 @@ class StoredOrder:
 
         Rows may be several letters fused, of which a band begins and ends anywhere.
         """
-        size_of = dict(zip(self.binding.declared.dims, self.binding.declared.shape, strict=True))
-        fixed = {letter: slice(index, index + 1) for letter, index in self.binding.index.items()}
+        size_of = dict(zip(self.binding.letters, self.binding.sizes, strict=True))
         boxes: list[Box] = [()]
         for letters, part in zip(self.axes, band, strict=True):
             finer = list(runs([size_of[letter] for letter in letters], part.start, part.stop))
             boxes = [(*box, *more) for box in boxes for more in finer]
         order = [letter for group in self.axes for letter in group]
         for box in boxes:
-            yield fixed | dict(zip(order, box, strict=True))
+            of_letter = dict(zip(order, box, strict=True))
+            yield self.binding.within([of_letter[letter] for letter in self.binding.letters])
 
     def rows(self, part: np.ndarray) -> np.ndarray:
         """A part in the parameter's own order of the letters → (rows, columns)."""

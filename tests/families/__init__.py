@@ -135,13 +135,18 @@ def torch_model(model_type: str, variant: Mapping[str, Any] | None = None, seed:
         variant: one of its variants.
         seed: of the weights.
     """
-    import torch
     import transformers
 
     case = case_of(model_type)
     config = transformers.AutoConfig.for_model(**config_json(model_type, variant))
     _eager(config)
-    model = getattr(transformers, case.architecture)(config)
+    return with_random_weights(getattr(transformers, case.architecture)(config), case, seed)
+
+
+def with_random_weights(model: Any, case: Case, seed: int = 0) -> Any:
+    """A model of a case in eval mode, every parameter and buffer random."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
