@@ -196,14 +196,16 @@ def bind(
 
 def tensor_count(rules: Sequence[Rule], spec: ModelSpec) -> int:
     """How many tensors a model has, of its layouts in the one with the most; `bind` makes an object of each."""
-    names_of: dict[str, list[list[str]]] = {}
+    layouts: dict[str, list[list[tuple[str, str, str]]]] = {}
     for rule in rules:
-        names_of.setdefault(rule.target, []).append([match[1] for match in _FIELD.finditer(rule.source)])
+        layouts.setdefault(rule.target, []).append(_FIELD.findall(rule.source))
     count = 0
     for part in _parts(spec):
         size_of = dict(zip(part.declared.dims, part.declared.shape, strict=True)) | {"L": 1}
-        layouts = names_of.get(part.rule_target, [])
-        count += max((math.prod(size_of[letter] for letter in letters) for letters in layouts), default=0)
+        count += max(
+            math.prod(words.count("|") + 1 if words else size_of[letter] for letter, _, words in fields)
+            for fields in layouts.get(part.rule_target, [[]])
+        )
     return count
 
 
