@@ -173,7 +173,8 @@ def main() -> None:
         print(json.dumps(measure(options.measure, options.train)))
         return
     rows = []
-    for name, size in itertools.product(options.inputs, options.megabytes):
+    whole = options.megabytes == SIZES and options.inputs == list(INPUTS)
+    for size, name in itertools.product(options.megabytes, options.inputs):
         for train in (False, True) if size == TRAINED_MB else (False,):
             with tempfile.TemporaryDirectory(dir=options.folder) as folder:
                 INPUTS[name](Path(folder), size * MB)
@@ -193,9 +194,9 @@ def main() -> None:
                 }
             )
             print(rows[-1], file=sys.stderr, flush=True)
+            if whole:  # as far as it has come
+                common.write_results("data_memory", rows)
     common.print_table(rows)
-    if options.megabytes == SIZES and options.inputs == list(INPUTS):
-        print(common.write_results("data_memory", rows))
 
 
 if __name__ == "__main__":
