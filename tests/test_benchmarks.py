@@ -1,4 +1,4 @@
-"""What the benchmark of expert layers counts, and that its contestants compute the same."""
+"""What the benchmark of expert layers counts, that its contestants compute the same, and that others run."""
 
 import dataclasses
 import sys
@@ -137,3 +137,22 @@ def test_ours_is_what_the_model_calls(benchmarks: Any):
         backend="reference",
     )
     np.testing.assert_allclose(out, np.asarray(right), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.once
+def test_memory_of_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Every input is made and read to its end; the figures are those of a process of its own."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import data_memory
+
+    monkeypatch.setattr(data_memory, "MB", 10_000)
+    monkeypatch.setattr(data_memory, "EVAL_TOKENS", 1000)
+    for number, make in enumerate(data_memory.INPUTS.values()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        make(folder, 300_000)
+        found = data_memory.measure(str(folder), train_tokenizer=False)
+        assert ("refused" in found) == (make is data_memory.one_line), found
+        assert found["peak beyond MB"] < 500
+    for name in ("common", "data_memory"):
+        sys.modules.pop(name, None)

@@ -178,7 +178,8 @@ class DataConfig(Section):
         | None
     ) = Field(
         default=None,
-        description="A tokenizer.json or its folder, or {train_bpe: vocabulary size}. null: that of the model.",
+        description="A tokenizer.json or its folder, or {train_bpe: vocabulary size} to train one on the data (on "
+        "64 MiB of it, drawn evenly, if it has more). null: that of the model.",
     )
 
     @model_validator(mode="after")

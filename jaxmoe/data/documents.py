@@ -140,14 +140,15 @@ class Documents:
     @property
     def total_bytes(self) -> int:
         """The length of all elements in bytes of UTF-8."""
-        return int(self._num_bytes().sum())
+        return int(self.sizes().sum())
 
     @property
     def largest(self) -> int:
         """The length of the largest element in bytes of UTF-8."""
-        return int(self._num_bytes().max(initial=0))
+        return int(self.sizes().max(initial=0))
 
-    def _num_bytes(self) -> np.ndarray:
+    def sizes(self) -> np.ndarray:
+        """int64 (N,): the length of each element in bytes of UTF-8."""
         size, part = self._index.size, self._index.part.astype(np.int64)
         is_last = part == np.maximum(size // PART_BYTES, 1) - 1
         in_part = np.where(is_last, size - part * PART_BYTES, PART_BYTES)
@@ -296,7 +297,7 @@ def _digest(content: bytes, key: bytes = b"") -> int:
 
 def _warn_of_slow_parquet(documents: Documents) -> None:
     is_parquet = np.array([isinstance(reader, ParquetReader) for reader in documents._readers])
-    in_parquet = int(documents._num_bytes()[is_parquet[documents._index.file]].sum())
+    in_parquet = int(documents.sizes()[is_parquet[documents._index.file]].sum())
     if in_parquet > CACHE_BYTES:
         _log.warning(
             "the parquet files hold %d bytes of text, more than the %d that are kept decoded: shuffled "

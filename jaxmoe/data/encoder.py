@@ -1,15 +1,16 @@
 """Documents as token ids, long ones piece by piece."""
 
+import contextlib
 import itertools
 import threading
+from array import array
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from jaxmoe.data.documents import Documents
-from jaxmoe.data.formats import PART_BYTES
-from jaxmoe.data.pieces import Bytes, Cut, InseparableError, Pieces, Source, encode
+from jaxmoe.data.pieces import Bytes, Cut, InseparableError, Pieces, Source, around, encode
 from jaxmoe.errors import UserError
 
 _AT_ONCE = 2**20
@@ -17,6 +18,9 @@ _AT_ONCE = 2**20
 
 _AT_ONCE_IF_NEED_BE = 2**22
 """A text whose tokens are not known to separate anywhere is too, one at a time."""
+
+_PIECE = 2**17
+"""A longer text is tokenized in pieces of this size: larger ones are slower, and in smaller ones cuts take longer."""
 
 
 class DocumentEncoder:
@@ -42,7 +46,7 @@ class DocumentEncoder:
         if len(text) <= _AT_ONCE // 4 or len(content := text.encode()) <= _AT_ONCE:
             return self._whole(text)
         try:
-            return self._in_pieces(Bytes(content))
+            return self._in_pieces(Bytes(content, len(content)))
         except InseparableError as error:
             if len(content) > _AT_ONCE_IF_NEED_BE:
                 raise UserError(
@@ -60,9 +64,10 @@ class DocumentEncoder:
             return self(documents[i])
         documents.content(i)  # is what it was
         try:
-            first = None if part.is_first else self._pieces.cut(part, part.begin)
-            last = None if part.is_last else self._pieces.cut(part, part.end)
-            return self._piece(part, first, last)
+            source = around(part)
+            first = None if part.is_first else self._pieces.cut(source, part.begin)
+            last = None if part.is_last else self._pieces.cut(source, part.end)
+            return self._in_pieces(source, first, last)
         except InseparableError as error:
             raise UserError(f"{documents.where(i)}: {_remedy(error)}") from None
         except (OSError, ValueError):
@@ -73,26 +78,47 @@ class DocumentEncoder:
     def _whole(self, text: str) -> np.ndarray:
         return self._marked(encode(self._tokenizer, [text], add_special_tokens=True)[0], True, True)
 
-    def _in_pieces(self, source: Source) -> np.ndarray:
-        inner = (
-            self._pieces.cut(source, at) for at in range(PART_BYTES, source.size - PART_BYTES + 1, PART_BYTES)
-        )
-        cuts: Iterator[Cut | None] = itertools.chain([None], inner, [None])
-        return np.concatenate([self._piece(source, *ends) for ends in itertools.pairwise(cuts)])
+    def _in_pieces(self, source: Source, first: Cut | None = None, last: Cut | None = None) -> np.ndarray:
+        """The ids from one cut to another; None is an end of the document."""
+        ids = array("i")
+        cuts = itertools.chain([first], self._cuts_between(source, first, last), [last])
+        for ends in itertools.pairwise(cuts):
+            ids.frombytes(self._piece(source, *ends).tobytes())
+        return np.frombuffer(ids, np.int32)
+
+    def _cuts_between(self, source: Source, first: Cut | None, last: Cut | None) -> Iterator[Cut]:
+        begin = 0 if first is None else first.at
+        end = source.size if last is None else last.at
+        at = begin + _PIECE
+        while at + _PIECE < end:
+            try:
+                cut = self._pieces.cut(source, at)
+            except InseparableError:
+                if at - begin > _AT_ONCE_IF_NEED_BE:
+                    raise
+                at += 4 * _PIECE
+                continue
+            if cut.at >= end:
+                break
+            yield cut
+            begin, at = cut.at, cut.at + _PIECE
+        if end - begin > _AT_ONCE_IF_NEED_BE:
+            raise InseparableError(begin, "the rest is long")
 
     def _piece(self, source: Source, first: Cut | None, last: Cut | None) -> np.ndarray:
-        ids = self._pieces.ids(source, first, last)
+        size = (source.size if last is None else last.at) - (0 if first is None else first.at)
+        with self._one_large if size > _AT_ONCE else contextlib.nullcontext():
+            ids = self._pieces.ids(source, first, last)
         if first is None or last is None:
-            head, tail = self._around(source)
+            begin = 0 if first is None else first.at
+            head, tail = self._around(source.read(begin, begin + 1000).decode(errors="ignore"))
             ids = (head if first is None else []) + ids + (tail if last is None else [])
         return self._marked(ids, first is None, last is None)
 
-    def _around(self, source: Source) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and after a text."""
-        encoding = self._tokenizer.encode(source.read(0, 1000).decode(errors="ignore"))
-        bare = self._tokenizer.encode(
-            source.read(0, 1000).decode(errors="ignore"), add_special_tokens=False
-        ).ids
+    def _around(self, text: str) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and after a text, seen on some text."""
+        encoding = self._tokenizer.encode(text)
+        bare = self._tokenizer.encode(text, add_special_tokens=False).ids
         own = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
         if not own or encoding.ids[own[0] : own[-1] + 1] != bare:
             raise InseparableError(0, "its own special tokens are not only at the ends")
@@ -116,7 +142,7 @@ def check_separable(documents: Documents, tokenizer: Tokenizer) -> None:
     for i in np.flatnonzero(~documents.beginnings()):
         part = documents.part(i)
         try:
-            pieces.cut(part, part.begin)
+            pieces.cut(around(part), part.begin)
         except InseparableError as error:
             raise UserError(f"{documents.where(i)}: {_remedy(error)}") from None
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
+from jaxmoe.data.documents import Part
 from jaxmoe.data.formats import PART_BYTES
 from jaxmoe.errors import UserError, first_line
 
@@ -88,18 +89,21 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Bytes:
-    """A document in memory."""
+    """A document in memory, or as much of it as is needed."""
 
     content: bytes
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return len(self.content)
+    size: int
+    begin: int = 0  # of the content
 
     def read(self, begin: int, end: int) -> bytes:
         """Bytes of it."""
-        return self.content[max(begin, 0) : end]
+        return self.content[max(begin - self.begin, 0) : end - self.begin]
+
+
+def around(part: Part) -> Bytes:
+    """A part, and the bytes beside it that say where its tokens separate from theirs."""
+    begin = max(part.begin - _CONTEXT, 0)
+    return Bytes(part.read(begin, part.end + _REACH + _CONTEXT), part.size, begin)
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,12 @@ _READ_BESIDE = (
 
 _PROBE = "The 3rd naïve  probe:\n\t<s>{x}</s> 数据"
 
-_TRAINED_CHARACTERS = 2**15
-_WORD_ENDS = re.compile(r"(?<=[A-Za-z])(?=[\x00-\x40\x5b-\x60\x7b-\x7f])")
+_TRAINED_CHARACTERS = 2**12
+_LONGEST_WORD = 2**15
+# Where ByteLevel surely ends a word: a letter or digit, and then white space or punctuation.
+_WORD_ENDS = re.compile(
+    r"(?<=[^\W_])(?=[\s!-/:-@\[-^`{-~\u2010-\u2027\u3000-\u3004\u3008-\u301f\uff01-\uff0f])"
+)
 
 _COMMON_EOS_TOKENS = (
     *("<|endoftext|>", "</s>", "<|end_of_text|>", "<|eos|>", "<eos>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001
@@ -155,12 +159,15 @@ def train_byte_bpe(
 
 
 def _small(text: str) -> Iterator[str]:
-    """A text in pieces that end with a word, which counts the same words: the library holds 256 of them at a time."""
+    """A text in pieces that end with a word, which counts the same words: the library holds 256 of them at a time.
+
+    A word of more than ``_LONGEST_WORD`` characters is cut, because its time grows with the square of its length.
+    """
     at = 0
     while len(text) - at > 2 * _TRAINED_CHARACTERS:
-        # An ASCII letter ends a word of ByteLevel's where another kind of ASCII character follows.
-        end = _WORD_ENDS.search(text, at + _TRAINED_CHARACTERS)
-        stop = len(text) if end is None else end.start()
+        least = at + _TRAINED_CHARACTERS
+        end = _WORD_ENDS.search(text, least, least + _LONGEST_WORD)
+        stop = least if end is None else end.start()
         yield text[at:stop]
         at = stop
     yield text[at:]

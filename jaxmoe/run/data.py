@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tokenizers import Tokenizer
 
 from jaxmoe.config import RunConfig, TrainTokenizer
@@ -32,6 +33,9 @@ from jaxmoe.errors import UserError
 from jaxmoe.files import cannot_write, partial
 from jaxmoe.parallel import processes
 from jaxmoe.run.folder import RunLayout
+
+TOKENIZER_BYTES = 2**26
+"""Training text that a new tokenizer learns from. Where every word is another one it takes ten times as much memory."""
 
 BASELINE_BYTES = 2**24
 """Training text that the byte baselines count."""
@@ -189,7 +193,7 @@ def _tokenizer(
             RunLayout(Path(config.output_dir)).holds_run() and _kept(config).exists()
         ):  # a run that goes on keeps it
             return load_tokenizer(_kept(config)), _kept(config)
-        return train_byte_bpe(documents, given.train_bpe), None
+        return train_byte_bpe(sample(documents, TOKENIZER_BYTES), given.train_bpe), None
     if given is not None:
         path = Path(given).expanduser()
         return load_tokenizer(path), _folder_of(path)
@@ -198,6 +202,15 @@ def _tokenizer(
             "data.tokenizer: a model with random weights has none; give a path or {train_bpe: SIZE}"
         )
     return load_tokenizer(model_folder), model_folder
+
+
+def sample(documents: Documents, most: int) -> Documents:
+    """Documents of at most so many bytes, or one, drawn evenly; all of them if they are no more."""
+    if documents.total_bytes <= most:
+        return documents
+    drawn = np.random.default_rng(0).permutation(len(documents))
+    size = np.cumsum(documents.sizes()[drawn])
+    return documents.subset(np.sort(drawn[: max(1, np.searchsorted(size, most, "right"))]))
 
 
 def _positions(model: Mapping[str, Any]) -> int | None:

@@ -16,7 +16,6 @@ from jaxmoe.data import (
     DocumentEncoder,
     batches,
     byte_baselines,
-    encoder,
     evaluation,
     evaluation_windows,
     formats,
@@ -302,7 +301,7 @@ def test_values_are_those_that_runs_have_begun_with(tmp_path):
 
 
 def test_evaluation_joins_the_parts_of_a_document(tmp_path, tokenizer, monkeypatch):
-    for module in (documents_module, formats, encoder):
+    for module in (documents_module, formats):
         monkeypatch.setattr(module, "PART_BYTES", 10_000)
     for module in (documents_module, formats):
         monkeypatch.setattr(module, "WHOLE_BYTES", 20_000)

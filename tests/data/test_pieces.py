@@ -175,9 +175,13 @@ def kind(request):
     return tokenizer_of(request.param)
 
 
+def in_memory(text):
+    return Bytes(text.encode(), len(text.encode()))
+
+
 def joined(tokenizer, text, step):
     """The ids by pieces, and how many there were."""
-    source, cutter = Bytes(text.encode()), Pieces(tokenizer)
+    source, cutter = in_memory(text), Pieces(tokenizer)
     cuts = [None]
     at = step
     while at < source.size - step:
@@ -205,8 +209,8 @@ def test_a_long_document_is_encoded_as_a_short_one(kind, eos, monkeypatch):
     text = prose(7, 6000)
     short = DocumentEncoder(kind, eos=eos, context=1)(text)
     monkeypatch.setattr(encoder, "_AT_ONCE", 5000)
-    monkeypatch.setattr(encoder, "_AT_ONCE_IF_NEED_BE", 5000)
-    monkeypatch.setattr(encoder, "PART_BYTES", 10_000)
+    monkeypatch.setattr(encoder, "_AT_ONCE_IF_NEED_BE", 25_000)
+    monkeypatch.setattr(encoder, "_PIECE", 10_000)
     calls = []
     at_once = encoder.encode
     monkeypatch.setattr(
@@ -224,7 +228,8 @@ def test_the_parts_of_a_large_document_in_a_row_are_the_whole(
     import pyarrow.parquet as pq
 
     monkeypatch.setattr(pieces, "_REACH", 9000)
-    for module in (formats, encoder, documents_module):
+    monkeypatch.setattr(encoder, "_PIECE", 4000)
+    for module in (formats, documents_module):
         monkeypatch.setattr(module, "PART_BYTES", 10_001)
     for module in (formats, documents_module):
         monkeypatch.setattr(module, "WHOLE_BYTES", 15_000)
@@ -257,7 +262,7 @@ def test_the_parts_of_a_large_document_in_a_row_are_the_whole(
 
 def refusal(tokenizer, text):
     with pytest.raises(InseparableError) as caught:
-        Pieces(tokenizer).cut(Bytes(text.encode()), 6000)
+        Pieces(tokenizer).cut(in_memory(text), 6000)
     return str(caught.value)
 
 
@@ -281,7 +286,7 @@ def test_what_is_refused(monkeypatch):
     assert "at random" in refusal(bpe(None, byte_level(), dropout=0.1), plain)
     monkeypatch.setattr(encoder, "_AT_ONCE", 5000)
     fixed = bpe(None, pre_tokenizers.FixedLength(7))
-    monkeypatch.setattr(encoder, "PART_BYTES", 5000)
+    monkeypatch.setattr(encoder, "_PIECE", 5000)
     assert DocumentEncoder(fixed, eos=None)(plain).tolist() == fixed.encode(plain).ids  # still small enough
     monkeypatch.setattr(encoder, "_AT_ONCE_IF_NEED_BE", 5000)
     with pytest.raises(UserError, match=r"has [\d,]+ bytes: too large .*FixedLength.*; split the document"):

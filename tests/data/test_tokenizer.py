@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from jaxmoe.data import (
     train_byte_bpe,
     vocabulary_size,
 )
+from jaxmoe.data import tokenizer as tokenizer_module
 from jaxmoe.errors import UserError
 
 
@@ -52,6 +54,38 @@ def test_training_is_deterministic_across_processes(texts, tokenizer):
         [sys.executable, "-c", script], input=json.dumps(texts), capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == hashlib.blake2b(tokenizer.to_str().encode()).hexdigest()
+
+
+def test_training_in_pieces_counts_the_words_of_the_whole(monkeypatch):
+    rng = random.Random(2)
+    words = [
+        "Router",
+        "naïve",
+        "数据。训练",
+        "x_1",
+        "it's",
+        "²³",
+        "--",
+        "\n\n",
+        "  ",
+        "\u3000",
+        "—“a”",
+        "12.5",
+        "é\u0301",
+    ]
+    text = "".join(rng.choice(words) + rng.choice(["", " ", "  "]) for _ in range(9000))
+    monkeypatch.setattr(tokenizer_module, "_TRAINED_CHARACTERS", 10**9)
+    whole = train_byte_bpe([text], 400).to_str()
+    for size in (50, 137):
+        monkeypatch.setattr(tokenizer_module, "_TRAINED_CHARACTERS", size)
+        assert "".join(tokenizer_module._small(text)) == text
+        assert max(map(len, tokenizer_module._small(text))) < 1000
+        assert train_byte_bpe([text], 400).to_str() == whole
+
+
+def test_training_on_one_endless_word():
+    """Its time would grow with the square of the length: days."""
+    assert train_byte_bpe(["\0" * 2**21], 300).get_vocab_size() > 257
 
 
 def test_vocabulary_size_counts_the_gaps_between_ids():
