@@ -26,6 +26,7 @@ _MAX_TEXT = 1_000_000
 _MAX_NAME = 1_000
 _MAX_DEPTH = 50
 
+_CONTAINERS = (Mapping, list, tuple)
 _COUNTS = re.compile(r"(^|_)(num|n)_|_layers$|experts$")
 
 
@@ -65,21 +66,23 @@ def check_plausible(raw: Mapping[str, Any], file: str) -> None:
 
 def _within(outer: Any, file: str) -> Iterator[Any]:
     """The values of a list or object, checked as far as they need no looking into."""
-    if not isinstance(outer, Mapping | list | tuple):
+    if not isinstance(outer, _CONTAINERS):
         return
-    if len(outer) > _MAX_ENTRIES:
-        raise UserError(
-            f"{file}: found {len(outer):,} entries in {quote(outer)}: expected at most {_MAX_ENTRIES:,}"
-        )
     for name, value in outer.items() if isinstance(outer, Mapping) else (("", value) for value in outer):
-        if isinstance(name, str) and len(name) > _MAX_NAME:
-            raise UserError(f"{file}: unknown field {quote(name)}")
-        if isinstance(value, str) and len(value) > _MAX_TEXT:
-            raise UserError(
-                f"{file}: {shortened(str(name))} has {len(value):,} characters: expected at most {_MAX_TEXT:,}"
-            )
-        if isinstance(value, int) and isinstance(name, str) and _COUNTS.search(name):
-            most = MAX_LAYERS if name == "num_hidden_layers" else _MAX_COUNT
-            if value > most:
-                raise UserError(f"{file}: {name} = {quote(value)}: expected at most {most:,}")
+        problem = _problem(name, value)
+        if problem is not None:
+            raise UserError(f"{file}: {shortened(str(name)) or 'a list'} {problem}")
         yield value
+
+
+def _problem(name: Any, value: Any) -> str | None:
+    if isinstance(name, str) and len(name) > _MAX_NAME:
+        return "is no field of any model"
+    if isinstance(value, _CONTAINERS) and len(value) > _MAX_ENTRIES:
+        return f"has {len(value):,} entries: expected at most {_MAX_ENTRIES:,}"
+    if isinstance(value, str) and len(value) > _MAX_TEXT:
+        return f"has {len(value):,} characters: expected at most {_MAX_TEXT:,}"
+    most = MAX_LAYERS if name == "num_hidden_layers" else _MAX_COUNT
+    if isinstance(value, int) and value > most and isinstance(name, str) and _COUNTS.search(name):
+        return f"= {quote(value)}: expected at most {most:,}"
+    return None
