@@ -4,7 +4,9 @@ transformers' config classes write a list of what each layer is and a dictionary
 conversion rules make an object of every tensor.
 """
 
+import functools
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -69,20 +71,23 @@ def _within(outer: Any, file: str) -> Iterator[Any]:
     if not isinstance(outer, _CONTAINERS):
         return
     for name, value in outer.items() if isinstance(outer, Mapping) else (("", value) for value in outer):
-        problem = _problem(name, value)
+        problem = None
+        if len(str(name)) > _MAX_NAME:
+            problem = "is no field of any model"
+        elif isinstance(value, _CONTAINERS) and len(value) > _MAX_ENTRIES:
+            problem = f"has {len(value):,} entries: expected at most {_MAX_ENTRIES:,}"
+        elif isinstance(value, str) and len(value) > _MAX_TEXT:
+            problem = f"has {len(value):,} characters: expected at most {_MAX_TEXT:,}"
+        elif isinstance(value, int) and value > _most(str(name)):
+            problem = f"= {quote(value)}: expected at most {_most(str(name)):,}"
         if problem is not None:
             raise UserError(f"{file}: {shortened(str(name)) or 'a list'} {problem}")
         yield value
 
 
-def _problem(name: Any, value: Any) -> str | None:
-    if isinstance(name, str) and len(name) > _MAX_NAME:
-        return "is no field of any model"
-    if isinstance(value, _CONTAINERS) and len(value) > _MAX_ENTRIES:
-        return f"has {len(value):,} entries: expected at most {_MAX_ENTRIES:,}"
-    if isinstance(value, str) and len(value) > _MAX_TEXT:
-        return f"has {len(value):,} characters: expected at most {_MAX_TEXT:,}"
-    most = MAX_LAYERS if name == "num_hidden_layers" else _MAX_COUNT
-    if isinstance(value, int) and value > most and isinstance(name, str) and _COUNTS.search(name):
-        return f"= {quote(value)}: expected at most {most:,}"
-    return None
+@functools.lru_cache(1000)
+def _most(name: str) -> float:
+    """The largest integer that a field may have here; what counts nothing is checked by who reads it."""
+    if name == "num_hidden_layers":
+        return MAX_LAYERS
+    return _MAX_COUNT if _COUNTS.search(name) else math.inf
