@@ -4,7 +4,9 @@ transformers' config classes write a list of what each layer is and a dictionary
 conversion rules make an object of every tensor.
 """
 
+import functools
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,6 +28,7 @@ _MAX_TEXT = 1_000_000
 _MAX_NAME = 1_000
 _MAX_DEPTH = 50
 
+_CONTAINERS = (Mapping, list, tuple)
 _COUNTS = re.compile(r"(^|_)(num|n)_|_layers$|experts$")
 
 
@@ -65,21 +68,26 @@ def check_plausible(raw: Mapping[str, Any], file: str) -> None:
 
 def _within(outer: Any, file: str) -> Iterator[Any]:
     """The values of a list or object, checked as far as they need no looking into."""
-    if not isinstance(outer, Mapping | list | tuple):
+    if not isinstance(outer, _CONTAINERS):
         return
-    if len(outer) > _MAX_ENTRIES:
-        raise UserError(
-            f"{file}: found {len(outer):,} entries in {quote(outer)}: expected at most {_MAX_ENTRIES:,}"
-        )
     for name, value in outer.items() if isinstance(outer, Mapping) else (("", value) for value in outer):
-        if isinstance(name, str) and len(name) > _MAX_NAME:
-            raise UserError(f"{file}: unknown field {quote(name)}")
-        if isinstance(value, str) and len(value) > _MAX_TEXT:
-            raise UserError(
-                f"{file}: {shortened(str(name))} has {len(value):,} characters: expected at most {_MAX_TEXT:,}"
-            )
-        if isinstance(value, int) and isinstance(name, str) and _COUNTS.search(name):
-            most = MAX_LAYERS if name == "num_hidden_layers" else _MAX_COUNT
-            if value > most:
-                raise UserError(f"{file}: {name} = {quote(value)}: expected at most {most:,}")
+        problem = None
+        if len(str(name)) > _MAX_NAME:
+            problem = "is no field of any model"
+        elif isinstance(value, _CONTAINERS) and len(value) > _MAX_ENTRIES:
+            problem = f"has {len(value):,} entries: expected at most {_MAX_ENTRIES:,}"
+        elif isinstance(value, str) and len(value) > _MAX_TEXT:
+            problem = f"has {len(value):,} characters: expected at most {_MAX_TEXT:,}"
+        elif isinstance(value, int) and value > _most(str(name)):
+            problem = f"= {quote(value)}: expected at most {_most(str(name)):,}"
+        if problem is not None:
+            raise UserError(f"{file}: {shortened(str(name)) or 'a list'} {problem}")
         yield value
+
+
+@functools.lru_cache(1000)
+def _most(name: str) -> float:
+    """The largest integer that a field may have here; what counts nothing is checked by who reads it."""
+    if name == "num_hidden_layers":
+        return MAX_LAYERS
+    return _MAX_COUNT if _COUNTS.search(name) else math.inf

@@ -123,7 +123,7 @@ class ConfigReader:
             raise UserError(f"{file}: {shortened(' '.join(str(error).split()), 600)}") from error
         finally:
             transformers_logging.set_verbosity(verbosity)
-        self._defaults = _defaults(config_class)
+        self._defaults = _defaults(raw["model_type"])
         self._known = {field.name for field in dataclasses.fields(config_class)} | set(
             config_class.attribute_map
         )
@@ -260,9 +260,9 @@ def text_config(
 
 
 @functools.cache
-def _defaults(config_class: type) -> Any:
-    """A config of the class with nothing said."""
-    return config_class()
+def _defaults(model_type: str) -> Any:
+    """A config that says nothing else."""
+    return CONFIG_MAPPING[model_type]()
 
 
 def is_positive(value: Any) -> bool:
