@@ -454,6 +454,22 @@ class TestTied:
         expected = written.astype(tiny.DTYPES[trained]).reshape(copy.shape)
         np.testing.assert_array_equal(again.params["embed"][...], expected)
 
+    def test_value_that_a_copy_cannot_hold(self, folders):
+        tensors = tiny.write_checkpoint(
+            folders.source, "mixtral", "bfloat16", shards=1, tie_word_embeddings=True
+        )
+        head = tensors["model.embed_tokens.weight"].astype(np.float16)
+        tiny.write_tensors(folders.source, tensors | {"lm_head.weight": head}, shards=1)
+        model = jaxmoe.from_pretrained(folders.source)
+        values = np.array(model.params["embed"][...])
+        values[3, 2] = 2.0**17
+        set_values(model.params["embed"], values)
+        with pytest.raises(
+            UserError, match=r"tensor lm_head\.weight: value 131072 does not fit its dtype F16"
+        ):
+            jaxmoe.save_pretrained(model, folders.export)
+        assert not folders.export.exists()
+
     @pytest.mark.parametrize("copied", ["bfloat16", "float32"])
     def test_different_copy_is_refused(self, folders, copied):
         tensors = tiny.write_checkpoint(
