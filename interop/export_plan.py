@@ -119,7 +119,8 @@ def side_files(folder: Path, known: Collection[str]) -> tuple[list[str], list[st
     Raises:
         UserError: a folder cannot be listed.
     """
-    copied, left_out = [], []
+    copied: list[str] = []
+    left_out: list[str] = []
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be listed: {error.strerror}") from error
