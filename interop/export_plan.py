@@ -12,9 +12,10 @@ from pathlib import Path
 from jaxmoe.errors import UserError
 from jaxmoe.interop.quantization.config import FIELD
 from jaxmoe.interop.quantization.config import FILES as QUANTIZATION_FILES
-from jaxmoe.interop.quantization.folder import QuantizedFolder
+from jaxmoe.interop.quantization.folder import Files, QuantizedFolder
 from jaxmoe.interop.source import Source
 from jaxmoe.interop.storage.format import INDEX_FILE, SINGLE_FILE, Shard
+from jaxmoe.interop.storage.reader import CheckpointFolder
 from jaxmoe.interop.storage.writer import index_json
 
 QUANTIZATIONS = ("none", "source")
@@ -53,7 +54,7 @@ _TRAINING_FILES = (
 )
 _TRAINING_FOLDERS = ("checkpoint-*", "global_step*", "runs", "wandb")
 _OF_TOOLS = (".cache", ".git")
-"""Folders of git and of the hub's client: not a part of the checkpoint."""
+"""What git and the hub's client keep; in a submodule ``.git`` is a file."""
 
 
 def exported_shards(source: Source, quantization: str) -> Sequence[Shard]:
@@ -68,7 +69,7 @@ def exported_shards(source: Source, quantization: str) -> Sequence[Shard]:
     if quantization not in QUANTIZATIONS:
         raise UserError(f"quantization {quantization!r}: expected {' or '.join(map(repr, QUANTIZATIONS))}")
     _, files = source.opened
-    stored = files.stored if isinstance(files, QuantizedFolder) else files
+    stored = _stored(files)
     shards = stored.shards if quantization == "source" else files.shards
     if stored.index is None:
         return [shard if shard.file == SINGLE_FILE else shard.renamed(SINGLE_FILE) for shard in shards]
@@ -88,7 +89,7 @@ def rewritten_files(source: Source, shards: Sequence[Shard], quantization: str) 
     something quantised is written in bfloat16.
     """
     _, files = source.opened
-    stored = files.stored if isinstance(files, QuantizedFolder) else files
+    stored = _stored(files)
     rewritten = {}
     if isinstance(files, QuantizedFolder) and quantization == "none":
         config = {name: value for name, value in source.raw.items() if name != FIELD}
@@ -105,16 +106,22 @@ def rewritten_files(source: Source, shards: Sequence[Shard], quantization: str) 
 def source_files(source: Source, quantization: str) -> set[str]:
     """Files whose place the export's own take: those of tensors, and what describes a format that it has not."""
     _, files = source.opened
-    quantized = isinstance(files, QuantizedFolder)
-    stored = files.stored if isinstance(files, QuantizedFolder) else files
-    described = QUANTIZATION_FILES if quantized and quantization == "none" else frozenset[str]()
-    return {shard.file for shard in stored.shards} | described
+    described = (
+        QUANTIZATION_FILES
+        if isinstance(files, QuantizedFolder) and quantization == "none"
+        else frozenset[str]()
+    )
+    return {shard.file for shard in _stored(files).shards} | described
+
+
+def _stored(files: Files) -> CheckpointFolder:
+    return files.stored if isinstance(files, QuantizedFolder) else files
 
 
 def side_files(folder: Path, known: Collection[str]) -> tuple[list[str], list[str]]:
     """The other files of a source, by their paths in it: those to copy, and those to leave out (see `LEFT_OUT`).
 
-    A folder that is left out as a whole ends in a slash. Of the folders of git and of the hub's client nothing is said.
+    A folder that is left out as a whole ends in a slash. Of what git and the hub's client keep nothing is said.
 
     Args:
         folder: of the source.
@@ -123,7 +130,8 @@ def side_files(folder: Path, known: Collection[str]) -> tuple[list[str], list[st
     Raises:
         UserError: a folder cannot be listed.
     """
-    copied, left_out = [], []
+    copied: list[str] = []
+    left_out: list[str] = []
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be listed: {error.strerror}") from error
@@ -132,6 +140,7 @@ def side_files(folder: Path, known: Collection[str]) -> tuple[list[str], list[st
         inside = Path(place).relative_to(folder)
         if inside == Path():
             folders[:] = [name for name in folders if name not in _OF_TOOLS]
+            names = [name for name in names if name not in _OF_TOOLS]
         for name in list(folders):
             if (Path(place) / name).is_symlink() or (inside == Path() and _matches(name, _TRAINING_FOLDERS)):
                 folders.remove(name)

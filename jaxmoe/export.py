@@ -7,7 +7,7 @@ import jax
 
 from jaxmoe.cli import ArgumentParser, run_command
 from jaxmoe.config import RunConfig, recorded_config
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, listed
 from jaxmoe.files import path_argument
 from jaxmoe.run.checkpoints import Checkpoints
 from jaxmoe.run.folder import RunLayout
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
     checkpoints.close()
     print(f"{folder}: step {step} of {run}")
     if left_out:
-        print(f"left out ({LEFT_OUT}): {', '.join(left_out)}")
+        print(f"left out ({LEFT_OUT}): {listed(left_out, 20)}")
 
 
 def _check_tokenizer(config: RunConfig, layout: RunLayout) -> None:

@@ -303,7 +303,7 @@ class Trainer:
                 )
             )
             if left_out:
-                rows["not exported"] = f"{', '.join(left_out)}: {LEFT_OUT}"
+                rows["not exported"] = f"{listed(left_out, 20)}: {LEFT_OUT}"
         if config.sample is not None:
             rows["sample"] = config.sample.prompt + continue_text(
                 state.params,

@@ -131,6 +131,7 @@ def test_special_values_keep_their_bits(folders, dtype):
 
 def test_other_files_are_copied_but_no_other_weights(folders):
     tiny.write_checkpoint(folders.source, "mixtral", "bfloat16", shards=2)
+    not_told = {".git/HEAD": b"ref", ".git/objects/pack/x.bin": b"any"}
     copied = {
         "README.md": b"# card \xff",
         "chat_template.jinja": b"{{ messages }}\r\n",
@@ -145,13 +146,14 @@ def test_other_files_are_copied_but_no_other_weights(folders):
         "onnx/model.onnx": b"old weights",
         "tf_model.h5": b"old weights",
     }
-    for name, content in (copied | left_out).items():
+    for name, content in (copied | left_out | not_told).items():
         (folders.source / name).parent.mkdir(parents=True, exist_ok=True)
         (folders.source / name).write_bytes(content)
     model = jaxmoe.from_pretrained(folders.source)
     assert export_like_source(model.pure_params(), model.source, folders.export) == sorted(left_out)
-    assert set(files_of(folders.export)) == set(files_of(folders.source)) - left_out.keys()
-    for name in left_out:
+    unwritten = left_out.keys() | not_told.keys()
+    assert set(files_of(folders.export)) == set(files_of(folders.source)) - unwritten
+    for name in unwritten:
         (folders.source / name).unlink()
     assert_same_files(folders.source, folders.export)
 
@@ -184,7 +186,7 @@ def test_what_another_trainer_left_is_not_copied(folders):
         "checkpoint-note.md",
         "link.txt",
     ]
-    not_told = [".git/HEAD", ".cache/huggingface/x.lock"]
+    not_told = [".git", ".cache/huggingface/x.lock"]
     inside = ["checkpoint-500/config.json", "runs/Nov01/x", "global_step20/state.txt"]
     for name in [*left_out, *copied, *not_told, *inside]:
         path = folders.source / name
@@ -453,6 +455,22 @@ class TestTied:
         again = jaxmoe.from_pretrained(folders.export / "changed", dtype=trained)
         expected = written.astype(tiny.DTYPES[trained]).reshape(copy.shape)
         np.testing.assert_array_equal(again.params["embed"][...], expected)
+
+    def test_value_that_a_copy_cannot_hold(self, folders):
+        tensors = tiny.write_checkpoint(
+            folders.source, "mixtral", "bfloat16", shards=1, tie_word_embeddings=True
+        )
+        head = tensors["model.embed_tokens.weight"].astype(np.float16)
+        tiny.write_tensors(folders.source, tensors | {"lm_head.weight": head}, shards=1)
+        model = jaxmoe.from_pretrained(folders.source)
+        values = np.array(model.params["embed"][...])
+        values[3, 2] = 2.0**17
+        set_values(model.params["embed"], values)
+        with pytest.raises(
+            UserError, match=r"tensor lm_head\.weight: value 131072 does not fit its dtype F16"
+        ):
+            jaxmoe.save_pretrained(model, folders.export)
+        assert not folders.export.exists()
 
     @pytest.mark.parametrize("copied", ["bfloat16", "float32"])
     def test_different_copy_is_refused(self, folders, copied):
