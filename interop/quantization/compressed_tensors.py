@@ -120,16 +120,12 @@ class _Scheme:
             raise UserError(f"{where} = {quote(given)}: expected an object with num_bits, type and strategy")
         check_fields(given, where, _WEIGHTS_KNOWN, _WEIGHTS_CHOICES)
         kind, bits, size = given.get("type") or "int", given.get("num_bits") or 8, given.get("group_size")
-        if size == -1:
-            size = None
-        elif size is not None and not is_size(size):
+        if size not in (None, -1) and not is_size(size):
             raise UserError(f"{where}.group_size = {quote(size)}: expected a positive integer, -1 or null")
-        strategy = given.get("strategy") or (
-            "group" if size else "channel" if "group_size" in given else "tensor"
-        )
+        strategy = given.get("strategy") or {None: "tensor", -1: "channel"}.get(size, "group")
         block = given.get("block_structure")
         if strategy in ("group", "tensor_group"):
-            if size is None:
+            if not is_size(size):
                 raise UserError(f"{where}.group_size = {quote(size)}: strategy {strategy!r} needs one")
             shared: tuple[int | None, int | None] = (1, size)
         elif strategy == "block":

@@ -59,6 +59,9 @@ def test_modelopt_of_a_file_of_its_own(folders):
     """Folders of before config.json said it."""
     config, stored, plain = folder_of("modelopt nvfp4")
     del config["quantization_config"]
+    attention = "model.layers.1.self_attn."
+    for name in ("k_proj.k_scale", "v_proj.v_scale", "q_proj.input_scale"):
+        stored[attention + name] = np.array(0.25, np.float32)
     quantize.write(folders.source, config, stored)
     described_there = {
         "producer": {"name": "modelopt", "version": "0.23.0"},

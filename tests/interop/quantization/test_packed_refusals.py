@@ -10,6 +10,8 @@ import jaxmoe
 from jaxmoe import UserError
 from jaxmoe.interop.source import config_source, open_source
 
+pytestmark = pytest.mark.once  # What it says depends on the files alone.
+
 Q, K, V, OUT = (f"model.layers.0.self_attn.{letter}_proj" for letter in "qkvo")
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 

@@ -54,6 +54,7 @@ def trained(folders, kind, factors):
     return plain[f"{STEM}.weight"].astype(np.float32), wanted, made, changed
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("kind", "piece"), [*((kind, 3000) for kind in ENDINGS), ("gptq", 8 << 20), ("int4", 8 << 20)]
 )

@@ -61,6 +61,18 @@ def test_numbers_that_do_not_fill_the_last_word(tmp_path, zeros):
     check(opened(tmp_path, config, parts), expected)
 
 
+@pytest.mark.parametrize(
+    ("kind", "size"), [("float per tensor", None), ("float per row", -1), ("int4", 32), ("int8", -1)]
+)
+def test_a_strategy_that_follows_from_the_size_of_groups(tmp_path, kind, size):
+    weights = FORMATS[kind].config["config_groups"]["group_0"]["weights"]
+    parts, expected = FORMATS[kind].make(packed.random_of(kind), (24, 64))
+    given = packed.ct_config(
+        FORMATS[kind].config["format"], **weights | {"strategy": None, "group_size": size}
+    )
+    check(opened(tmp_path, given, parts), expected)
+
+
 @pytest.mark.parametrize("kind", ["int4 with zero points", "mxfp4", "float per row"])
 def test_experts_in_one_tensor(tmp_path, kind):
     """compressed-tensors packs each matrix of three axes for itself."""

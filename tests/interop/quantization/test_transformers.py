@@ -17,6 +17,9 @@ from helpers.quantized import (
 )
 
 import jaxmoe
+from jaxmoe.interop.quantization.config import split_config
+from jaxmoe.interop.quantization.folder import QuantizedFolder
+from jaxmoe.interop.storage.reader import CheckpointFolder
 from jaxmoe.params import named
 
 
@@ -35,6 +38,25 @@ def test_fp8(tmp_path):
         )
         actual = files.read_box("a", (24, 48), [slice(None)] * 2)
         assert_equal_bits(actual, expected.view(torch.uint16).numpy().view(BF16))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("block", [(24, 48), (1, 48)], ids=["per tensor", "per row"])
+def test_fp8_without_blocks(tmp_path, block):
+    import torch
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    codes, scales = any_fp8((24, 48), block)
+    tiny.write_tensors(tmp_path, {"a.weight": codes, "a.weight_scale_inv": scales})
+    format = split_config({"quantization_config": {"quant_method": "fp8"}}, "")[1]
+    files = QuantizedFolder(CheckpointFolder(tmp_path), format, [])
+    expected = Fp8Dequantize(None)._dequantize_one(
+        torch.from_numpy(codes.view(np.uint8)).view(torch.float8_e4m3fn),
+        torch.from_numpy(scales),
+        torch.bfloat16,
+    )
+    actual = files.read_box("a.weight", (24, 48), [slice(None)] * 2)
+    assert_equal_bits(actual, expected.view(torch.uint16).numpy().view(BF16))
 
 
 @pytest.mark.torch
