@@ -256,23 +256,17 @@ def _expand(rule: Rule, part: _Part) -> list[Binding]:
     """The bindings of one rule for one part, experts in numeric order."""
     axes = tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", rule.axes))
     size_of = dict(zip(part.declared.dims, part.declared.shape, strict=True))
-    fields = [
-        (letter, mark, words.split("|") if words else None)
-        for letter, mark, words in _FIELD.findall(rule.source)
-    ]
-    letters = [letter for letter, mark, _ in fields if mark != "/"] + [
-        letter for group in axes for letter in group
-    ]
-    if (
-        sorted(letters) != sorted(part.declared.dims)
-        or not {letter for letter, *_ in fields} <= size_of.keys()
-    ):
+    fields = _FIELD.findall(rule.source)
+    letters = [letter for letter, mark, _ in fields if mark != "/"]
+    letters += [letter for group in axes for letter in group]
+    unknown = {letter for letter, _, _ in fields} - size_of.keys()
+    if sorted(letters) != sorted(part.declared.dims) or unknown:
         raise ValueError(f"{rule} gives letters {letters} for {part.name}, declared as {part.declared.dims}")
     choices = [
-        _parts_of(letter, words or (), size_of[letter])
+        _cut(letter, spelt.split("|"), size_of[letter])
         if mark == "/"
-        else _places(rule, part, letter, words, size_of[letter])
-        for letter, mark, words in fields
+        else _places(rule, part, letter, spelt.split("|") if spelt else None)
+        for letter, mark, spelt in fields
     ]
     template = _FIELD.sub(r"{\1}", rule.source)
     return [
@@ -292,7 +286,8 @@ _Choice = tuple[str, int | slice, str]
 """A letter, a place on it, and how a tensor's name spells that."""
 
 
-def _places(rule: Rule, part: _Part, letter: str, words: Sequence[str] | None, size: int) -> list[_Choice]:
+def _places(rule: Rule, part: _Part, letter: str, words: Sequence[str] | None) -> list[_Choice]:
+    size = part.declared.shape[part.declared.dims.index(letter)]
     if words is not None and len(words) != size:
         raise ValueError(f"{rule} spells {len(words)} words for {letter}={size} of {part.name}")
     if letter == "L":
@@ -300,9 +295,8 @@ def _places(rule: Rule, part: _Part, letter: str, words: Sequence[str] | None, s
     return [(letter, i, words[i] if words else str(i)) for i in range(size)]
 
 
-def _parts_of(letter: str, words: Sequence[str], size: int) -> list[_Choice]:
-    """Cut as torch.chunk does: what does not divide is missing from the last part."""
-    step = -(-size // max(1, len(words)))
-    return [
-        (letter, slice(min(i * step, size), min((i + 1) * step, size)), word) for i, word in enumerate(words)
-    ]
+def _cut(letter: str, words: Sequence[str], size: int) -> list[_Choice]:
+    """As torch.chunk cuts: what does not divide is missing from the last part."""
+    step = -(-size // len(words))
+    bounds = [slice(min(i * step, size), min((i + 1) * step, size)) for i in range(len(words))]
+    return [(letter, part, word) for part, word in zip(bounds, words, strict=True)]
