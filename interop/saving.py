@@ -275,31 +275,42 @@ class _Tensors:
 
     def _stored(self, info: TensorInfo, binding: Binding, box: Box, part: np.ndarray) -> np.ndarray:
         """A piece, its axes the parameter's, in the dtype of the file; the source's bits where nothing changed."""
-        with np.errstate(over="ignore", invalid="ignore"):  # a NaN stays one; what overflows is found below
+        same: np.ndarray | None = None
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below
             values = part.astype(numpy_dtype(info.dtype))
             if self._original is not None:
                 before = binding.to_parameter(self._original.read_box(info.name, binding.sizes, box))
                 bits = np.dtype(f"u{part.dtype.itemsize}")
                 same = before.astype(part.dtype).view(bits) == np.ascontiguousarray(part).view(bits)
                 np.copyto(values, before, where=same)
-        _refuse_lost(info, part, values)
+        _refuse_not_finite(info, part, values, same)
         return values
 
 
 def _cast(info: TensorInfo, values: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         cast = values.astype(numpy_dtype(info.dtype))
-    _refuse_lost(info, values, cast)
+    _refuse_not_finite(info, values, cast)
     return cast
 
 
-def _refuse_lost(info: TensorInfo, values: np.ndarray, cast: np.ndarray) -> None:
-    lost = np.isfinite(values) & ~np.isfinite(cast)
-    if lost.any():
-        largest = np.abs(values[lost].astype(np.float64)).max()
+def _refuse_not_finite(
+    info: TensorInfo, values: np.ndarray, cast: np.ndarray, allowed: np.ndarray | None = None
+) -> None:
+    """Raise UserError where nan or infinity would be written; `allowed`: where the source has it."""
+    lost = ~np.isfinite(cast)
+    if allowed is not None:
+        lost &= ~allowed
+    if not lost.any():
+        return
+    finite = np.isfinite(values[lost])
+    if not finite.all():
         raise UserError(
-            f"tensor {info.name}: value {largest:.6g} does not fit its dtype {info.dtype} in the file"
+            f"tensor {info.name}: found nan or infinity, expected finite values: the training diverged; export an "
+            "earlier checkpoint"
         )
+    largest = np.abs(values[lost].astype(np.float64)).max()
+    raise UserError(f"tensor {info.name}: value {largest:.6g} does not fit its dtype {info.dtype} in the file")
 
 
 class _QuantizedTensors(_Tensors):

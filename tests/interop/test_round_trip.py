@@ -456,6 +456,23 @@ class TestTied:
         expected = written.astype(tiny.DTYPES[trained]).reshape(copy.shape)
         np.testing.assert_array_equal(again.params["embed"][...], expected)
 
+    def test_values_that_are_not_finite_are_those_of_the_source_alone(self, folders):
+        tensors = tiny.write_checkpoint(folders.source, "qwen3_moe", "bfloat16", shards=1)
+        name = "model.layers.1.mlp.gate.weight"
+        tensors[name][1, 2] = np.nan
+        tensors[name][2, 1] = -np.inf
+        tiny.write_tensors(folders.source, tensors, shards=1)
+        model = jaxmoe.from_pretrained(folders.source)
+        jaxmoe.save_pretrained(model, folders.export / "untouched")
+        assert_same_files(folders.source, folders.export / "untouched")
+        for value in (np.nan, np.inf):
+            values = np.array(model.params["norm"][...])
+            values[3] = value
+            set_values(model.params["norm"], values)
+            with pytest.raises(UserError, match=r"tensor model\.norm\.weight: found nan or infinity"):
+                jaxmoe.save_pretrained(model, folders.export / "changed")
+            assert not (folders.export / "changed").exists()
+
     def test_value_that_a_copy_cannot_hold(self, folders):
         tensors = tiny.write_checkpoint(
             folders.source, "mixtral", "bfloat16", shards=1, tie_word_embeddings=True
