@@ -178,3 +178,18 @@ def test_remedy_is_what_that_version_computed(family, mended):
     without = {name: value for name, value in config.items() if name != field}
     assert FAMILIES[family].spec(config | mended, "") == FAMILIES[family].spec(without, "")
     assert FAMILIES[family].spec(config, "") != FAMILIES[family].spec(without, "")
+
+
+@pytest.mark.torch
+def test_tables_are_those_of_the_results():
+    from helpers.readme import place_of
+    from older_folders import DOCUMENT, ROOT, VERSIONS
+    from older_folders.read import from_json
+    from older_folders.report import tables
+
+    results = json.loads((ROOT / "benchmarks" / "results" / "older_folders_cpu.json").read_text())
+    text = DOCUMENT.read_text(encoding="utf-8")
+    start, stop = place_of("older folders", text)
+    assert text[start:stop] == tables([from_json(row) for row in results["rows"]], VERSIONS), (
+        "run: make older-folders"
+    )

@@ -9,6 +9,7 @@ take about ten minutes on two cores. With fewer versions or families than all, t
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
@@ -21,6 +22,10 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
+if importlib.util.find_spec("torch") is None:
+    sys.exit(
+        "error: torch is not installed, with which all versions compute: .venv/bin/pip install torch==2.13.0"
+    )
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))  # for the form of results
 
 import transformers
@@ -28,13 +33,9 @@ from common import write_results
 from helpers.readme import place_of
 
 from jaxmoe.interop.families import FAMILIES
+from older_folders import DOCUMENT, ROOT, TESTS, VERSIONS
 from older_folders.read import Finding, read
 from older_folders.report import tables
-
-TESTS = Path(__file__).resolve().parent.parent
-ROOT = TESTS.parent
-VERSIONS = ("4.45.2", "4.51.3", "4.53.3", "4.57.6", "5.0.0", "5.5.4", "5.10.4")
-DOCUMENT = ROOT / "interop" / "OLDER_FOLDERS.md"
 
 
 def installed(version: str) -> Path:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,13 @@ class Finding:
     today_writer: float | None = None
     repeated: bool | None = None
     notes: tuple[str, ...] = ()
+
+
+def from_json(row: Mapping[str, Any]) -> Finding:
+    """A row of the results' JSON, where tuples are lists."""
+    return Finding(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    )
 
 
 def read(folder: Path, version: str, scratch: Path) -> Finding:
