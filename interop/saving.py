@@ -310,7 +310,9 @@ def _refuse_not_finite(
             "earlier checkpoint"
         )
     largest = np.abs(values[lost].astype(np.float64)).max()
-    raise UserError(f"tensor {info.name}: value {largest:.6g} does not fit its dtype {info.dtype} in the file")
+    raise UserError(
+        f"tensor {info.name}: value {largest:.6g} does not fit its dtype {info.dtype} in the file"
+    )
 
 
 class _QuantizedTensors(_Tensors):

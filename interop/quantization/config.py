@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import UserError, quote
-from jaxmoe.files import read_text
+from jaxmoe.files import read_bytes
 from jaxmoe.interop.quantization.awq import AWQ
 from jaxmoe.interop.quantization.compressed_tensors import CompressedTensors
 from jaxmoe.interop.quantization.fp8 import FP8Weights
@@ -20,7 +20,8 @@ _MODELOPT_FILE = "hf_quant_config.json"
 FILES = frozenset({_MODELOPT_FILE, "quantize_config.json", "quant_config.json"})
 """Files that repeat what config.json says, of modelopt, GPTQ and AWQ; they have no place beside unquantised weights."""
 
-_MOST_BYTES = 100 << 20
+_MOST_BYTES = 16 << 20
+_MOST_VALUES = 500_000
 _FORMATS: Mapping[str, Callable[[Mapping[str, Any], str], Format]] = {
     "fp8": FP8Weights.from_config,
     "mxfp4": MXFP4Experts.from_config,
@@ -64,7 +65,7 @@ def split_config(
 def _read(path: Path) -> Any:
     """A file of modelopt's, as config.json would have it."""
     try:
-        given = loads_strict(read_text(path, _MOST_BYTES).encode())
+        given = loads_strict(read_bytes(path, _MOST_BYTES), _MOST_VALUES)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path}: cannot be read: {reason}; download it again") from error

@@ -116,21 +116,12 @@ class TestTensors:
             in message
         )
 
-    @pytest.mark.parametrize(
-        ("fields", "count"),
-        [
-            ({"num_local_experts": 2 * 10**9}, "30,000,000,038"),
-            ({"num_hidden_layers": 5000, "num_local_experts": 100}, "1,535,003"),
-        ],
-    )
     @pytest.mark.usefixtures("tensors")
-    def test_config_of_more_tensors_than_any_model_has(self, folder, fields, count):
+    def test_config_of_more_tensors_than_any_model_has(self, folder):
         """Refused before an object is made of each."""
-        config = families.config_json("mixtral", **fields)
+        config = families.config_json("mixtral", num_hidden_layers=900, num_local_experts=200)
         (folder / "config.json").write_text(json.dumps(config))
-        told = (
-            f"describes a model of {count} tensors, expected at most 500,000: mend the number of its layers"
-        )
+        told = "describes a model of 546,303 tensors, expected at most 500,000: mend the number of its layers"
         assert refusal(folder) == f"{folder / 'config.json'}: {told} or experts"
         with pytest.raises(UserError, match=f"model.config: {told}"):
             source.config_source(config)

@@ -9,6 +9,7 @@ from helpers.quantized import PACKED, bytes_of, folder_of, is_matrix
 import jaxmoe
 from jaxmoe import UserError
 from jaxmoe.interop.source import config_source, open_source
+from jaxmoe.interop.storage import problems
 
 pytestmark = pytest.mark.once  # What it says depends on the files alone.
 
@@ -23,6 +24,12 @@ def told(folder, config, tensors):
     message = str(caught.value).removeprefix(f"{folder}: ")
     assert "\n" not in message
     return {part.removeprefix("tensor ") for part in message.split(" problems: ")[-1].split("; ")}
+
+
+@pytest.fixture(autouse=True)
+def all_problems(monkeypatch):
+    """However many there are, and long their names."""
+    monkeypatch.setattr(problems, "MAX_TOLD", 10**6)
 
 
 def test_damaged_integers(folders):
