@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmoe.errors import UserError, listed, quote, shortened
+from jaxmoe.interop.bounds import MAX_POSITIONS
 from jaxmoe.interop.config_json import ConfigReader, is_positive
 from jaxmoe.interop.families.common import head_dim
 from jaxmoe.model.mixers.rope import Dynamic, Linear, Llama3, LongRope, Proportional, RopeSpec, Scaling, Yarn
@@ -138,7 +139,7 @@ class _Parameters:
                 )
         self.kind: Any = given.pop("rope_type", "default")
         given.pop("type", None)
-        self.positions = config.size("max_position_embeddings")
+        self.positions = config.size("max_position_embeddings", MAX_POSITIONS)
 
     def pop(self, name: str, default: Any = None) -> Any:
         """Take a parameter; null is as if it were not there."""
