@@ -181,15 +181,14 @@ class _Parameters:
 
     def finish(self) -> None:
         """Refuse what has not been taken, unless it says nothing without what has been refused then."""
-        unread = sorted(
-            name
-            for name, value in self._given.items()
-            if value is not None and name not in _IDLE and not (name in _STRETCHES and value == 1)
-        )
+        unread = {name: v for name, v in self._given.items() if v is not None and name not in _IDLE}
+        for name in sorted(_STRETCHES & unread.keys()):
+            if unread.pop(name) != 1:
+                raise self.refuse(name, self._given[name], "1 or no such entry, which it does not read")
         if unread:
+            names = listed([shortened(name, 60) for name in sorted(unread)], 8)
             raise UserError(
-                f"{self._file}: rope_parameters of type {self.kind!r} have unknown entries "
-                f"{listed([shortened(name, 60) for name in unread], 8)}"
+                f"{self._file}: rope_parameters of type {self.kind!r} have unknown entries {names}"
             )
 
 

@@ -401,6 +401,10 @@ class TestRefused:
             ),
             ({"rope_scaling": {"type": "linear"}}, "factor"),
             (
+                {"rope_scaling": {"rope_type": "default", "factor": 4.0}},
+                r"factor = 4\.0 of rope type 'default': expected 1 or no such entry",
+            ),
+            (
                 {"rope_scaling": {"type": "linear", "factor": "2"}},
                 "factor = '2' .* expected a positive number",
             ),
