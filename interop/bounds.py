@@ -21,6 +21,14 @@ MAX_LAYERS = 1_000
 MAX_EXPERTS = 200_000
 """Of all layers together; the largest published models have some 25,000."""
 
+MAX_SIZE = 10_000_000
+"""Of one axis of a parameter; the largest published vocabularies have 300,000 tokens."""
+
+MAX_POSITIONS = 2**31 - 1
+"""Of positions and windows, which are int32."""
+
+MAX_PARAMETERS = 10**13
+
 _MAX_COUNT = 100_000
 _MAX_ENTRIES = 100_000  # of one list or object; there are models of 22,000 labels
 _MAX_VALUES = 500_000

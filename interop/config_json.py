@@ -23,9 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from jaxmoe.errors import UserError, first_line, listed, quote, shortened
 from jaxmoe.files import read_text
-from jaxmoe.interop.bounds import MAX_BYTES, MAX_LAYERS, check_text
+from jaxmoe.interop.bounds import MAX_BYTES, MAX_LAYERS, MAX_SIZE, check_text
 
-_MAX_SIZE = 2**31 - 1
 _MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 _REQUIRED: Any = object()
 _TOLD = 8  # problems, of which there may be thousands
@@ -167,7 +166,7 @@ class ConfigReader:
             reader._config = self._config.per_layer_config[index]
         return readers
 
-    def size(self, name: str, most: int = _MAX_SIZE) -> int:
+    def size(self, name: str, most: int = MAX_SIZE) -> int:
         """The value of a field that must be a positive integer.
 
         Raises:

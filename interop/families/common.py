@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from jaxmoe.errors import UserError, quote
-from jaxmoe.interop.bounds import MAX_EXPERTS, MAX_LAYERS
+from jaxmoe.interop.bounds import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS
 from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.model.feed_forward.mlp import MLPSpec
 from jaxmoe.model.feed_forward.moe import DenseMoESpec, MoESpec, SharedSpec
@@ -106,7 +106,10 @@ def windows(config: ConfigReader) -> list[int | None]:
     """The window of every layer, from ``layer_types`` and ``sliding_window``."""
     types = kinds(config, "layer_types", ("sliding_attention", "full_attention"))
     config.take("sliding_window", None)  # published configs give one though no layer has it
-    return [config.size("sliding_window") if kind == "sliding_attention" else None for kind in types]
+    return [
+        config.size("sliding_window", MAX_POSITIONS) if kind == "sliding_attention" else None
+        for kind in types
+    ]
 
 
 def windowed(config: ConfigReader, mixer: AttentionSpec, rotate_full: bool = True) -> list[AttentionSpec]:

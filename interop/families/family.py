@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxmoe.errors import UserError, quote
-from jaxmoe.interop.bounds import check_plausible
+from jaxmoe.interop.bounds import MAX_PARAMETERS, check_plausible
 from jaxmoe.interop.config_json import ConfigReader, text_config
 from jaxmoe.interop.families.mistakes import Mistake
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.spec import ModelSpec
+from jaxmoe.params import count
 
 TRUNK = "model."
 
@@ -76,6 +77,11 @@ class Family:
         self._speculative_layers(raw, file)
         for problem in spec.problems():
             raise UserError(f"{file}: {problem}")
+        parameters = count(spec.declared)
+        if parameters > MAX_PARAMETERS:
+            raise UserError(
+                f"{file}: found sizes of {parameters:,} parameters: expected at most {MAX_PARAMETERS:,}"
+            )
         return spec
 
     def beside(self, raw: Mapping[str, Any], spec: ModelSpec) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Kolibri-1: windows with rope and full layers without, norms on both sides, experts chosen by biased logits."""
 
+from jaxmoe.interop.bounds import MAX_POSITIONS
 from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family
@@ -18,7 +19,7 @@ _IN_MEMORY = {"attention_post_norm": "post_self_attn_layernorm", "ffn_post_norm"
 
 def _spec(config: ConfigReader) -> ModelSpec:
     common.check_constants(config)
-    config.size("sliding_window")  # without one transformers' model does not run
+    config.size("sliding_window", MAX_POSITIONS)  # without one transformers' model does not run
     norm = common.rms_norm(config)
     router = common.router(
         config, weight_dtype="float32", score="sigmoid", logits_dtype="float32", correction="logit"

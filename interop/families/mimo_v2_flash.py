@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from jaxmoe.interop.bounds import MAX_POSITIONS
 from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common, layouts
 from jaxmoe.interop.families.family import Family
@@ -28,7 +29,7 @@ def _attention(config: ConfigReader, kind: str) -> AttentionSpec:
     )
     if kind == _FULL:
         return full
-    window, kv_heads = config.size("sliding_window"), 2 * full.num_kv_heads
+    window, kv_heads = config.size("sliding_window", MAX_POSITIONS), 2 * full.num_kv_heads
     return dataclasses.replace(full, num_kv_heads=kv_heads, window=window, sinks=True)
 
 

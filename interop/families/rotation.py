@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmoe.errors import UserError, listed, quote, shortened
+from jaxmoe.interop.bounds import MAX_POSITIONS
 from jaxmoe.interop.config_json import ConfigReader, is_positive
 from jaxmoe.interop.families.common import head_dim
 from jaxmoe.model.mixers.rope import Dynamic, Linear, Llama3, LongRope, Proportional, RopeSpec, Scaling, Yarn
@@ -138,7 +139,7 @@ class _Parameters:
                 )
         self.kind: Any = given.pop("rope_type", "default")
         given.pop("type", None)
-        self.positions = config.size("max_position_embeddings")
+        self.positions = config.size("max_position_embeddings", MAX_POSITIONS)
 
     def pop(self, name: str, default: Any = None) -> Any:
         """Take a parameter; null is as if it were not there."""
@@ -180,15 +181,14 @@ class _Parameters:
 
     def finish(self) -> None:
         """Refuse what has not been taken, unless it says nothing without what has been refused then."""
-        unread = sorted(
-            name
-            for name, value in self._given.items()
-            if value is not None and name not in _IDLE and not (name in _STRETCHES and value == 1)
-        )
+        unread = {name: v for name, v in self._given.items() if v is not None and name not in _IDLE}
+        for name in sorted(_STRETCHES & unread.keys()):
+            if unread.pop(name) != 1:
+                raise self.refuse(name, self._given[name], "1 or no such entry, which it does not read")
         if unread:
+            names = listed([shortened(name, 60) for name in sorted(unread)], 8)
             raise UserError(
-                f"{self._file}: rope_parameters of type {self.kind!r} have unknown entries "
-                f"{listed([shortened(name, 60) for name in unread], 8)}"
+                f"{self._file}: rope_parameters of type {self.kind!r} have unknown entries {names}"
             )
 
 

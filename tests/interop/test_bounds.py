@@ -18,6 +18,11 @@ ABSURD = [
     ({"num_labels": 10**8}, "num_labels = 100000000: expected at most 100,000"),
     ({"num_hidden_layers": 10**6}, "num_hidden_layers = 1000000: expected at most 1,000"),
     ({"num_hidden_layers": -(2**31)}, "num_hidden_layers = -2147483648: expected a positive integer"),
+    ({"vocab_size": 2**31 - 1}, "vocab_size = 2147483647: expected at most 10,000,000"),
+    (
+        {"hidden_size": 10**7, "vocab_size": 10**7},
+        "sizes of [0-9,]+ parameters: expected at most 10,000,000,000,000",
+    ),
     ({"num_attention_heads": 2**31}, "num_attention_heads = 2147483648: expected at most 100,000"),
     ({"num_experts_per_tok": 1e300}, "'num_experts_per_tok' expected int, got float"),
     ({"mlp_only_layers": [0] * 100_001}, "mlp_only_layers has 100,001 entries: expected at most 100,000"),

@@ -401,6 +401,10 @@ class TestRefused:
             ),
             ({"rope_scaling": {"type": "linear"}}, "factor"),
             (
+                {"rope_scaling": {"rope_type": "default", "factor": 4.0}},
+                r"factor = 4\.0 of rope type 'default': expected 1 or no such entry",
+            ),
+            (
                 {"rope_scaling": {"type": "linear", "factor": "2"}},
                 "factor = '2' .* expected a positive number",
             ),
@@ -410,7 +414,7 @@ class TestRefused:
             ({"rope_theta": 10**400}, "rope_theta = 1000.* expected a positive number"),
             ({"num_hidden_layers": 10**12}, "num_hidden_layers = 1000000000000: expected at most 1,000"),
             ({"num_hidden_layers": True}, "num_hidden_layers"),
-            ({"vocab_size": 10**30}, "vocab_size = .*: expected at most 2,147,483,647"),
+            ({"vocab_size": 10**30}, "vocab_size = .*: expected at most 10,000,000"),
             ({"head_dim": True}, "head_dim"),
             (
                 {"head_dim": 1},
