@@ -13,7 +13,7 @@ from jaxmoe.data.documents import Documents
 from jaxmoe.data.pieces import Bytes, Cut, InseparableError, Pieces, Source, around, encode
 from jaxmoe.errors import UserError
 
-_AT_ONCE = 2**20
+_AT_ONCE = 2**18
 """A text of so many bytes is tokenized in one call, which takes about 150 times as much memory."""
 
 _AT_ONCE_IF_NEED_BE = 2**22
@@ -133,13 +133,17 @@ class DocumentEncoder:
 
 
 def check_separable(documents: Documents, tokenizer: Tokenizer) -> None:
-    """Finds where the parts of large documents separate, which takes some 10 ms for each.
+    """Finds where the parts of large documents separate, which takes some milliseconds for each.
 
     Raises:
-        UserError: somewhere they are not known to.
+        UserError: somewhere they are not known to, or a document is too large for a tokenizer with which none are.
     """
     pieces = Pieces(tokenizer)
-    for i in np.flatnonzero(~documents.beginnings()):
+    sizes = documents.sizes()
+    if pieces.refusal and sizes.max(initial=0) > _AT_ONCE_IF_NEED_BE:
+        largest = int(sizes.argmax())
+        raise UserError(f"{documents.where(largest)}: {_remedy(InseparableError(0, pieces.refusal))}")
+    for i in np.flatnonzero(~documents.beginnings()).tolist():
         part = documents.part(i)
         try:
             pieces.cut(around(part), part.begin)

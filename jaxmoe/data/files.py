@@ -49,10 +49,10 @@ def find_files(
         return root, _in_folder(root, include, exclude)
     if not root.exists():
         raise UserError(f"{path}: no such file or folder; set the data path to a file or folder of text")
-    if include is not None or exclude:
-        raise UserError(f"{path}: include and exclude choose among the files of a folder, and this is a file")
     if not root.is_file():
         raise UserError(_special(root))
+    if include is not None or exclude:
+        raise UserError(f"{path}: include and exclude choose among the files of a folder, and this is a file")
     if root.suffix.lower() == ".json":
         raise UserError(
             f"{path}: a .json file, whose rows cannot be read one by one; convert it to .jsonl with one object per "

@@ -22,7 +22,7 @@ WHOLE_BYTES = 2**24
 """A document of at most so many bytes of UTF-8 is one element of the data."""
 
 PART_BYTES = 2**19
-"""A larger one is as many elements as it has parts of this size. Tokenizing one takes some 150 times as much memory."""
+"""A larger one is as many elements as it has parts of this size."""
 
 MAX_RECORD_BYTES = 2**25
 """Longest line of a jsonl file and longest text in a parquet file, which are read in one piece."""

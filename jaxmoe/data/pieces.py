@@ -124,11 +124,15 @@ class InseparableError(ValueError):
 
 
 class Pieces:
-    """The ids of the pieces of a document, without those that a tokenizer puts around a text."""
+    """The ids of the pieces of a document, without those that a tokenizer puts around a text.
+
+    Attributes:
+        refusal: why the tokens of this tokenizer are never known to separate, None if they may be.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._refusal = _refusal(tokenizer)
+        self.refusal = _refusal(tokenizer)
         # Only there is a cut within a word known to be right. Unigram's ties depend on how sums are rounded.
         self._within_words = type(tokenizer.model).__name__ == "BPE"
         self._strips = any(t.lstrip or t.rstrip for t in tokenizer.get_added_tokens_decoder().values())
@@ -139,8 +143,8 @@ class Pieces:
         Raises:
             InseparableError: none was found.
         """
-        if self._refusal:
-            raise InseparableError(at, self._refusal)
+        if self.refusal:
+            raise InseparableError(at, self.refusal)
         searched = ((_NEAR, True), (_REACH, False))
         for reach, anywhere in searched:
             text, begin = _decode(source.read(at - _CONTEXT, at + reach + _CONTEXT), max(at - _CONTEXT, 0))

@@ -86,8 +86,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _of_folder(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
-    made = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it has doubts about configs, which are checked elsewhere
+    try:
+        made = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    finally:
+        logging.set_verbosity(verbosity)
     tokenizer = getattr(made, "backend_tokenizer", None)
     if not isinstance(tokenizer, Tokenizer) or made(_PROBE)["input_ids"] != tokenizer.encode(_PROBE).ids:
         raise UserError(

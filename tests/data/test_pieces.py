@@ -266,7 +266,7 @@ def refusal(tokenizer, text):
     return str(caught.value)
 
 
-def test_what_is_refused(monkeypatch):
+def test_what_is_refused(monkeypatch, write_jsonl):
     plain = prose(9, 4000)
     # The same characters for as far as one may look: how they group depends on where they begin, or end.
     for name, run in (("gpt2", " "), ("llama", " "), ("gpt4", "a"), ("deepseek", "1"), ("bert", "x")):
@@ -291,6 +291,10 @@ def test_what_is_refused(monkeypatch):
     monkeypatch.setattr(encoder, "_AT_ONCE_IF_NEED_BE", 5000)
     with pytest.raises(UserError, match=r"has [\d,]+ bytes: too large .*FixedLength.*; split the document"):
         DocumentEncoder(fixed, eos=None)(plain)
+    documents = open_documents(write_jsonl(["short", plain]))
+    check_separable(documents, tokenizer_of("gpt2"))
+    with pytest.raises(UserError, match=r"jsonl line 2: too large .*FixedLength.*; split the document"):
+        check_separable(documents, fixed)
 
 
 def test_white_space_that_a_far_token_takes_is_not_cut():
