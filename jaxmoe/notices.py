@@ -46,7 +46,7 @@ class Notices(logging.Handler):
             text = f"{text}\n{logging.Formatter().formatException(record.exc_info)}"
         self._show(f"{record.levelname.lower()}: {text}")
 
-    def _warned(self, message: Warning | str, *_: Any) -> None:
+    def _warned(self, message: Warning | str, *_: Any, **__: Any) -> None:
         self._show(f"warning: {message}")
 
     def begin(self, show: Callable[[str], None]) -> None:
