@@ -1,6 +1,6 @@
 """From text files to batches: documents, tokenizers, training batches, held-out windows."""
 
-from jaxmoe.data.batches import BatchSpec, training_batches
+from jaxmoe.data.batches import BatchSpec, check_proportion, training_batches
 from jaxmoe.data.documents import Documents, open_documents, split_documents
 from jaxmoe.data.encoder import DocumentEncoder, check_separable
 from jaxmoe.data.evaluation import Evaluation, byte_baselines, evaluation_windows
@@ -20,6 +20,7 @@ __all__ = [
     "Documents",
     "Evaluation",
     "byte_baselines",
+    "check_proportion",
     "check_separable",
     "end_of_document",
     "evaluation_windows",

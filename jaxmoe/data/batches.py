@@ -91,7 +91,7 @@ def training_batches(
         )
     # Not spec.seed itself: grain adds the epoch to it, so that seed 1 would repeat the epochs of seed 0.
     shuffle_seed, window_seed = (int(s) >> 1 for s in np.random.SeedSequence(spec.seed).generate_state(2))
-    _check_proportion(documents, spec, process_count)
+    check_proportion(documents, spec, process_count)
     tokenized = (
         grain.MapDataset.source(_TokenizedDocuments(documents, tokenizer, spec))
         .shuffle(seed=shuffle_seed)[process_index::process_count]
@@ -189,8 +189,12 @@ def _lists_to_tuples(state: Any) -> Any:
     return tuple(state) if isinstance(state, list) else state
 
 
-def _check_proportion(documents: Documents, spec: BatchSpec, process_count: int) -> None:
-    """Refuses a batch that would take minutes to fill with the same few documents over and over."""
+def check_proportion(documents: Documents, spec: BatchSpec, process_count: int = 1) -> None:
+    """Refuses a batch that would take minutes to fill with the same few documents over and over.
+
+    Raises:
+        UserError: it would repeat all of them many times.
+    """
     rows = spec.batch_size * process_count
     tokens, there = rows * spec.sequence_length, documents.total_bytes
     repeats = tokens // there if spec.packing else rows // len(documents)

@@ -26,7 +26,7 @@ from jaxmoe.data.documents import Part
 from jaxmoe.data.formats import PART_BYTES
 from jaxmoe.errors import UserError, first_line
 
-_NEAR = 2**16
+_NEAR = 2**14
 """Bytes after the place asked for that are searched first, also for places within words."""
 
 _REACH = PART_BYTES - 2**14

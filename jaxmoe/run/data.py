@@ -18,6 +18,7 @@ from jaxmoe.data import (
     Documents,
     Evaluation,
     byte_baselines,
+    check_proportion,
     check_separable,
     end_of_document,
     evaluation_windows,
@@ -161,6 +162,9 @@ def open_data(config: RunConfig, model_folder: Path | None, vocab_size: int) -> 
         )
     elif data.eval_fraction:
         documents, heldout = split_documents(documents, data.eval_fraction, config.train.seed)
+    check_proportion(
+        documents, BatchSpec(data.sequence_length, config.train.batch_size, packing=data.packing)
+    )
     tokenizer, folder = _tokenizer(config, model_folder, documents)
     needed = vocabulary_size(tokenizer)
     if needed > vocab_size:
