@@ -28,7 +28,7 @@ from jaxmoe.interop.bounds import MAX_BYTES, MAX_LAYERS, MAX_SIZE, check_text
 _MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 _REQUIRED: Any = object()
 _DTYPE_FIELDS = ("dtype", "torch_dtype")
-_DTYPES = (None, "bfloat16", "float16", "float32", "float64", "auto")
+_DTYPES = (None, "bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "auto")
 """In which a folder is stored, its tensors say; transformers looks the name up and fails at others."""
 _TOLD = 8  # problems, of which there may be thousands
 
@@ -116,7 +116,9 @@ class ConfigReader:
                 )
         for name in _DTYPE_FIELDS:
             if name in raw and raw[name] not in _DTYPES:
-                raise UserError(f"{file}: {name} = {quote(raw[name])}: expected {', '.join(filter(None, _DTYPES))}")
+                raise UserError(
+                    f"{file}: {name} = {quote(raw[name])}: expected {', '.join(filter(None, _DTYPES))}"
+                )
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # what matters of a config is checked here, and is an error
         try:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import zlib
 
@@ -422,3 +423,20 @@ def test_no_room_is_noticed_before_writing(tmp_path, monkeypatch):
     checkpoints.save(3, state, {})
     checkpoints.close()
     assert checkpoints.steps() == [1, 3]
+
+
+def test_a_save_that_hangs_is_given_up(folder, monkeypatch, caplog):
+    checkpoints = Checkpoints(folder, keep=1)
+    release = threading.Event()
+    monkeypatch.setattr(checkpoints, "close", lambda: release.wait(60))
+    begun = time.monotonic()
+    checkpoints.close_within(0.2)
+    assert 0.2 <= time.monotonic() - begun < 30
+    assert caplog.messages == [f"{folder}: gave up the checkpoint under way after 0 s"]
+    release.set()
+    monkeypatch.undo()
+    caplog.clear()
+    checkpoints.save(1, state_of(1), {})
+    checkpoints.close_within(60)
+    assert checkpoints.steps() == [1]
+    assert not caplog.messages

@@ -336,3 +336,11 @@ def test_a_full_disk_is_told_in_one_line(config, tmp_path):
     )
     with RunFolder.open(config) as folder:
         assert lines(folder) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize("name", [".lock", "config.yaml", "metrics.jsonl"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path, name):
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / name)
+    with pytest.raises(UserError, match=f"{name}: found no regular file"):
+        begin(configure(tmp_path / "out"))
