@@ -226,7 +226,7 @@ def _refuse_foreign(layout: RunLayout) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"output_dir {path}: found a file, expected a folder or nothing: choose another name")
     for file in (layout.lock, layout.config, layout.metrics):  # to open a pipe would wait for ever
-        if file.exists() and not file.is_file():
+        if file.exists() and not (file.is_file() or file.is_dir()):
             raise UserError(
                 f"{file}: found no regular file, expected one of this run's: choose another output_dir"
             )
