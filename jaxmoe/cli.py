@@ -124,7 +124,7 @@ def _exit_code(command: Callable[[], int | None]) -> int:
                 return _SIGNALLED + number
             if not isinstance(error, UserError):
                 raise
-            print(f"error: {shortened(_one_line(str(error)), _MOST_LETTERS)}", file=sys.stderr)
+            print(shortened(f"error: {_one_line(str(error))}", _MOST_LETTERS), file=sys.stderr)
             return EXIT_USER_ERROR
 
 

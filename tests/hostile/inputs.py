@@ -412,7 +412,7 @@ def _arguments() -> Iterator[Case]:
 def _trained() -> Iterator[Case]:
     """What shows only in training, or while the step is compiled."""
     changes = {
-        "weights that are not finite": "optimizer.learning_rate=3e38",
+        "weights that are not finite": "optimizer={learning_rate: 3e38, weight_decay: 100}",
         "tokens past memory": "data.sequence_length=65536",
         "a million tokens": "data.sequence_length=1000000",
         "a million rows": "train.batch_size=1000000",

@@ -50,7 +50,7 @@ class Outcome:
             found.append("traceback")
         if self.code == 2 and (len(self.err.splitlines()) != 1 or not self.err.startswith("error: ")):
             found.append(f"{len(self.err.splitlines())} lines on stderr")
-        if len(self.err) > _MOST_LETTERS:
+        if len(self.err.rstrip("\n")) > _MOST_LETTERS:
             found.append(f"{len(self.err)} letters on stderr")
         if self.cpu > cpu:
             found.append(f"{self.cpu:.1f} s of CPU")
