@@ -1,24 +1,18 @@
 """What the attacks start from: a tiny model, its tokenizer, text, and a run that takes seconds."""
 
 import json
-import random
 from pathlib import Path
 
 import yaml
-from helpers import tiny
+from helpers.runs import write_workspace
 
 STEPS = 12
 
 
 def write(folder: Path) -> Path:
     """``model/`` (a tiny Qwen3-MoE in two files), ``text/`` and ``run.yaml``, which trains the one on the other."""
-    tiny.write_checkpoint(folder / "model", "qwen3_moe", dtype="bfloat16", shards=2, initializer_range=0.02)
-    rng = random.Random(0)
-    (folder / "text").mkdir()
-    for part in range(3):
-        lines = (" ".join(f"w{3 + rng.randrange(100)}" for _ in range(rng.randint(5, 60))) for _ in range(40))
-        content = "".join(json.dumps({"text": line}) + "\n" for line in lines)
-        (folder / "text" / f"part{part}.jsonl").write_text(content)
+    folder.mkdir()
+    write_workspace(folder)
     (folder / "run.yaml").write_text(yaml.safe_dump(config()))
     return folder
 
