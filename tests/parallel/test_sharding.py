@@ -89,6 +89,8 @@ def trained(mesh, steps=2, name="muon"):
         batch = micro_batches(tokens, positions, segments)
         for _ in range(steps):
             state, metrics = step(state, jax.device_put(batch, sharding.batch_sharding(mesh, leading=1)))
+            # Eight devices share the threads of a few cores: one step's collectives may wait for those of the next.
+            jax.block_until_ready(state)
     return jax.device_get(state.params), jax.device_get(metrics), state
 
 
