@@ -314,6 +314,16 @@ def test_memory_that_a_step_needs_and_is_not_there(workspace, tmp_path, capfd, m
     assert len(err.splitlines()) == 1
 
 
+def test_memory_that_runs_out_while_training(workspace, tmp_path, capfd, monkeypatch):
+    def run(_):
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr(trainer.Trainer, "run", run)
+    assert cli(["train", str(small(tmp_path, workspace))]) == 2
+    told = "out of memory (Unable to allocate 9 TiB): lower data.sequence_length (now 24)"
+    assert capfd.readouterr().err == f"error: {told}\n"
+
+
 @pytest.mark.torch
 def test_a_multimodal_folder_trains_as_a_text_model(workspace, tmp_path):
     """Its towers, and constants of its layers, come out as they went in; all that is trained has moved."""

@@ -14,7 +14,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from jaxmoe.config import RunConfig
-from jaxmoe.errors import UserError, listed, shortened
+from jaxmoe.errors import UserError, listed, out_of_memory, shortened
 from jaxmoe.files import why_unusable
 from jaxmoe.interop.export_plan import LEFT_OUT
 from jaxmoe.interop.source import check_copies
@@ -67,7 +67,13 @@ def run(config: RunConfig) -> Result:
     assembled, data = processes.agree(lambda: _open(config))
     with RunFolder.open(config) as folder, jax.set_mesh(assembled.mesh):
         data.keep_tokenizer()
-        return Trainer(assembled, folder, data).run()
+        try:
+            return Trainer(assembled, folder, data).run()
+        except Exception as error:
+            told = out_of_memory(error)
+            if told is None:
+                raise
+            raise UserError(f"{told}: {memory.remedy(assembled)}") from error
 
 
 def _check_devices() -> None:
