@@ -239,7 +239,8 @@ def parse_header(file: str, header: bytes, file_bytes: int, problems: list[str])
         count = header.count(b"{")
         if count > MAX_TENSORS:
             raise ValueError(f"it describes {count:,} tensors, expected at most {MAX_TENSORS:,}")
-        described = loads_strict(header, _VALUES_OF_METADATA + count * _VALUES_PER_TENSOR)
+        # Without its padding, which may be all but a few bytes of it.
+        described = loads_strict(header.rstrip(b" "), _VALUES_OF_METADATA + count * _VALUES_PER_TENSOR)
         if not isinstance(described, dict):
             raise ValueError(f"holds {quote(described)}, expected a JSON object")
         metadata = _parse_metadata(described.pop("__metadata__", None))

@@ -373,7 +373,6 @@ def _tokenizers() -> Iterator[Case]:
 
 def _arguments() -> Iterator[Case]:
     lines: list[tuple[str, ...]] = [
-        (),
         ("nonsense",),
         ("train", "no.yaml"),
         ("train", "a\0b"),
