@@ -7,6 +7,7 @@ fault of the program and keeps its traceback.
 import argparse
 import difflib
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -91,6 +92,9 @@ def _dispatch(arguments: list[str]) -> int | None:
 def _end(code: int) -> NoReturn:
     """End the process. A signal ends it soon, whatever threads of libraries are at."""
     if code > _SIGNALLED:
+        # What was cut short in threads of libraries tells so in tracebacks.
+        sys.unraisablehook = threading.excepthook = lambda _: None
+        logging.disable()
         killer = threading.Timer(_THREADS_SECONDS, os._exit, [code])
         killer.daemon = True
         killer.start()

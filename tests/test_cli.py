@@ -413,11 +413,19 @@ def test_memory_that_is_not_there_is_told_in_one_line(command, capsys, error, to
 def test_threads_of_libraries_do_not_outlive_a_signal():
     """orbax's are not daemons: the interpreter would wait for them at its end."""
     program = """
-        import os, signal, sys, threading
+        import logging, signal, threading, time
         from jaxmoe import cli
-        cli._THREADS_SECONDS = 0.2
+        cli._THREADS_SECONDS = 0.5
+        class Loop:
+            def __del__(self):
+                raise RuntimeError("Event loop is closed")
+        def late():
+            time.sleep(0.1)
+            Loop()
+            logging.getLogger("asyncio").error("never retrieved")
+            threading.Event().wait()
         def main(argv):
-            threading.Thread(target=threading.Event().wait).start()
+            threading.Thread(target=late).start()
             signal.raise_signal(signal.SIGINT)
         cli.run_command(main)
     """
