@@ -48,7 +48,9 @@ def check_text(text: str, file: str) -> None:
     """
     values = sum(map(text.count, ",[{"))
     if values > _MAX_VALUES:
-        raise UserError(f"{file} has about {values:,} values: expected at most {_MAX_VALUES:,}")
+        raise UserError(
+            f"{file} has about {values:,} values: expected at most {_MAX_VALUES:,}; download it again"
+        )
 
 
 def check_plausible(raw: Mapping[str, Any], file: str) -> None:
@@ -68,10 +70,14 @@ def check_plausible(raw: Mapping[str, Any], file: str) -> None:
         level = list(itertools.islice(inner, _MAX_VALUES + 1 - found))
         found += len(level)
         if found > _MAX_VALUES:
-            raise UserError(f"{file} has more than {_MAX_VALUES:,} values")
+            raise UserError(
+                f"{file} has more than {_MAX_VALUES:,} values, expected a config.json's few; download it again"
+            )
         if not level:
             return
-    raise UserError(f"{file} has values within {_MAX_DEPTH} others: expected a config.json's few")
+    raise UserError(
+        f"{file} has values within {_MAX_DEPTH} others: expected a config.json's few; download it again"
+    )
 
 
 def _within(outer: Any, file: str) -> Iterator[Any]:

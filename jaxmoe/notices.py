@@ -43,7 +43,10 @@ class Notices(logging.Handler):
         """Take what a logger says; not of what a signal raised, which asyncio logs once more when nobody took it."""
         if record.exc_info and isinstance(record.exc_info[1], KeyboardInterrupt):
             return
-        text = record.getMessage()
+        try:
+            text = record.getMessage()
+        except Exception:  # a library's mistake in its arguments
+            text = str(record.msg)
         if record.exc_info:
             text = f"{text}\n{logging.Formatter().formatException(record.exc_info)}"
         self._show(f"{record.levelname.lower()}: {text}")

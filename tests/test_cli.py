@@ -433,3 +433,10 @@ def test_threads_of_libraries_do_not_outlive_a_signal():
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_a_library_that_logs_wrongly_ends_nothing(capsys):
+    wrong = logging.LogRecord("some.library", logging.WARNING, "file.py", 1, "%d steps", ("x",), None)
+    with notices.Notices() as held:
+        held.emit(wrong)
+    assert capsys.readouterr() == ("", "warning: %d steps\n")

@@ -315,13 +315,17 @@ def test_memory_that_a_step_needs_and_is_not_there(workspace, tmp_path, capfd, m
 
 
 def test_memory_that_runs_out_while_training(workspace, tmp_path, capfd, monkeypatch):
-    def run(_):
+    def fail(*_):
         raise MemoryError("Unable to allocate 9 TiB")
 
-    monkeypatch.setattr(trainer.Trainer, "run", run)
+    monkeypatch.setattr(trainer.Trainer, "_compiled", lambda _: None)
+    monkeypatch.setattr(trainer.Trainer, "_start", fail)
     assert cli(["train", str(small(tmp_path, workspace))]) == 2
-    told = "out of memory (Unable to allocate 9 TiB): lower data.sequence_length (now 24)"
-    assert capfd.readouterr().err == f"error: {told}\n"
+    told = "error: out of memory (Unable to allocate 9 TiB): lower data.sequence_length (now 24)"
+    assert capfd.readouterr().err == f"{told}\n"
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert cli(["train", str(small(tmp_path, workspace))]) == 2
+    assert capfd.readouterr().err == f"{told}, in a new output_dir\n"
 
 
 @pytest.mark.torch

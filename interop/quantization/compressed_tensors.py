@@ -16,6 +16,7 @@ key-value cache change nothing in bfloat16.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
@@ -124,6 +125,8 @@ class _Scheme:
             raise UserError(f"{where}.group_size = {quote(size)}: expected a positive integer, -1 or null")
         strategy = given.get("strategy") or {None: "tensor", -1: "channel"}.get(size, "group")
         block = given.get("block_structure")
+        if isinstance(block, str) and re.fullmatch(r"[0-9]{1,9}x[0-9]{1,9}", block):
+            block = [int(size) for size in block.split("x")]
         if strategy in ("group", "tensor_group"):
             if not is_size(size):
                 raise UserError(f"{where}.group_size = {quote(size)}: strategy {strategy!r} needs one")

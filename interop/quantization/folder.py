@@ -44,7 +44,8 @@ class QuantizedFolder:
             dtypes = sorted({info.dtype for info in stored.tensors.values()})
             damage.append(
                 f"the config says that weights are quantised, but of {len(stored.tensors)} tensors none is: found "
-                f"{', '.join(dtypes)}, expected {format.expected}; remove quantization_config if they were dequantised"
+                f"{', '.join(dtypes)}, expected {format.expected}; remove quantization_config, or "
+                "hf_quant_config.json, if they were dequantised"
             )
         problems += damage
         self.quantized: Mapping[str, QuantizedTensor] = {tensor.name: tensor for tensor in found}

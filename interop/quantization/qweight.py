@@ -20,6 +20,8 @@ _FIELDS = """
     dataset tokenizer batch_size model_seqlen pad_token_id max_input_length cache_block_outputs
     block_name_to_quantize module_name_preceding_first_block modules_in_block_to_quantize
     model_name_or_path model_file_base_name
+    autoround_version iters nsamples seqlen lr minmax_lr enable_minmax_tuning enable_quanted_input low_gpu_mem_usage
+    gradient_accumulate_steps amp data_type packing_format
     exllama_config use_exllama disable_exllama use_cuda_fp16 do_fuse modules_to_fuse fuse_max_seq_len
 """
 INERT = frozenset(_FIELDS.split())

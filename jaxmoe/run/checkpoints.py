@@ -202,7 +202,12 @@ class Checkpoints:
 
     def close_within(self, seconds: float) -> None:
         """`close`, given up after so many seconds: what is not whole by then is removed by the next start."""
-        closing = threading.Thread(target=self.close, daemon=True)
+
+        def close() -> None:
+            with contextlib.suppress(Exception):  # what ended the run is what is told
+                self.close()
+
+        closing = threading.Thread(target=close, daemon=True)
         closing.start()
         closing.join(seconds)
         if closing.is_alive():

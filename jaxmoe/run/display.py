@@ -32,7 +32,7 @@ class RunDisplay:
 
     def __enter__(self) -> "RunDisplay":
         self._progress.start()
-        notices.begin(self.say)
+        notices.begin(_to_stderr if self._console.quiet else self.say)
         return self
 
     def __exit__(
@@ -52,6 +52,11 @@ class RunDisplay:
     def say(self, text: str) -> None:
         """A line of its own, above the live line."""
         self._console.print(text, soft_wrap=True)
+
+
+def _to_stderr(text: str) -> None:
+    """Warnings of the other processes."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def show_table(title: str, rows: dict[str, str]) -> None:

@@ -29,6 +29,8 @@ _FREE_KEYS = frozenset(
         "train.eval_every",
         "train.peak_tflops",
         "train.export",
+        "data.eval_tokens",
+        "data.max_record_bytes",
         "sample",
         "output_dir",
     }

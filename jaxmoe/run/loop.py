@@ -67,13 +67,7 @@ def run(config: RunConfig) -> Result:
     assembled, data = processes.agree(lambda: _open(config))
     with RunFolder.open(config) as folder, jax.set_mesh(assembled.mesh):
         data.keep_tokenizer()
-        try:
-            return Trainer(assembled, folder, data).run()
-        except Exception as error:
-            told = out_of_memory(error)
-            if told is None:
-                raise
-            raise UserError(f"{told}: {memory.remedy(assembled)}") from error
+        return Trainer(assembled, folder, data).run()
 
 
 def _check_devices() -> None:
@@ -148,6 +142,9 @@ class Trainer:
                 # A process that was interrupted, or has a fault, may be alone with that and must not wait for others.
                 elif jax.process_count() == 1:
                     self.checkpoints.close_within(_FINISH_SECONDS)
+            if (told := out_of_memory(error)) is not None:
+                lower = memory.remedy(self.assembled, begun=self.folder.layout.holds_run())
+                raise UserError(f"{told}: {lower}") from error
             raise
         self.checkpoints.close()
         return self._finish(state)

@@ -19,7 +19,7 @@ def check_before_compiling(assembled: Assembled) -> None:
     """Compare what every step needs, however it is compiled, with what the devices at hand have.
 
     That is weights and optimiser, gradients, the batch, and what each layer is given, which the backward pass starts
-    from.
+    from; where some weights are frozen, it may end before the lowest layers, and these are not counted.
 
     Raises:
         UserError: it cannot fit; with the parts, and the key that lowers the largest.
@@ -32,8 +32,9 @@ def check_before_compiling(assembled: Assembled) -> None:
         "weights and optimiser": _bytes(state),
         "gradients": _bytes(state.trainable) * assembled.dtype.itemsize // 4,
         "the batch": _bytes(assembled.batch),
-        "the layers' inputs": layers * rows * width * assembled.dtype.itemsize,
     }
+    if not jax.tree.leaves(state.frozen):
+        needed["the layers' inputs"] = layers * rows * width * assembled.dtype.itemsize
     _refuse("at least ", needed, free_bytes(assembled), assembled)
 
 
@@ -74,16 +75,22 @@ def free_bytes(assembled: Assembled) -> int | None:
     return min(found, default=None)
 
 
-def remedy(assembled: Assembled) -> str:
-    """The keys that make a step smaller, those that cost the least first."""
+def remedy(assembled: Assembled, *, begun: bool = False) -> str:
+    """The keys that make a step smaller, those that cost the least first.
+
+    Args:
+        assembled: the run.
+        begun: its folder holds steps, which were made with the values of now.
+    """
     train, mesh = assembled.config.train, assembled.config.mesh
     steps = []
     if train.rows > mesh.batch_shards:
-        steps.append(f"lower train.micro_batch_size (now {train.rows}, which changes no result)")
+        same = "" if assembled.config.balance.aux_loss else ", which changes no result"
+        steps.append(f"lower train.micro_batch_size (now {train.rows}{same})")
     if not assembled.config.model.remat:
         steps.append("set model.remat=true")
     steps.append(f"lower data.sequence_length (now {assembled.config.data.sequence_length})")
-    return " or ".join(steps)
+    return " or ".join(steps) + (", in a new output_dir" if begun else "")
 
 
 def _refuse(bound: str, needed: Mapping[str, int], free: int | None, assembled: Assembled) -> None:
@@ -120,12 +127,21 @@ def _machine_bytes() -> list[int]:
 
 
 def _cgroup_bytes() -> list[int]:
-    """Of a container: its limit without what it uses, where the pages of files can be given up."""
-    with suppress(OSError, ValueError):
-        limit = (_CGROUP / "memory.max").read_text(encoding="utf-8").strip()
-        used = int((_CGROUP / "memory.current").read_text(encoding="utf-8"))
-        lines = (_CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines()
-        stat = {name: int(value) for name, value in (line.split() for line in lines)}
-        if limit != "max":
-            return [int(limit) - used + stat.get("inactive_file", 0)]
-    return []
+    """Of a container or a job: limits without what is used, where the pages of files can be given up.
+
+    Version 2 of cgroups; each of those around the process's own has a limit of its own.
+    """
+    place = Path()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        place = Path(next(line[3:] for line in lines if line.startswith("0::")).lstrip("/"))
+    found = []
+    for folder in (place, *place.parents):
+        with suppress(OSError, ValueError):
+            limit = (_CGROUP / folder / "memory.max").read_text(encoding="utf-8").strip()
+            used = int((_CGROUP / folder / "memory.current").read_text(encoding="utf-8"))
+            rows = (_CGROUP / folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+            stat = {name: int(value) for name, value in (row.split() for row in rows)}
+            if limit != "max":
+                found.append(int(limit) - used + stat.get("inactive_file", 0))
+    return found

@@ -260,7 +260,7 @@ FORMATS: Mapping[str, Kind] = {
     ),
     "float per block": Kind(
         functools.partial(eight_bits, block=(8, 16)),
-        ct_config("float-quantized", strategy="block", block_structure=[8, 16]),
+        ct_config("float-quantized", strategy="block", block_structure="8x16"),
     ),
     "nvfp4": Kind(
         functools.partial(

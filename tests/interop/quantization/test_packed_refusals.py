@@ -116,7 +116,7 @@ def test_biases_of_zeros_are_no_part_of_the_model(folders):
 def test_a_config_that_says_so_of_weights_that_are_not(folders, kind):
     tensors = tiny.random_tensors(PACKED, "bfloat16")
     (problem,) = told(folders.source, PACKED | {"quantization_config": FORMATS[kind].config}, tensors) - {
-        "remove quantization_config if they were dequantised"
+        "remove quantization_config, or hf_quant_config.json, if they were dequantised"
     }
     assert problem.startswith(
         f"the config says that weights are quantised, but of {len(tensors)} tensors none is: found BF16, expected "
