@@ -65,6 +65,7 @@ def test_keys_that_change_no_weight_may_change_and_are_written_down(config, tmp_
     changed = configure(
         tmp_path / "runs" / "x",
         train=free,
+        data={"eval_tokens": 1000, "max_record_bytes": 2**21},
         sample={"prompt": "Once"},
     )
     with RunFolder.open(changed) as folder:
