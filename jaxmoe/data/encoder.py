@@ -18,7 +18,7 @@ _AT_ONCE = 2**18
 """A text of so many bytes is tokenized in one call, which takes about 150 times as much memory."""
 
 _AT_ONCE_IF_NEED_BE = WHOLE_BYTES
-"""A text whose tokens are not known to separate anywhere is too, one at a time: no document in one element is refused."""
+"""A text whose tokens are not known to separate is too, one at a time: no document in one element is refused."""
 
 _PIECE = 2**17
 """A longer text is tokenized in pieces of this size: larger ones are slower, and in smaller ones cuts take longer."""

@@ -1,17 +1,21 @@
-"""Tokenizers in the ``tokenizer.json`` format: loaded, trained, saved, and applied to documents."""
+"""Tokenizers in the ``tokenizer.json`` format: loaded, trained, saved, and told from each other."""
 
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxmoe.errors import UserError, first_line
+from jaxmoe.errors import UserError, first_line, listed, quote
 from jaxmoe.files import open_regular, read_text, why_unusable
+
+_log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -38,6 +42,15 @@ _READ_BESIDE = (
 
 _PROBE = "The 3rd naïve  probe:\n\t<s>{x}</s> 数据"
 
+# What is told by it is written into checkpoints: another text makes all tokenizers others.
+_TOLD_BY = (
+    f"{_PROBE} Experts that are not chosen by the router receive no gradient, which is why the load is balanced.\r\n"
+    "def attention(query, key):\n    return softmax(query @ key.T / 8.0) != None  # 0x1F, 1234567 and 3.14e-05\n\n"
+    "Wir würden gern größere Wörter über Straßen hören. Où est-il allé, l'été dernier? El niño comió una piña.\n"
+    "Москва не сразу строилась. 我们训练语言模型。日本語のテキスト。 한국어 문장. مرحبا بالعالم नमस्ते दुनिया 🙂👩‍👩‍👧\n"
+    + "".join(map(chr, range(32, 127)))
+)
+
 _TRAINED_CHARACTERS = 2**12
 _LONGEST_WORD = 2**15
 # Where ByteLevel surely ends a word: a letter or digit, and then white space or punctuation.
@@ -51,12 +64,17 @@ _COMMON_EOS_TOKENS = (
 )
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer that transformers' AutoTokenizer makes of a folder with a ``tokenizer.json``, or of that file's.
 
     Other files there count too: flags of tokenizer_config.json decide what is put around a text, its class may rebuild
     the whole tokenizer. A file alone, or of another name, is taken as it is. Truncation and padding that are stored are
     not applied. No code of the folder is run and nothing is fetched.
+
+    Args:
+        path: the folder or the file.
+        vocab_size: of the model, if there is one. Tokens that are only added by those other files (for padding, say)
+            and have no row there are left out where the tokenizer.json by itself fits, with a line in the log.
 
     Raises:
         UserError: there is none, or it is not readable.
@@ -74,6 +92,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         _check_readable(checked, MAX_TOKENIZER_BYTES)
     try:
         tokenizer = _of_folder(file.parent) if beside else Tokenizer.from_file(str(file))
+        if beside and vocab_size is not None and vocabulary_size(tokenizer) > vocab_size:
+            tokenizer = _without_added(tokenizer, file, vocab_size)
     except UserError:
         raise
     except Exception as error:  # neither library raises anything narrower
@@ -101,6 +121,26 @@ def _of_folder(folder: Path) -> Tokenizer:
             "tokenizer.json alone; convert it to a PreTrainedTokenizerFast and save that"
         )
     return tokenizer
+
+
+def _without_added(tokenizer: Tokenizer, file: Path, vocab_size: int) -> Tokenizer:
+    """Without the added tokens from ``vocab_size`` on, unless the file by itself has tokens there."""
+    if vocabulary_size(Tokenizer.from_file(str(file))) > vocab_size:
+        return tokenizer
+    state = json.loads(tokenizer.to_str())
+    beyond = [token for token in state["added_tokens"] if token["id"] >= vocab_size]
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < vocab_size]
+    fitting = Tokenizer.from_str(json.dumps(state))
+    if max([*fitting.encode("").ids, vocabulary_size(fitting) - 1]) >= vocab_size:
+        return tokenizer  # it puts one of them around every text
+    _log.warning(
+        "%s: the files beside tokenizer.json add %s, for which the model with a vocab_size of %d has no row: in text "
+        "they are taken for ordinary characters",
+        file.parent,
+        listed([quote(token["content"]) for token in beyond], 8),
+        vocab_size,
+    )
+    return fitting
 
 
 def _check_readable(file: Path, most: int) -> None:
@@ -133,6 +173,15 @@ def _remedy(path: Path) -> str:
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Rows that an embedding needs: the largest token id + 1. Ids may have gaps, so their number says little."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def digest(tokenizer: Tokenizer) -> str:
+    """32 hexadecimal digits that change with the ids that text gets, and not with tokens that no text has."""
+    try:
+        told: Any = tokenizer.encode(_TOLD_BY).ids
+    except Exception:  # it has no id for some of it; tokenizers raises nothing narrower
+        told = sorted(tokenizer.get_vocab().items())
+    return blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
 
 def train_byte_bpe(

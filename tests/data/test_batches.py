@@ -23,6 +23,7 @@ from jaxmoe.data import (
     pieces,
     save_tokenizer,
     split_documents,
+    train_byte_bpe,
     training_batches,
 )
 from jaxmoe.data import documents as documents_module
@@ -255,6 +256,26 @@ def test_a_state_of_other_batches_is_refused(documents, tokenizer, write_jsonl):
     for nonsense in nonsenses:
         with pytest.raises(UserError, match="not one of these batches"):
             training_batches(documents, tokenizer, spec).set_state(nonsense)
+
+
+def test_a_state_of_another_tokenizer(documents, tokenizer, texts, caplog):
+    spec = BatchSpec(24, 3, eos=0)
+    state = training_batches(documents, tokenizer, spec).get_state()
+    padded = Tokenizer.from_str(tokenizer.to_str())
+    padded.add_special_tokens(["<|pad|>"])
+    training_batches(documents, padded, spec).set_state(state)
+    assert not caplog.records
+    other = train_byte_bpe(texts[1:10], 300)  # of as many tokens
+    with pytest.raises(UserError, match="tokenizer was"):
+        training_batches(documents, other, spec).set_state(state)
+    # Before, only their number was noted.
+    del state["identity"]["tokenizer"]
+    state["identity"]["vocab_size"] = 300
+    training_batches(documents, padded, spec).set_state(state)
+    assert "is not checked" in caplog.text
+    state["identity"]["vocab_size"] = 302
+    with pytest.raises(UserError, match="tokenizer was 'one of 302 tokens' and is"):
+        training_batches(documents, padded, spec).set_state(state)
 
 
 def digest(batches, count=150):

@@ -296,7 +296,9 @@ def test_what_is_refused(monkeypatch, write_jsonl):
         monkeypatch.setattr(module, "WHOLE_BYTES", 15_000)
     documents = open_documents(write_jsonl(["short", plain]))
     check_separable(documents, tokenizer_of("gpt2"))
-    with pytest.raises(UserError, match=r"jsonl line 2 from byte 10001: too large .*FixedLength.*; split the document"):
+    with pytest.raises(
+        UserError, match=r"jsonl line 2 from byte 10001: too large .*FixedLength.*; split the document"
+    ):
         check_separable(documents, fixed)
 
 

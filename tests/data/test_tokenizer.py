@@ -223,6 +223,32 @@ def test_ids_are_those_of_transformers(tmp_path, kind, files, changes):
         assert (ids != [alone.encode(text).ids for text in texts]) == changes
 
 
+def test_added_tokens_for_which_the_model_has_no_row(tmp_path, caplog):
+    alone = word_pieces("bytes")
+    size = vocabulary_size(alone)
+    alone.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert vocabulary_size(load_tokenizer(tmp_path)) == size + 1
+    assert vocabulary_size(load_tokenizer(tmp_path, size + 1)) == size + 1
+    assert not caplog.records
+    fitting = load_tokenizer(tmp_path, size)
+    assert vocabulary_size(fitting) == size
+    assert "add '<pad>', for which the model" in caplog.text
+    for text in ("The <pad> new</s>", tokenizer_module._PROBE, ""):
+        assert fitting.encode(text).ids == alone.encode(text).ids
+    assert vocabulary_size(load_tokenizer(tmp_path, size - 1)) == size + 1  # does not fit by itself
+
+
+def test_what_tells_tokenizers_apart(texts, tokenizer):
+    told = tokenizer_module.digest(tokenizer)
+    padded = Tokenizer.from_str(tokenizer.to_str())
+    padded.add_special_tokens(["<|pad|>"])
+    assert tokenizer_module.digest(padded) == told
+    assert tokenizer_module.digest(train_byte_bpe(texts[1:10], 300)) != told  # of as many tokens
+    assert tokenizer_module.digest(word_level("a", "b")) != tokenizer_module.digest(word_level("b", "a"))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
