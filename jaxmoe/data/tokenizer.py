@@ -90,32 +90,53 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
     beside = [other for other in beside if other.exists()]
     for checked in (file, *beside):
         _check_readable(checked, MAX_TOKENIZER_BYTES)
-    try:
-        tokenizer = _of_folder(file.parent) if beside else Tokenizer.from_file(str(file))
-        if beside and vocab_size is not None and vocabulary_size(tokenizer) > vocab_size:
-            tokenizer = _without_added(tokenizer, file, vocab_size)
-    except UserError:
-        raise
-    except Exception as error:  # neither library raises anything narrower
-        raise UserError(f"{file}: not a readable tokenizer ({first_line(error)})") from None
+    tokenizer = _of_folder(file) if beside else _alone(file)
+    if beside and vocab_size is not None and vocabulary_size(tokenizer) > vocab_size:
+        tokenizer = _without_added(tokenizer, file, vocab_size)
     # Published files carry the settings of their last use: a document would silently be cut to them.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def _of_folder(folder: Path) -> Tokenizer:
+def _alone(file: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(
+            f"{file}: not a readable tokenizer ({first_line(error)}); copy it again, or give another one"
+        ) from None
+
+
+def _of_folder(file: Path) -> Tokenizer:
+    """What transformers makes of the folder of a tokenizer.json."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it has doubts about configs, which are checked elsewhere
+    folder = file.parent
     try:
         made = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        ids = made(_PROBE)["input_ids"]
+    except Exception as error:  # transformers raises nothing narrower
+        alone = _alone(file)
+        if "trust_remote_code" in str(error):
+            _log.warning(
+                "%s: its class of tokenizer is code of its own, which is not run: the ids are those of tokenizer.json "
+                "alone",
+                folder,
+            )
+            return alone
+        raise UserError(
+            f"{folder}: transformers' AutoTokenizer does not read it ({first_line(error)}); mend what is beside "
+            f"tokenizer.json (tokenizer_config.json, special_tokens_map.json or config.json), or give {file} alone in "
+            "another folder as data.tokenizer"
+        ) from None
     finally:
         logging.set_verbosity(verbosity)
     tokenizer = getattr(made, "backend_tokenizer", None)
-    if not isinstance(tokenizer, Tokenizer) or made(_PROBE)["input_ids"] != tokenizer.encode(_PROBE).ids:
+    if not isinstance(tokenizer, Tokenizer) or ids != tokenizer.encode(_PROBE).ids:
         raise UserError(
             f"{folder}: transformers' AutoTokenizer gives a {type(made).__name__}, whose ids are not those of a "
             "tokenizer.json alone; convert it to a PreTrainedTokenizerFast and save that"
@@ -125,7 +146,7 @@ def _of_folder(folder: Path) -> Tokenizer:
 
 def _without_added(tokenizer: Tokenizer, file: Path, vocab_size: int) -> Tokenizer:
     """Without the added tokens from ``vocab_size`` on, unless the file by itself has tokens there."""
-    if vocabulary_size(Tokenizer.from_file(str(file))) > vocab_size:
+    if vocabulary_size(_alone(file)) > vocab_size:
         return tokenizer
     state = json.loads(tokenizer.to_str())
     beyond = [token for token in state["added_tokens"] if token["id"] >= vocab_size]

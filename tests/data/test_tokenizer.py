@@ -1,5 +1,6 @@
 import hashlib
 import json
+import logging
 import os
 import random
 import resource
@@ -253,9 +254,11 @@ def test_what_tells_tokenizers_apart(texts, tokenizer):
     ("config", "message"),
     [
         ({"tokenizer_class": "ByT5Tokenizer"}, "ByT5Tokenizer, whose ids are not those"),
-        ({"auto_map": {"AutoTokenizer": ["code.Own", None]}}, "not a readable tokenizer"),
-        ({"added_tokens_decoder": {"x": 1}}, "not a readable tokenizer"),
-        ([], "not a readable tokenizer"),
+        ({"added_tokens_decoder": {"x": 1}}, r"AutoTokenizer does not read it \(.*; mend what is beside"),
+        (
+            [],
+            r"does not read it .*tokenizer_config\.json.*, or give .*tokenizer\.json alone in another folder",
+        ),
     ],
 )
 def test_folders_of_which_there_is_no_such_tokenizer(tmp_path, tokenizer, config, message):
@@ -265,6 +268,40 @@ def test_folders_of_which_there_is_no_such_tokenizer(tmp_path, tokenizer, config
     with pytest.raises(UserError, match=message) as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "config.json"])
+def test_a_broken_file_beside_tokenizer_json(tmp_path, tokenizer, name):
+    save_tokenizer(tokenizer, tmp_path)
+    (tmp_path / name).write_text("{")
+    with pytest.raises(UserError, match="AutoTokenizer does not read it .*; mend what is beside") as caught:
+        load_tokenizer(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+
+
+def test_a_class_that_is_code_of_the_folder(tmp_path, tokenizer, texts, caplog):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text("raise SystemExit('was run')")
+    loaded = load_tokenizer(tmp_path)
+    assert [loaded.encode(text).ids for text in texts] == [tokenizer.encode(text).ids for text in texts]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: its class of tokenizer is code of its own, which is not run: the ids are those of "
+        "tokenizer.json alone"
+    ]
+
+
+def test_nothing_is_said_of_the_length_of_a_probe(tmp_path, tokenizer, caplog):
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    save_tokenizer(tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": 5}))
+    load_tokenizer(tmp_path)
+    logger.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
