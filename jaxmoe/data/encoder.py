@@ -71,10 +71,8 @@ class DocumentEncoder:
             return self._in_pieces(source, first, last)
         except InseparableError as error:
             raise UserError(f"{documents.where(i)}: {_remedy(error)}") from None
-        except (OSError, ValueError):
-            raise UserError(
-                f"{documents.where(i)}: changed since it was opened; restore it or start the run again"
-            ) from None
+        except (OSError, UnicodeDecodeError):
+            raise documents.changed(i) from None
 
     def _whole(self, text: str) -> np.ndarray:
         return self._marked(encode(self._tokenizer, [text], add_special_tokens=True)[0], True, True)

@@ -260,6 +260,29 @@ def test_the_parts_of_a_large_document_in_a_row_are_the_whole(
             encode.element(documents, 2)
 
 
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (OSError("gone"), UserError, "changed since it was opened"),
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "odd"), UserError, "changed since it was opened"),
+        (ValueError("a mistake in the code"), ValueError, "a mistake in the code"),
+    ],
+)
+def test_what_is_told_as_a_change(tmp_path, monkeypatch, error, expected, message):
+    for module in (formats, documents_module):
+        monkeypatch.setattr(module, "PART_BYTES", 10_001)
+        monkeypatch.setattr(module, "WHOLE_BYTES", 15_000)
+    (tmp_path / "a.txt").write_text(prose(8, 6000), "utf-8")
+    documents = open_documents(tmp_path)
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(Pieces, "ids", fails)
+    with pytest.raises(expected, match=message):
+        DocumentEncoder(tokenizer_of("gpt2"), eos=2).element(documents, 1)
+
+
 def refusal(tokenizer, text):
     with pytest.raises(InseparableError) as caught:
         Pieces(tokenizer).cut(in_memory(text), 6000)
