@@ -212,10 +212,10 @@ def check_proportion(documents: Documents, spec: BatchSpec, process_count: int =
     """
     rows = spec.batch_size * process_count
     tokens, there = rows * spec.sequence_length, documents.total_bytes
-    repeats = tokens // there if spec.packing else rows // len(documents)
+    repeats = tokens // there if spec.packing else rows // documents.num_documents
     if tokens > _FEW_TOKENS and repeats > _MOST_REPEATS:
         raise UserError(
-            f"a batch of {rows:,} rows of {spec.sequence_length:,} tokens would repeat the {len(documents):,} "
+            f"a batch of {rows:,} rows of {spec.sequence_length:,} tokens would repeat the {documents.num_documents:,} "
             f"documents ({there:,} bytes) {repeats:,} times, expected at most {_MOST_REPEATS}: lower the batch size or "
             "the sequence length, or give more text"
         )

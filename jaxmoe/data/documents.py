@@ -140,6 +140,11 @@ class Documents:
         return part.end - part.begin
 
     @property
+    def num_documents(self) -> int:
+        """How many documents the elements are of, counted by their beginnings."""
+        return int(self.beginnings().sum())
+
+    @property
     def total_bytes(self) -> int:
         """The length of all elements in bytes of UTF-8."""
         return int(self.sizes().sum())

@@ -16,6 +16,7 @@ from jaxmoe.data import (
     DocumentEncoder,
     batches,
     byte_baselines,
+    check_proportion,
     evaluation,
     evaluation_windows,
     formats,
@@ -364,6 +365,23 @@ def test_a_batch_out_of_proportion_to_the_data(documents, tokenizer):
             UserError, match="would repeat the 19 documents .* times, expected at most 16: lower"
         ):
             training_batches(documents, tokenizer, spec)
+
+
+def test_messages_count_documents_and_not_their_parts(write_jsonl, tokenizer, monkeypatch):
+    for module in (documents_module, formats):
+        monkeypatch.setattr(module, "WHOLE_BYTES", 4000)
+        monkeypatch.setattr(module, "PART_BYTES", 1000)
+    monkeypatch.setattr(pieces, "_REACH", 900)
+    documents = open_documents(write_jsonl(["expert router token " * 300, "the merge " * 50]))
+    assert (len(documents), documents.num_documents) == (7, 2)
+    assert documents.subset([3, 4, 6]).num_documents == 1
+    with pytest.raises(UserError, match="repeat the 2 documents"):
+        check_proportion(documents, BatchSpec(2048, 600))
+    with pytest.raises(UserError, match="repeat the 2 documents .* 300 times"):
+        check_proportion(documents, BatchSpec(2048, 600, packing=False))
+    monkeypatch.setattr(evaluation, "MAX_EVAL_TOKENS", 500)
+    with pytest.raises(UserError, match="the first 1 held-out documents have"):
+        evaluation_windows(documents, tokenizer, BatchSpec(24, 3, eos=0), max_tokens=10**6)
 
 
 def test_first_fit_against_the_definition():
