@@ -170,9 +170,13 @@ def _check_readable(file: Path, most: int) -> None:
         with open_regular(file) as opened:
             size = os.fstat(opened.fileno()).st_size
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); expected a tokenizer's file") from None
+        raise UserError(
+            f"{file}: cannot be read ({error.strerror}); expected a tokenizer's file: copy it there again"
+        ) from None
     if size > most:
-        raise UserError(f"{file}: {size:,} bytes, expected at most {most:,} of a tokenizer's file")
+        raise UserError(
+            f"{file}: {size:,} bytes, expected at most {most:,} of a tokenizer's file: copy it there again"
+        )
 
 
 def _remedy(path: Path) -> str:
@@ -295,11 +299,11 @@ def _configured_eos(tokenizer: Tokenizer, file: Path) -> int | None:
     try:
         config = json.loads(read_text(file, _MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not readable as JSON ({first_line(error)})") from None
+        raise UserError(f"{file}: not readable as JSON ({first_line(error)}); mend or remove it") from None
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{file}: cannot be read ({error.strerror}); mend or remove it") from None
     if not isinstance(config, dict):
-        raise UserError(f"{file}: expected a JSON object")
+        raise UserError(f"{file}: a JSON {type(config).__name__}, expected an object; mend or remove it")
     if file.name == "tokenizer_config.json":
         token = config.get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
