@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         )
     source = open_source(options.model)
     folder, _ = source.opened
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, source.spec.vocab_size)
     if vocabulary_size(tokenizer) > source.spec.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer's largest token id is {vocabulary_size(tokenizer) - 1} but the model's "

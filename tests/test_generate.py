@@ -79,6 +79,22 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows(tmp_path, capsys):
     )
 
 
+def test_a_padding_token_for_which_the_model_has_no_row(tmp_path, capsys, caplog):
+    tiny.write_checkpoint(tmp_path, "qwen3_moe")
+    options = ["w5 w6", "--dtype", "float32", "--temperature", "0", "--tokens", "4"]
+    assert cli(["generate", str(tmp_path), *options]) == 0
+    alone = capsys.readouterr().out
+    rows = json.loads((tmp_path / "config.json").read_text())["vocab_size"]
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert max(tokenizer["model"]["vocab"].values()) == rows - 1
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**config, "pad_token": "<a pad>"}))
+    assert cli(["generate", str(tmp_path), *options]) == 0
+    assert capsys.readouterr().out == alone
+    assert "add '<a pad>', for which the model" in caplog.text
+
+
 def test_a_text_that_the_device_has_no_memory_for(monkeypatch):
     def exhausted(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 52777619552856 bytes.")

@@ -4,6 +4,7 @@ The state of an iterator is a position in the pipeline, not a count of batches: 
 the documents of the shuffle window (``_WINDOW_TOKENS``) that was open, wherever in the run that was.
 """
 
+import logging
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,10 @@ from tokenizers import Tokenizer
 
 from jaxmoe.data.documents import Documents
 from jaxmoe.data.encoder import DocumentEncoder
+from jaxmoe.data.tokenizer import digest
 from jaxmoe.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 # The rows of a long document follow each other; shuffled within this many tokens, a batch mixes documents.
 _WINDOW_TOKENS = 2**18
@@ -110,7 +114,7 @@ def training_batches(
     )
     identity = {
         "documents": documents.fingerprint(),
-        "vocab_size": tokenizer.get_vocab_size(),
+        "tokenizer": digest(tokenizer),
         "sequence_length": spec.sequence_length,
         "packing": spec.packing,
         "seed": spec.seed,
@@ -119,7 +123,7 @@ def training_batches(
         "process_index": process_index,
         "process_count": process_count,
     }
-    return _TrainingBatches(iter(batches), identity)
+    return _TrainingBatches(iter(batches), identity, tokenizer.get_vocab_size())
 
 
 class _TokenizedDocuments:
@@ -144,9 +148,10 @@ class _TokenizedDocuments:
 class _TrainingBatches(grain.DatasetIterator):
     """Adds to the state what it depends on, and repairs what JSON does to it."""
 
-    def __init__(self, batches: grain.DatasetIterator, identity: dict[str, Any]):
+    def __init__(self, batches: grain.DatasetIterator, identity: dict[str, Any], vocab_size: int):
         super().__init__(batches)
         self._identity = identity
+        self._vocab_size = vocab_size
         weakref.finalize(self, _release, weakref.ref(self))
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -157,7 +162,7 @@ class _TrainingBatches(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         try:
-            identity, position = state["identity"], state["position"]
+            identity, position = self._completed(state["identity"]), state["position"]
             changed = {k: (identity[k], now) for k, now in self._identity.items() if identity[k] != now}
         except (KeyError, TypeError):
             raise UserError("the saved data position is not one of these batches; start without it") from None
@@ -167,6 +172,16 @@ class _TrainingBatches(grain.DatasetIterator):
                 f"the data cannot continue where the run stopped: {what}; restore that, or start a new run"
             )
         self._parent.set_state(_lists_to_tuples(position))
+
+    def _completed(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """That of an older version, which told tokenizers by their size: tokens may have been added to one since."""
+        if "tokenizer" in identity or identity["vocab_size"] > self._vocab_size:
+            return {"tokenizer": f"one of {identity.get('vocab_size')} tokens", **identity}
+        _log.warning(
+            "the saved data position is of a version that did not note what ids text gets: that the tokenizer still "
+            "gives the same ones is not checked"
+        )
+        return {**identity, "tokenizer": self._identity["tokenizer"]}
 
     def __str__(self) -> str:
         return "TrainingBatches"
@@ -197,10 +212,10 @@ def check_proportion(documents: Documents, spec: BatchSpec, process_count: int =
     """
     rows = spec.batch_size * process_count
     tokens, there = rows * spec.sequence_length, documents.total_bytes
-    repeats = tokens // there if spec.packing else rows // len(documents)
+    repeats = tokens // there if spec.packing else rows // documents.num_documents
     if tokens > _FEW_TOKENS and repeats > _MOST_REPEATS:
         raise UserError(
-            f"a batch of {rows:,} rows of {spec.sequence_length:,} tokens would repeat the {len(documents):,} "
+            f"a batch of {rows:,} rows of {spec.sequence_length:,} tokens would repeat the {documents.num_documents:,} "
             f"documents ({there:,} bytes) {repeats:,} times, expected at most {_MOST_REPEATS}: lower the batch size or "
             "the sequence length, or give more text"
         )

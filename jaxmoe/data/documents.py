@@ -116,10 +116,12 @@ class Documents:
         except (OSError, ValueError, LookupError, AttributeError, TypeError):
             unchanged = False
         if not unchanged:
-            raise UserError(
-                f"{self.where(i)}: changed since it was opened; restore it or start the run again"
-            )
+            raise self.changed(i)
         return content
+
+    def changed(self, i: int) -> UserError:
+        """What to say where element i no longer is what it was when the files were opened."""
+        return UserError(f"{self.where(i)}: changed since it was opened; restore it or start the run again")
 
     def part(self, i: int) -> Part:
         """Which bytes of which document element i is."""
@@ -136,6 +138,11 @@ class Documents:
         """The length of element i in bytes of UTF-8."""
         part = self.part(i)
         return part.end - part.begin
+
+    @property
+    def num_documents(self) -> int:
+        """How many documents the elements are of, counted by their beginnings."""
+        return int(self.beginnings().sum())
 
     @property
     def total_bytes(self) -> int:

@@ -10,14 +10,15 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxmoe.data.documents import Documents
+from jaxmoe.data.formats import WHOLE_BYTES
 from jaxmoe.data.pieces import Bytes, Cut, InseparableError, Pieces, Source, around, encode
 from jaxmoe.errors import UserError
 
 _AT_ONCE = 2**18
 """A text of so many bytes is tokenized in one call, which takes about 150 times as much memory."""
 
-_AT_ONCE_IF_NEED_BE = 2**22
-"""A text whose tokens are not known to separate anywhere is too, one at a time."""
+_AT_ONCE_IF_NEED_BE = WHOLE_BYTES
+"""A text whose tokens are not known to separate is too, one at a time: no document in one element is refused."""
 
 _PIECE = 2**17
 """A longer text is tokenized in pieces of this size: larger ones are slower, and in smaller ones cuts take longer."""
@@ -70,10 +71,8 @@ class DocumentEncoder:
             return self._in_pieces(source, first, last)
         except InseparableError as error:
             raise UserError(f"{documents.where(i)}: {_remedy(error)}") from None
-        except (OSError, ValueError):
-            raise UserError(
-                f"{documents.where(i)}: changed since it was opened; restore it or start the run again"
-            ) from None
+        except (OSError, UnicodeDecodeError):
+            raise documents.changed(i) from None
 
     def _whole(self, text: str) -> np.ndarray:
         return self._marked(encode(self._tokenizer, [text], add_special_tokens=True)[0], True, True)
@@ -136,13 +135,9 @@ def check_separable(documents: Documents, tokenizer: Tokenizer) -> None:
     """Finds where the parts of large documents separate, which takes some milliseconds for each.
 
     Raises:
-        UserError: somewhere they are not known to, or a document is too large for a tokenizer with which none are.
+        UserError: somewhere they are not known to.
     """
     pieces = Pieces(tokenizer)
-    sizes = documents.sizes()
-    if pieces.refusal and sizes.max(initial=0) > _AT_ONCE_IF_NEED_BE:
-        largest = int(sizes.argmax())
-        raise UserError(f"{documents.where(largest)}: {_remedy(InseparableError(0, pieces.refusal))}")
     for i in np.flatnonzero(~documents.beginnings()).tolist():
         part = documents.part(i)
         try:

@@ -28,7 +28,7 @@ class Evaluation:
 
     Attributes:
         batches: this process's batches, to be iterated any number of times; ``len`` gives how many.
-        num_documents: documents covered: the first of those given.
+        num_documents: elements covered, documents or parts of large ones: the first of those given.
         num_bytes: UTF-8 bytes of those documents, over all processes.
         num_targets: tokens predicted, over all processes.
     """
@@ -137,11 +137,11 @@ def evaluation_windows(
             break
         if len(stream) > MAX_EVAL_TOKENS:
             raise UserError(
-                f"the first {num_documents:,} held-out documents have {len(stream):,} tokens, expected at most "
-                f"{MAX_EVAL_TOKENS:,}; limit them with data.eval_tokens, or give less"
+                f"the first {begins[:num_documents].sum():,} held-out documents have {len(stream):,} tokens, expected "
+                f"at most {MAX_EVAL_TOKENS:,}; limit them with data.eval_tokens, or give less"
             )
     if not starts:
-        raise UserError(f"the {num_documents} held-out documents leave no token to predict; give longer text")
+        raise UserError(f"the {begins.sum()} held-out documents leave no token to predict; give longer text")
     windows = _in_rows(np.frombuffer(stream, np.int32), np.frombuffer(starts, np.int64), lengths, T)
     count = -(-windows.rows // (B * process_count))
     firsts = ((b * process_count + process_index) * B for b in range(count))

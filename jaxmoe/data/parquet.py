@@ -21,6 +21,9 @@ _BLOCK_BYTES = 2**25
 
 # Few, because a batch is dense however well its rows compress, and each may have as much as is allowed of one.
 _BATCH_ROWS = 16
+# Once their sizes are known, as many as have about so many bytes: short texts are then read three times as fast.
+_BATCH_BYTES = 2**20
+_MOST_BATCH_ROWS = 2**10
 _STREAM_BYTES = 2**20
 
 
@@ -54,23 +57,30 @@ class ParquetReader:
         self._cache = cache
         self._most = max_record_bytes
         self._starts: list[list[int]] = []  # per row group, the first row of each block
+        self._batch_rows: list[int] = []  # per row group
 
     def scan(self) -> Iterator[Found]:
         row = 0
-        self._starts = []
+        self._starts, self._batch_rows = [], []
         for group in range(self._check()):
-            starts, in_group, filled = [0], 0, 0
+            starts, in_group, filled, total, largest = [0], 0, 0, 0, 0
             self._starts.append(starts)
-            for batch in self._batches(group):
+            for batch in self._batches(group, _BATCH_ROWS):
                 for value in batch:
                     content = self._content(value.as_py(), self.where(row))
                     if filled and filled + len(content) > _BLOCK_BYTES:
                         starts.append(in_group)
                         filled = 0
                     filled += len(content)
+                    total += len(content)
+                    largest = max(largest, len(content))
                     yield found_whole(group, in_group, row, content)
                     row += 1
                     in_group += 1
+            # However they are mixed, a batch has no more bytes than one of the scan may have.
+            by_mean = _BATCH_BYTES * in_group // max(total, 1)
+            rows = min(by_mean, _BATCH_ROWS * self._most // max(largest, 1), _MOST_BATCH_ROWS)
+            self._batch_rows.append(max(rows, _BATCH_ROWS))
 
     def _content(self, value: bytes | None, where: str) -> bytes:
         if value is None:
@@ -121,13 +131,11 @@ class ParquetReader:
                 "as .txt, or raise the data's max_record_bytes"
             )
 
-    def _batches(self, group: int) -> Iterator[pa.Array]:
+    def _batches(self, group: int, rows: int) -> Iterator[pa.Array]:
         """The column of one row group, some rows at a time, as bytes: of UTF-8 Arrow does not say where it is none."""
         try:
             with pq.ParquetFile(self.path, buffer_size=_STREAM_BYTES, pre_buffer=False) as file:
-                batches = file.iter_batches(
-                    _BATCH_ROWS, row_groups=[group], columns=[self.field], use_threads=False
-                )
+                batches = file.iter_batches(rows, row_groups=[group], columns=[self.field], use_threads=False)
                 for batch in batches:
                     column = batch.column(0)
                     if pa.types.is_dictionary(column.type):
@@ -144,7 +152,7 @@ class ParquetReader:
         first, end = starts[number], starts[number + 1]
         assert first is not None
         rows, row = [], 0
-        for batch in self._batches(group):
+        for batch in self._batches(group, self._batch_rows[group]):
             if end is not None and row >= end:
                 break
             if row + len(batch) > first:

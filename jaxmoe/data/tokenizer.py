@@ -1,17 +1,21 @@
-"""Tokenizers in the ``tokenizer.json`` format: loaded, trained, saved, and applied to documents."""
+"""Tokenizers in the ``tokenizer.json`` format: loaded, trained, saved, and told from each other."""
 
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxmoe.errors import UserError, first_line
+from jaxmoe.errors import UserError, first_line, listed, quote
 from jaxmoe.files import open_regular, read_text, why_unusable
+
+_log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -38,6 +42,15 @@ _READ_BESIDE = (
 
 _PROBE = "The 3rd naïve  probe:\n\t<s>{x}</s> 数据"
 
+# What is told by it is written into checkpoints: another text makes all tokenizers others.
+_TOLD_BY = (
+    f"{_PROBE} Experts that are not chosen by the router receive no gradient, which is why the load is balanced.\r\n"
+    "def attention(query, key):\n    return softmax(query @ key.T / 8.0) != None  # 0x1F, 1234567 and 3.14e-05\n\n"
+    "Wir würden gern größere Wörter über Straßen hören. Où est-il allé, l'été dernier? El niño comió una piña.\n"
+    "Москва не сразу строилась. 我们训练语言模型。日本語のテキスト。 한국어 문장. مرحبا بالعالم नमस्ते दुनिया 🙂👩‍👩‍👧\n"
+    + "".join(map(chr, range(32, 127)))
+)
+
 _TRAINED_CHARACTERS = 2**12
 _LONGEST_WORD = 2**15
 # Where ByteLevel surely ends a word: a letter or digit, and then white space or punctuation.
@@ -51,12 +64,17 @@ _COMMON_EOS_TOKENS = (
 )
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer that transformers' AutoTokenizer makes of a folder with a ``tokenizer.json``, or of that file's.
 
     Other files there count too: flags of tokenizer_config.json decide what is put around a text, its class may rebuild
     the whole tokenizer. A file alone, or of another name, is taken as it is. Truncation and padding that are stored are
     not applied. No code of the folder is run and nothing is fetched.
+
+    Args:
+        path: the folder or the file.
+        vocab_size: of the model, if there is one. Tokens that are only added by those other files (for padding, say)
+            and have no row there are left out where the tokenizer.json by itself fits, with a line in the log.
 
     Raises:
         UserError: there is none, or it is not readable.
@@ -72,35 +90,78 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     beside = [other for other in beside if other.exists()]
     for checked in (file, *beside):
         _check_readable(checked, MAX_TOKENIZER_BYTES)
-    try:
-        tokenizer = _of_folder(file.parent) if beside else Tokenizer.from_file(str(file))
-    except UserError:
-        raise
-    except Exception as error:  # neither library raises anything narrower
-        raise UserError(f"{file}: not a readable tokenizer ({first_line(error)})") from None
+    tokenizer = _of_folder(file) if beside else _alone(file)
+    if beside and vocab_size is not None and vocabulary_size(tokenizer) > vocab_size:
+        tokenizer = _without_added(tokenizer, file, vocab_size)
     # Published files carry the settings of their last use: a document would silently be cut to them.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def _of_folder(folder: Path) -> Tokenizer:
+def _alone(file: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(
+            f"{file}: not a readable tokenizer ({first_line(error)}); copy it again, or give another one"
+        ) from None
+
+
+def _of_folder(file: Path) -> Tokenizer:
+    """What transformers makes of the folder of a tokenizer.json."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it has doubts about configs, which are checked elsewhere
+    folder = file.parent
     try:
         made = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        ids = made(_PROBE)["input_ids"]
+    except Exception as error:  # transformers raises nothing narrower
+        alone = _alone(file)
+        if "trust_remote_code" in str(error):
+            _log.warning(
+                "%s: its class of tokenizer is code of its own, which is not run: the ids are those of tokenizer.json "
+                "alone",
+                folder,
+            )
+            return alone
+        raise UserError(
+            f"{folder}: transformers' AutoTokenizer does not read it ({first_line(error)}); mend what is beside "
+            f"tokenizer.json (tokenizer_config.json, special_tokens_map.json or config.json), or give {file} alone in "
+            "another folder as data.tokenizer"
+        ) from None
     finally:
         logging.set_verbosity(verbosity)
     tokenizer = getattr(made, "backend_tokenizer", None)
-    if not isinstance(tokenizer, Tokenizer) or made(_PROBE)["input_ids"] != tokenizer.encode(_PROBE).ids:
+    if not isinstance(tokenizer, Tokenizer) or ids != tokenizer.encode(_PROBE).ids:
         raise UserError(
             f"{folder}: transformers' AutoTokenizer gives a {type(made).__name__}, whose ids are not those of a "
             "tokenizer.json alone; convert it to a PreTrainedTokenizerFast and save that"
         )
     return tokenizer
+
+
+def _without_added(tokenizer: Tokenizer, file: Path, vocab_size: int) -> Tokenizer:
+    """Without the added tokens from ``vocab_size`` on, unless the file by itself has tokens there."""
+    if vocabulary_size(_alone(file)) > vocab_size:
+        return tokenizer
+    state = json.loads(tokenizer.to_str())
+    beyond = [token for token in state["added_tokens"] if token["id"] >= vocab_size]
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < vocab_size]
+    fitting = Tokenizer.from_str(json.dumps(state))
+    if max([*fitting.encode("").ids, vocabulary_size(fitting) - 1]) >= vocab_size:
+        return tokenizer  # it puts one of them around every text
+    _log.warning(
+        "%s: the files beside tokenizer.json add %s, for which the model with a vocab_size of %d has no row: in text "
+        "they are taken for ordinary characters",
+        file.parent,
+        listed([quote(token["content"]) for token in beyond], 8),
+        vocab_size,
+    )
+    return fitting
 
 
 def _check_readable(file: Path, most: int) -> None:
@@ -109,9 +170,13 @@ def _check_readable(file: Path, most: int) -> None:
         with open_regular(file) as opened:
             size = os.fstat(opened.fileno()).st_size
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); expected a tokenizer's file") from None
+        raise UserError(
+            f"{file}: cannot be read ({error.strerror}); expected a tokenizer's file: copy it there again"
+        ) from None
     if size > most:
-        raise UserError(f"{file}: {size:,} bytes, expected at most {most:,} of a tokenizer's file")
+        raise UserError(
+            f"{file}: {size:,} bytes, expected at most {most:,} of a tokenizer's file: copy it there again"
+        )
 
 
 def _remedy(path: Path) -> str:
@@ -133,6 +198,15 @@ def _remedy(path: Path) -> str:
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Rows that an embedding needs: the largest token id + 1. Ids may have gaps, so their number says little."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def digest(tokenizer: Tokenizer) -> str:
+    """32 hexadecimal digits that change with the ids that text gets, and not with tokens that no text has."""
+    try:
+        told: Any = tokenizer.encode(_TOLD_BY).ids
+    except Exception:  # it has no id for some of it; tokenizers raises nothing narrower
+        told = sorted(tokenizer.get_vocab().items())
+    return blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
 
 def train_byte_bpe(
@@ -225,11 +299,11 @@ def _configured_eos(tokenizer: Tokenizer, file: Path) -> int | None:
     try:
         config = json.loads(read_text(file, _MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not readable as JSON ({first_line(error)})") from None
+        raise UserError(f"{file}: not readable as JSON ({first_line(error)}); mend or remove it") from None
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{file}: cannot be read ({error.strerror}); mend or remove it") from None
     if not isinstance(config, dict):
-        raise UserError(f"{file}: expected a JSON object")
+        raise UserError(f"{file}: a JSON {type(config).__name__}, expected an object; mend or remove it")
     if file.name == "tokenizer_config.json":
         token = config.get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token

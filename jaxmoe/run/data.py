@@ -165,7 +165,7 @@ def open_data(config: RunConfig, model_folder: Path | None, vocab_size: int) -> 
     check_proportion(
         documents, BatchSpec(data.sequence_length, config.train.batch_size, packing=data.packing)
     )
-    tokenizer, folder = _tokenizer(config, model_folder, documents)
+    tokenizer, folder = _tokenizer(config, model_folder, documents, vocab_size)
     needed = vocabulary_size(tokenizer)
     if needed > vocab_size:
         raise UserError(
@@ -188,7 +188,7 @@ def tokenizer_files(config: RunConfig) -> dict[str, Path | None]:
 
 
 def _tokenizer(
-    config: RunConfig, model_folder: Path | None, documents: Documents
+    config: RunConfig, model_folder: Path | None, documents: Documents, vocab_size: int
 ) -> tuple[Tokenizer, Path | None]:
     """The tokenizer and the folder that it was read from, None if it was just made."""
     given = config.data.tokenizer
@@ -196,16 +196,16 @@ def _tokenizer(
         if (
             RunLayout(Path(config.output_dir)).holds_run() and _kept(config).exists()
         ):  # a run that goes on keeps it
-            return load_tokenizer(_kept(config)), _kept(config)
+            return load_tokenizer(_kept(config), vocab_size), _kept(config)
         return train_byte_bpe(sample(documents, TOKENIZER_BYTES), given.train_bpe), None
     if given is not None:
         path = Path(given).expanduser()
-        return load_tokenizer(path), _folder_of(path)
+        return load_tokenizer(path, vocab_size), _folder_of(path)
     if model_folder is None:
         raise UserError(
             "data.tokenizer: a model with random weights has none; give a path or {train_bpe: SIZE}"
         )
-    return load_tokenizer(model_folder), model_folder
+    return load_tokenizer(model_folder, vocab_size), model_folder
 
 
 def sample(documents: Documents, most: int) -> Documents:

@@ -331,7 +331,7 @@ class Trainer:
         return (
             f"{self.folder.path}: {f'resuming after step {done}' if done else 'starting'}, "
             f"{len(spec.layers)} layers, {count(spec.declared):,} parameters{of_these}, {sizes}, "
-            f"{len(self.data.train):,} documents; MFU against {meter.peak / 1e12:.4g} TFLOP/s per device "
+            f"{self.data.train.num_documents:,} documents; MFU against {meter.peak / 1e12:.4g} TFLOP/s per device "
             f"({meter.peak_origin})"
         )
 

@@ -16,6 +16,7 @@ from jaxmoe.data import (
     DocumentEncoder,
     batches,
     byte_baselines,
+    check_proportion,
     evaluation,
     evaluation_windows,
     formats,
@@ -23,6 +24,7 @@ from jaxmoe.data import (
     pieces,
     save_tokenizer,
     split_documents,
+    train_byte_bpe,
     training_batches,
 )
 from jaxmoe.data import documents as documents_module
@@ -257,6 +259,26 @@ def test_a_state_of_other_batches_is_refused(documents, tokenizer, write_jsonl):
             training_batches(documents, tokenizer, spec).set_state(nonsense)
 
 
+def test_a_state_of_another_tokenizer(documents, tokenizer, texts, caplog):
+    spec = BatchSpec(24, 3, eos=0)
+    state = training_batches(documents, tokenizer, spec).get_state()
+    padded = Tokenizer.from_str(tokenizer.to_str())
+    padded.add_special_tokens(["<|pad|>"])
+    training_batches(documents, padded, spec).set_state(state)
+    assert not caplog.records
+    other = train_byte_bpe(texts[1:10], 300)  # of as many tokens
+    with pytest.raises(UserError, match="tokenizer was"):
+        training_batches(documents, other, spec).set_state(state)
+    # Before, only their number was noted.
+    del state["identity"]["tokenizer"]
+    state["identity"]["vocab_size"] = 300
+    training_batches(documents, padded, spec).set_state(state)
+    assert "is not checked" in caplog.text
+    state["identity"]["vocab_size"] = 302
+    with pytest.raises(UserError, match="tokenizer was 'one of 302 tokens' and is"):
+        training_batches(documents, padded, spec).set_state(state)
+
+
 def digest(batches, count=150):
     found = hashlib.blake2b(digest_size=8)
     for batch in islice(batches, count):
@@ -343,6 +365,23 @@ def test_a_batch_out_of_proportion_to_the_data(documents, tokenizer):
             UserError, match="would repeat the 19 documents .* times, expected at most 16: lower"
         ):
             training_batches(documents, tokenizer, spec)
+
+
+def test_messages_count_documents_and_not_their_parts(write_jsonl, tokenizer, monkeypatch):
+    for module in (documents_module, formats):
+        monkeypatch.setattr(module, "WHOLE_BYTES", 4000)
+        monkeypatch.setattr(module, "PART_BYTES", 1000)
+    monkeypatch.setattr(pieces, "_REACH", 900)
+    documents = open_documents(write_jsonl(["expert router token " * 300, "the merge " * 50]))
+    assert (len(documents), documents.num_documents) == (7, 2)
+    assert documents.subset([3, 4, 6]).num_documents == 1
+    with pytest.raises(UserError, match="repeat the 2 documents"):
+        check_proportion(documents, BatchSpec(2048, 600))
+    with pytest.raises(UserError, match="repeat the 2 documents .* 300 times"):
+        check_proportion(documents, BatchSpec(2048, 600, packing=False))
+    monkeypatch.setattr(evaluation, "MAX_EVAL_TOKENS", 500)
+    with pytest.raises(UserError, match="the first 1 held-out documents have"):
+        evaluation_windows(documents, tokenizer, BatchSpec(24, 3, eos=0), max_tokens=10**6)
 
 
 def test_first_fit_against_the_definition():

@@ -223,6 +223,7 @@ def test_two_parquet_columns_of_one_name(tmp_path):
 def test_parquet_row_groups_are_held_in_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "_BLOCK_BYTES", 50)
     monkeypatch.setattr(parquet, "_BATCH_ROWS", 4)
+    monkeypatch.setattr(parquet, "_MOST_BATCH_ROWS", 4)
     texts = [f"text {i} " * (1 + i % 3) for i in range(60)]
     texts[20] = "x" * 80  # by itself more than a block
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=40)
@@ -231,6 +232,25 @@ def test_parquet_row_groups_are_held_in_blocks(tmp_path, monkeypatch):
     blocks = opened._readers[0]._cache._blocks.values()
     assert len(blocks) > 8
     assert sorted(sum(map(len, block.to_pylist())) for block in blocks)[-2:] == [49, 80]
+
+
+def test_short_parquet_texts_are_decoded_many_at_a_time(tmp_path, monkeypatch):
+    short, middle, skewed = ["short"] * 3000, ["x" * 2**12] * 3000, ["y"] * 2999 + ["z" * 60_000]
+    pq.write_table(
+        pa.table({"text": short + middle + skewed}),
+        tmp_path / "a.parquet",
+        row_group_size=3000,
+    )
+    opened = open_documents(tmp_path / "a.parquet", max_record_bytes=2**17)
+    decoded = []
+    batches = parquet.ParquetReader._batches
+    monkeypatch.setattr(
+        parquet.ParquetReader, "_batches", lambda *args: decoded.append(args[2]) or batches(*args)
+    )
+    assert opened[0] == "short"
+    assert opened[3000] == middle[0]
+    assert opened[len(opened) - 1] == skewed[-1]
+    assert decoded == [1024, 2**20 // 2**12, 16 * 2**17 // 60_000]
 
 
 def test_json_is_to_be_converted(tmp_path):

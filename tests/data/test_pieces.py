@@ -260,6 +260,29 @@ def test_the_parts_of_a_large_document_in_a_row_are_the_whole(
             encode.element(documents, 2)
 
 
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (OSError("gone"), UserError, "changed since it was opened"),
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "odd"), UserError, "changed since it was opened"),
+        (ValueError("a mistake in the code"), ValueError, "a mistake in the code"),
+    ],
+)
+def test_what_is_told_as_a_change(tmp_path, monkeypatch, error, expected, message):
+    for module in (formats, documents_module):
+        monkeypatch.setattr(module, "PART_BYTES", 10_001)
+        monkeypatch.setattr(module, "WHOLE_BYTES", 15_000)
+    (tmp_path / "a.txt").write_text(prose(8, 6000), "utf-8")
+    documents = open_documents(tmp_path)
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(Pieces, "ids", fails)
+    with pytest.raises(expected, match=message):
+        DocumentEncoder(tokenizer_of("gpt2"), eos=2).element(documents, 1)
+
+
 def refusal(tokenizer, text):
     with pytest.raises(InseparableError) as caught:
         Pieces(tokenizer).cut(in_memory(text), 6000)
@@ -291,9 +314,14 @@ def test_what_is_refused(monkeypatch, write_jsonl):
     monkeypatch.setattr(encoder, "_AT_ONCE_IF_NEED_BE", 5000)
     with pytest.raises(UserError, match=r"has [\d,]+ bytes: too large .*FixedLength.*; split the document"):
         DocumentEncoder(fixed, eos=None)(plain)
+    for module in (formats, documents_module):
+        monkeypatch.setattr(module, "PART_BYTES", 10_001)
+        monkeypatch.setattr(module, "WHOLE_BYTES", 15_000)
     documents = open_documents(write_jsonl(["short", plain]))
     check_separable(documents, tokenizer_of("gpt2"))
-    with pytest.raises(UserError, match=r"jsonl line 2: too large .*FixedLength.*; split the document"):
+    with pytest.raises(
+        UserError, match=r"jsonl line 2 from byte 10001: too large .*FixedLength.*; split the document"
+    ):
         check_separable(documents, fixed)
 
 
@@ -306,3 +334,14 @@ def test_white_space_that_a_far_token_takes_is_not_cut():
         ids, count = joined(tokenizer, text, step)
         assert ids == whole
         assert count > 1
+
+
+def test_no_document_in_one_element_is_refused_while_it_is_read(write_jsonl):
+    """That would be in the middle of a run, and each time that it is resumed."""
+    text = "ab" * (2**22 + 100)
+    fixed = bpe(None, pre_tokenizers.FixedLength(7))
+    documents = open_documents(write_jsonl([text]))
+    assert len(documents) == 1
+    check_separable(documents, fixed)
+    ids = DocumentEncoder(fixed, eos=None).element(documents, 0)
+    assert fixed.decode(ids.tolist()).replace(" ", "") == text

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import logging
 import os
 import random
 import resource
@@ -223,13 +224,41 @@ def test_ids_are_those_of_transformers(tmp_path, kind, files, changes):
         assert (ids != [alone.encode(text).ids for text in texts]) == changes
 
 
+def test_added_tokens_for_which_the_model_has_no_row(tmp_path, caplog):
+    alone = word_pieces("bytes")
+    size = vocabulary_size(alone)
+    alone.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert vocabulary_size(load_tokenizer(tmp_path)) == size + 1
+    assert vocabulary_size(load_tokenizer(tmp_path, size + 1)) == size + 1
+    assert not caplog.records
+    fitting = load_tokenizer(tmp_path, size)
+    assert vocabulary_size(fitting) == size
+    assert "add '<pad>', for which the model" in caplog.text
+    for text in ("The <pad> new</s>", tokenizer_module._PROBE, ""):
+        assert fitting.encode(text).ids == alone.encode(text).ids
+    assert vocabulary_size(load_tokenizer(tmp_path, size - 1)) == size + 1  # does not fit by itself
+
+
+def test_what_tells_tokenizers_apart(texts, tokenizer):
+    told = tokenizer_module.digest(tokenizer)
+    padded = Tokenizer.from_str(tokenizer.to_str())
+    padded.add_special_tokens(["<|pad|>"])
+    assert tokenizer_module.digest(padded) == told
+    assert tokenizer_module.digest(train_byte_bpe(texts[1:10], 300)) != told  # of as many tokens
+    assert tokenizer_module.digest(word_level("a", "b")) != tokenizer_module.digest(word_level("b", "a"))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"tokenizer_class": "ByT5Tokenizer"}, "ByT5Tokenizer, whose ids are not those"),
-        ({"auto_map": {"AutoTokenizer": ["code.Own", None]}}, "not a readable tokenizer"),
-        ({"added_tokens_decoder": {"x": 1}}, "not a readable tokenizer"),
-        ([], "not a readable tokenizer"),
+        ({"added_tokens_decoder": {"x": 1}}, r"AutoTokenizer does not read it \(.*; mend what is beside"),
+        (
+            [],
+            r"does not read it .*tokenizer_config\.json.*, or give .*tokenizer\.json alone in another folder",
+        ),
     ],
 )
 def test_folders_of_which_there_is_no_such_tokenizer(tmp_path, tokenizer, config, message):
@@ -239,6 +268,40 @@ def test_folders_of_which_there_is_no_such_tokenizer(tmp_path, tokenizer, config
     with pytest.raises(UserError, match=message) as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "config.json"])
+def test_a_broken_file_beside_tokenizer_json(tmp_path, tokenizer, name):
+    save_tokenizer(tokenizer, tmp_path)
+    (tmp_path / name).write_text("{")
+    with pytest.raises(UserError, match="AutoTokenizer does not read it .*; mend what is beside") as caught:
+        load_tokenizer(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+
+
+def test_a_class_that_is_code_of_the_folder(tmp_path, tokenizer, texts, caplog):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text("raise SystemExit('was run')")
+    loaded = load_tokenizer(tmp_path)
+    assert [loaded.encode(text).ids for text in texts] == [tokenizer.encode(text).ids for text in texts]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: its class of tokenizer is code of its own, which is not run: the ids are those of "
+        "tokenizer.json alone"
+    ]
+
+
+def test_nothing_is_said_of_the_length_of_a_probe(tmp_path, tokenizer, caplog):
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    save_tokenizer(tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": 5}))
+    load_tokenizer(tmp_path)
+    logger.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -251,7 +314,8 @@ def test_what_is_no_regular_file_of_a_plausible_size(tmp_path, tokenizer, name):
     file.unlink(missing_ok=True)
     os.mkfifo(file)
     with pytest.raises(
-        UserError, match=f"{name}: cannot be read .it is a named pipe, expected a regular file"
+        UserError,
+        match=f"{name}: cannot be read .it is a named pipe, expected a regular file.*: copy it there again",
     ):
         load_tokenizer(tmp_path)
     file.unlink()
@@ -261,14 +325,14 @@ def test_what_is_no_regular_file_of_a_plausible_size(tmp_path, tokenizer, name):
     file.unlink()
     with file.open("wb") as sparse:
         sparse.truncate(2**28 + 1)
-    with pytest.raises(UserError, match=rf"{name}: 268,435,457 bytes, expected at most 268,435,456"):
+    with pytest.raises(UserError, match=rf"{name}: 268,435,457 bytes, expected at most 268,435,456 .*: copy"):
         load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "config.json"])
 def test_end_of_document_reads_regular_files(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(UserError, match=f"{name}: cannot be read .it is a named pipe"):
+    with pytest.raises(UserError, match=f"{name}: cannot be read .it is a named pipe.*; mend or remove it"):
         end_of_document(word_level("a"), tmp_path)
     (tmp_path / name).unlink()
     with (tmp_path / name).open("wb") as sparse:
@@ -304,7 +368,7 @@ def test_unusable_tokenizers(tmp_path):
     with pytest.raises(UserError, match=r"it has tokenizer\.model, a slow tokenizer: convert"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"tokenizer\.json: not a readable tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a readable tokenizer .*; copy it again"):
         load_tokenizer(tmp_path)
 
 
@@ -347,9 +411,9 @@ def test_end_of_document_prefers_the_tokenizers_own_file(tmp_path):
         ("generation_config.json", f'{{"eos_token_id": [{10**20}]}}', f"eos_token_id {10**20} is not an id"),
         ("generation_config.json", '{"eos_token_id": true}', "eos_token_id True is not an id"),
         ("tokenizer_config.json", '{"eos_token": "\\ud800"}', r"eos_token '\\ud800' is not in"),
-        ("tokenizer_config.json", "[" * 100_000, "not readable as JSON"),
+        ("tokenizer_config.json", "[" * 100_000, r"not readable as JSON \(.*; mend or remove it"),
         ("config.json", "{", "not readable as JSON"),
-        ("config.json", "[]", "expected a JSON object"),
+        ("config.json", "[]", "a JSON list, expected an object; mend or remove it"),
     ],
 )
 def test_unusable_end_of_document(tmp_path, file, content, message):
