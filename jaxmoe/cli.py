@@ -93,7 +93,8 @@ def _end(code: int) -> NoReturn:
     """End the process. A signal ends it soon, whatever threads of libraries are at."""
     if code > _SIGNALLED:
         # What was cut short in threads of libraries tells so in tracebacks.
-        sys.unraisablehook = threading.excepthook = lambda _: None
+        sys.unraisablehook = lambda _: None
+        threading.excepthook = lambda _: None
         logging.disable()
         killer = threading.Timer(_THREADS_SECONDS, os._exit, [code])
         killer.daemon = True
