@@ -241,6 +241,14 @@ def test_added_tokens_for_which_the_model_has_no_row(tmp_path, caplog):
     assert vocabulary_size(load_tokenizer(tmp_path, size - 1)) == size + 1  # does not fit by itself
 
 
+def test_what_checkpoints_know_a_tokenizer_by():
+    """Runs that go on have it noted."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert tokenizer_module.digest(tokenizer) == "b896cfbd8a87afde314c02f3b8376815"
+
+
 def test_what_tells_tokenizers_apart(texts, tokenizer):
     told = tokenizer_module.digest(tokenizer)
     padded = Tokenizer.from_str(tokenizer.to_str())
