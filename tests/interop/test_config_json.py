@@ -373,6 +373,8 @@ class TestRefused:
             ({"zzz": None}, r"unknown field 'zzz'$"),
             ({"quantization_config": {"quant_method": "fp8"}}, "unknown field 'quantization_config'"),
             ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; expected 'silu'"),
+            ({"torch_dtype": "bfloat61"}, "torch_dtype = 'bfloat61': expected bfloat16, float16, "),
+            ({"dtype": 2}, "dtype = 2: expected bfloat16, float16, "),
             ({"attention_dropout": 0.1}, r"attention_dropout = 0\.1 is not supported \(only 0\.0\)"),
             ({"hidden_size": "40"}, "'hidden_size' expected int, got str"),
             ({"hidden_size": 40.5}, "'hidden_size' expected int, got float"),
