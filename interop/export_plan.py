@@ -14,7 +14,7 @@ from jaxmoe.interop.quantization.config import FIELD
 from jaxmoe.interop.quantization.config import FILES as QUANTIZATION_FILES
 from jaxmoe.interop.quantization.folder import Files, QuantizedFolder
 from jaxmoe.interop.source import Source
-from jaxmoe.interop.storage.format import INDEX_FILE, SINGLE_FILE, Shard
+from jaxmoe.interop.storage.format import INDEX_FILE, OTHER_WEIGHTS, SINGLE_FILE, Shard
 from jaxmoe.interop.storage.reader import CheckpointFolder
 from jaxmoe.interop.storage.writer import index_json
 
@@ -24,24 +24,8 @@ QUANTIZATIONS = ("none", "source")
 LEFT_OUT = "other weights, the state of another training, or no regular files"
 """What `side_files` leaves out."""
 
-_OTHER_WEIGHTS = frozenset(
-    {
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".gguf",
-        ".ggml",
-        ".h5",
-        ".msgpack",
-        ".onnx",
-        ".npz",
-        ".pkl",
-        ".distcp",
-    }
-)
-"""Suffixes of weight files: copies of the weights before training would contradict the ones exported."""
+_WEIGHTS = OTHER_WEIGHTS | {".safetensors"}
+"""Copies of the weights before training would contradict the ones exported."""
 
 # What transformers' Trainer, accelerate, DeepSpeed and PEFT keep: it belongs to the weights before training. Their
 # optimizer.pt, rng_state.pth and so on have suffixes of weights.
@@ -150,7 +134,7 @@ def side_files(folder: Path, known: Collection[str]) -> tuple[list[str], list[st
             if path in known:
                 continue
             regular = os.path.isfile(Path(place) / name)  # noqa: PTH113 -- false, whatever keeps it from being looked at
-            other = Path(name).suffix.lower() in _OTHER_WEIGHTS or _matches(name, _TRAINING_FILES)
+            other = Path(name).suffix.lower() in _WEIGHTS or _matches(name, _TRAINING_FILES)
             (copied if regular and not other else left_out).append(path)
     return sorted(copied), sorted(left_out)
 

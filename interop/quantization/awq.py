@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from jaxmoe.interop.quantization.arithmetic import Integers
-from jaxmoe.interop.quantization.qweight import INERT, check_dynamic, find_qweights, group_size
-from jaxmoe.interop.quantization.stored_form import COLUMNS, Packing, Part, QuantizedTensor, check_fields
+from jaxmoe.interop.quantization.qweight import check_config, find_qweights, group_size
+from jaxmoe.interop.quantization.stored_form import COLUMNS, Packing, Part, QuantizedTensor
 from jaxmoe.interop.storage.format import TensorInfo
 
 _BITS = 4
@@ -48,8 +48,7 @@ class AWQ:
         Raises:
             UserError: a field that is unknown or of another value than those supported.
         """
-        check_fields(given, where, INERT, _CHOICES)
-        check_dynamic(given, where)
+        check_config(given, where, _CHOICES)
         return cls(group_size(given, where), given.get("zero_point") is False)
 
     def find(

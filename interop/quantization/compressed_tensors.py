@@ -29,9 +29,11 @@ from jaxmoe.interop.quantization.stored_form import (
     Part,
     QuantizedTensor,
     check_fields,
+    found_parts,
     is_size,
     packed,
     part_problems,
+    there_twice,
 )
 from jaxmoe.interop.storage.format import TensorInfo
 
@@ -211,16 +213,14 @@ class CompressedTensors:
                     f"tensor {name} is {info.dtype} {list(info.shape)}, which is no weight of any scheme in the config"
                 )
             elif name != stem and stem in tensors:
-                problems.append(f"tensor {stem} is there twice, as it is and as {name}: expected one of them")
+                problems.append(there_twice(stem, name))
             else:
                 tried = [_described(tensors, info, stem, scheme) for scheme in schemes]
                 tensor, wrong = next((one for one in tried if not one[1]), tried[0])
                 found.append(tensor)
                 problems += wrong
                 hidden |= tensor.names
-        left = {name for name in tensors if name.endswith(_ENDINGS)} - hidden
-        problems += [f"tensor {name} goes with no quantised weight" for name in sorted(left)]
-        return found, frozenset(hidden & tensors.keys() | left)
+        return found, found_parts(tensors, hidden, _ENDINGS, problems)
 
 
 def _kinds(info: TensorInfo) -> tuple[tuple[str, int], ...] | None:

@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from jaxmoe.interop.quantization.arithmetic import Integers
-from jaxmoe.interop.quantization.qweight import INERT, check_dynamic, find_qweights, group_size
+from jaxmoe.interop.quantization.qweight import check_config, find_qweights, group_size
 from jaxmoe.interop.quantization.stored_form import (
     COLUMNS,
     ROWS,
     Part,
     QuantizedTensor,
-    check_fields,
     packed,
 )
 from jaxmoe.interop.storage.format import TensorInfo
@@ -60,8 +59,7 @@ class GPTQ:
         Raises:
             UserError: a field that is unknown or of another value than those supported.
         """
-        check_fields(given, where, INERT, _CHOICES)
-        check_dynamic(given, where)
+        check_config(given, where, _CHOICES)
         version = given.get("checkpoint_format") or given.get("format") or "gptq"
         symmetric = given.get("sym") is not False
         return cls(given["bits"], group_size(given, where), symmetric, version == "gptq")

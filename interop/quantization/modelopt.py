@@ -14,7 +14,7 @@ from typing import Any, Self
 from jaxmoe.errors import UserError, quote
 from jaxmoe.interop.quantization.fp8 import CODES, fp8_tensor
 from jaxmoe.interop.quantization.nvfp4 import COLUMNS_PER_SCALE, SCALES, WHOLE, nvfp4_tensor
-from jaxmoe.interop.quantization.stored_form import QuantizedTensor, check_fields, part_problems
+from jaxmoe.interop.quantization.stored_form import QuantizedTensor, check_fields, found_parts, part_problems
 from jaxmoe.interop.storage.format import TensorInfo
 
 _ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION")
@@ -86,6 +86,4 @@ class Modelopt:
                     problems += part_problems(tensors, whole.part, "scale of all", name, shape, WHOLE)
             found.append(tensor)
             hidden |= tensor.names
-        left = {name for name in tensors if name.endswith(_ENDINGS)} - hidden
-        problems += [f"tensor {name} goes with no quantised weight" for name in sorted(left)]
-        return found, frozenset(hidden & tensors.keys() | left)
+        return found, found_parts(tensors, hidden, _ENDINGS, problems)

@@ -15,6 +15,7 @@ from jaxmoe.interop.quantization.stored_form import (
     check_fields,
     packed,
     part_problems,
+    there_twice,
 )
 from jaxmoe.interop.storage.format import TensorInfo
 
@@ -55,9 +56,7 @@ class MXFP4Experts:
             hidden.add(name)
             plain = name.removesuffix(_BLOCKS)
             if plain in tensors:
-                problems.append(
-                    f"tensor {plain} is there twice, as it is and as {name}: expected one of them"
-                )
+                problems.append(there_twice(plain, name))
             elif len(info.shape) != 4 or info.shape[-1] != _BYTES or 0 in info.shape or info.dtype != "U8":
                 problems.append(
                     f"tensor {name} is {info.dtype} {list(info.shape)}, expected U8 of shape "

@@ -8,7 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxmoe.errors import UserError, quote
-from jaxmoe.interop.quantization.stored_form import Part, QuantizedTensor, is_size, part_problems
+from jaxmoe.interop.quantization.stored_form import (
+    Part,
+    QuantizedTensor,
+    check_fields,
+    is_size,
+    part_problems,
+    there_twice,
+)
 from jaxmoe.interop.storage.format import TensorInfo
 
 _CODES = ".qweight"
@@ -24,7 +31,7 @@ _FIELDS = """
     gradient_accumulate_steps amp data_type packing_format
     exllama_config use_exllama disable_exllama use_cuda_fp16 do_fuse modules_to_fuse fuse_max_seq_len
 """
-INERT = frozenset(_FIELDS.split())
+_INERT = frozenset(_FIELDS.split())
 """Fields of a config that change nothing: how weights were quantised, and which kernels are to run them."""
 
 
@@ -42,12 +49,15 @@ def group_size(given: Mapping[str, Any], where: str) -> int | None:
     return None if size == -1 else size
 
 
-def check_dynamic(given: Mapping[str, Any], where: str) -> None:
-    """Refuse exceptions of GPTQModel but for modules that are not quantised, which their tensors say as well.
+def check_config(given: Mapping[str, Any], where: str, choices: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse unknown fields of a config, other values than `choices`, and exceptions for single modules.
+
+    But for those that GPTQModel does not quantise, which their tensors say as well.
 
     Raises:
-        UserError: there are others.
+        UserError: there is one.
     """
+    check_fields(given, where, _INERT, choices)
     dynamic = given.get("dynamic") or {}
     if not isinstance(dynamic, dict) or not all(name.startswith("-:") for name in dynamic):
         raise UserError(
@@ -76,9 +86,7 @@ def find_qweights(
         used.add(name)
         stem = name.removesuffix(_CODES)
         if f"{stem}.weight" in tensors:
-            problems.append(
-                f"tensor {stem}.weight is there twice, as it is and as {name}: expected one of them"
-            )
+            problems.append(there_twice(f"{stem}.weight", name))
         elif info.dtype != "I32" or len(info.shape) != 2 or 0 in info.shape:
             problems.append(f"tensor {name} is {info.dtype} {list(info.shape)}, expected an I32 matrix")
         else:

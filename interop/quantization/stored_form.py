@@ -206,6 +206,27 @@ def same_but_ones(one: Sequence[int], other: Sequence[int]) -> bool:
     return [size for size in one if size != 1] == [size for size in other if size != 1]
 
 
+def there_twice(plain: str, stored: str) -> str:
+    """That a folder has a weight both unquantised and quantised."""
+    return f"tensor {plain} is there twice, as it is and as {stored}: expected one of them"
+
+
+def found_parts(
+    tensors: Mapping[str, TensorInfo], hidden: set[str], endings: tuple[str, ...], problems: list[str]
+) -> frozenset[str]:
+    """The tensors of a folder that are parts of quantised ones, for `Format.find`.
+
+    Args:
+        tensors: of the folder.
+        hidden: the parts of those that were found; names that the folder lacks do not count.
+        endings: of parts; others that end so belong to nothing, which is appended to `problems`.
+        problems: see there.
+    """
+    left = {name for name in tensors if name.endswith(endings)} - hidden
+    problems += [f"tensor {name} goes with no quantised weight" for name in sorted(left)]
+    return frozenset(hidden & tensors.keys() | left)
+
+
 def check_fields(
     given: Mapping[str, Any], where: str, known: frozenset[str], choices: Mapping[str, tuple[Any, ...]]
 ) -> None:

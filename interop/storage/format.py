@@ -23,6 +23,10 @@ from jaxmoe.errors import quote
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+OTHER_WEIGHTS = frozenset(
+    [".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".pkl", ".distcp"]
+)
+"""Suffixes of weights in formats that are not read."""
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_TENSORS = 500_000  # of a checkpoint; the largest published ones have 200,000

@@ -8,6 +8,7 @@ from jaxmoe.errors import UserError, listed, quote, shortened
 from jaxmoe.files import read_bytes
 from jaxmoe.interop.storage.format import (
     INDEX_FILE,
+    OTHER_WEIGHTS,
     MAX_HEADER_BYTES,
     MAX_TENSORS,
     SINGLE_FILE,
@@ -18,7 +19,6 @@ from jaxmoe.interop.storage.format import (
 
 _MAX_LISTED = 8
 _MAX_VALUES = 2 * MAX_TENSORS + 1000  # a colon and a comma for each tensor, and some metadata
-_OTHER_FORMATS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz"}
 
 
 def find_files(folder: Path, problems: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
@@ -47,7 +47,7 @@ def find_files(folder: Path, problems: list[str]) -> tuple[dict[str, Any] | None
             f"{folder}: {len(found)} safetensors files ({listed(found, _MAX_LISTED)}) but no {INDEX_FILE}, "
             "which says what they hold; download the index too"
         )
-    others = [name for name in present if Path(name).suffix in _OTHER_FORMATS]
+    others = [name for name in present if Path(name).suffix in OTHER_WEIGHTS]
     hint = (
         f"; found {listed(others, _MAX_LISTED)}: convert to safetensors first (save_pretrained of transformers does)"
         if others

@@ -29,9 +29,9 @@ def check_before_compiling(assembled: Assembled) -> None:
     width, layers = assembled.spec.width, len(assembled.spec.layers)
     state = assembled.state
     needed = {
-        "weights and optimiser": _bytes(state),
-        "gradients": _bytes(state.trainable) * assembled.dtype.itemsize // 4,
-        "the batch": _bytes(assembled.batch),
+        "weights and optimiser": _device_bytes(state),
+        "gradients": _device_bytes(state.trainable) * assembled.dtype.itemsize // 4,
+        "the batch": _device_bytes(assembled.batch),
     }
     if not jax.tree.leaves(state.frozen):
         needed["the layers' inputs"] = layers * rows * width * assembled.dtype.itemsize
@@ -110,8 +110,8 @@ def _refuse(bound: str, needed: Mapping[str, int], free: int | None, assembled: 
     )
 
 
-def _bytes(tree: Any) -> int:
-    """On one device."""
+def _device_bytes(tree: Any) -> int:
+    """Of one device's shards."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
