@@ -8,9 +8,9 @@ from jaxmoe.errors import UserError, listed, quote, shortened
 from jaxmoe.files import read_bytes
 from jaxmoe.interop.storage.format import (
     INDEX_FILE,
-    OTHER_WEIGHTS,
     MAX_HEADER_BYTES,
     MAX_TENSORS,
+    OTHER_WEIGHTS,
     SINGLE_FILE,
     Shard,
     is_inside,
