@@ -52,7 +52,7 @@ recipes: $(READY_TO_TEST) ## compile the training steps of configs/ for GPUs tha
 	@.ci/compile-recipes .venv/bin/python
 
 .PHONY: hostile
-hostile: $(READY_TO_TEST) ## attack the commands: bad inputs, damaged folders, kills, signals, full disks; a quarter of an hour
+hostile: $(READY_TO_TEST) ## attack the commands: bad inputs, damaged folders, kills, signals, full disks; some minutes
 	cd tests && ../.venv/bin/python -m hostile.campaign
 
 .PHONY: older-folders

@@ -1,6 +1,6 @@
 """Attack the commands and count what does not hold.
 
-    make hostile                                         # all of it, a quarter of an hour on two cores
+    make hostile                                         # all of it, seven minutes on two cores
     cd tests && python -m hostile.campaign inputs --every 5
 
 Prints every fault and a table; exit code 1 where there is one.
