@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
-from helpers import compilation_cache
+from helpers import compilation_cache, devices
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 WITHOUT_TORCH = (
@@ -34,7 +34,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         *UNOPTIMISED,
         os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
+        devices.xla_flags(8),
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300",
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     ]

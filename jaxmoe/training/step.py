@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmoe.kernels.devices import Device
+from jaxmoe.kernels.devices import Device, device_at_hand
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import Batch
 from jaxmoe.model.precision import float32_matmuls
@@ -74,7 +74,10 @@ def make_train_step(
         new = TrainState(weights, state.frozen, opt_state, state.step + 1, jax.random.key_data(key))
         return new, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+    where = (state_shardings, None)
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=where, compiler_options=_compiler_options(spec.device)
+    )
 
 
 def make_eval_step(spec: StepSpec) -> Any:
@@ -84,7 +87,17 @@ def make_eval_step(spec: StepSpec) -> Any:
         hidden, _ = decoder.hidden_states(weights, spec.model, batch, dtype=spec.dtype, device=spec.device)
         return spec.objective.loss(hidden, decoder.output_head(weights, spec.model), batch)[0]
 
-    return jax.jit(step)
+    return jax.jit(step, compiler_options=_compiler_options(spec.device))
+
+
+def _compiler_options(device: Device | None) -> dict[str, Any]:
+    """XLA's options for a step.
+
+    Its scheduler for CPUs otherwise lets collectives that do not depend on each other begin in any order, another
+    on every device: those of a mesh then wait for each other for good. A single device is as fast without it.
+    """
+    platform = (device_at_hand() if device is None else device).platform
+    return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if platform == "cpu" else {}
 
 
 def _accumulate(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.devices import xla_flags
 
 from jaxmoe.optim import muon, orthogonalize
 from jaxmoe.optim.muon import scale_by_muon, shape_scale
@@ -210,7 +211,7 @@ SHARDED = """
 def test_sharded_equals_replicated_for_every_axis_and_orientation():
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": xla_flags(8),
     }
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SHARDED)], env=environment, capture_output=True, text=True

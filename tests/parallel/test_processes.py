@@ -15,6 +15,7 @@ import families
 import numpy as np
 import pytest
 import yaml
+from helpers.devices import xla_flags
 from safetensors.numpy import load_file
 
 from jaxmoe.errors import UserError
@@ -24,10 +25,9 @@ TIMES = {"seconds", "tokens_per_second", "mfu"}
 
 
 def environment(devices: int, **more: str) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
     # Most of the time would go into compiling code that runs for milliseconds.
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | quick | more
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)} | quick | more
 
 
 def start_two(*commands: list[str]) -> list[subprocess.Popen]:

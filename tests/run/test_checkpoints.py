@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.devices import xla_flags
 
 from jaxmoe.errors import UserError
 from jaxmoe.run.checkpoints import Checkpoints
@@ -272,7 +273,7 @@ SHARDED = """
 
 
 def test_restores_to_another_sharding(folder):
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8)}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SHARDED), folder],
         capture_output=True,
