@@ -41,7 +41,7 @@ def hidden_states(
         dtype: compute dtype; each layer's parameters are cast as the layer runs, never the whole model at once.
         remat: keep only each layer's input for the backward pass and compute the rest again.
         packed: rows may hold several documents. False says that each holds one, from its start, and then
-            padding: causality hides that from every token, so that attention needs no (T, T) mask.
+            padding: causality hides that from every token, so that attention needs no mask of documents.
         key: PRNG key for router jitter, in training.
         device: that computes; None for the one at hand.
 

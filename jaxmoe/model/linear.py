@@ -154,17 +154,19 @@ def linear_gradients(
         x: (…, in).
         weight: an array or a `LowRank` of arrays, in x's dtype.
         dout: (…, out), in x's dtype.
-        totals: what the weight's cotangent is added to, float32; None for an array whose cotangent nobody wants.
+        totals: what the weight's cotangent is added to, float32, each matrix of it transposed, (…, in, out): so no
+            operand of the product that makes it has to be transposed in memory. None for an array whose cotangent
+            nobody wants.
     """
     if isinstance(weight, LowRank):
         low = _product(x, weight.a)
         dlow = _product(dout, weight.b, transpose=True) * jnp.asarray(weight.scale, dout.dtype)
         dx, dbase = linear_gradients(x, weight.base, dout, totals.base)
         dx_low, da = linear_gradients(x, weight.a, dlow, totals.a)
-        db = None if totals.b is None else totals.b + weight.scale * _outer(dout, low)
+        db = None if totals.b is None else totals.b + weight.scale * _outer(low, dout)
         return dx + dx_low, LowRank(dbase, da, db, weight.scale)
     dx = _product(dout, weight, transpose=True, out_dtype=jnp.float32)
-    return dx, None if totals is None else totals + _outer(dout, x)
+    return dx, None if totals is None else totals + _outer(x, dout)
 
 
 def letters_of(weight: Weight, letters: str) -> Weight:
@@ -211,7 +213,7 @@ def _product(
     return jax.lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=out_dtype)
 
 
-def _outer(dout: jax.Array, x: jax.Array) -> jax.Array:
-    """(…, out) and (…, in) → (out, in), summed in float32."""
+def _outer(x: jax.Array, dout: jax.Array) -> jax.Array:
+    """(…, in) and (…, out) → (in, out), summed in float32."""
     rows = tuple(range(x.ndim - 1))
-    return jax.lax.dot_general(dout, x, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, dout, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)

@@ -83,12 +83,14 @@ class Assembled:
     def train_step(self) -> Any:
         """See `jaxmoe.training.step.make_train_step`."""
         where = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        return make_train_step(self.step_spec, self.optimizer, self.learning_rate, where)
+        with jax.set_mesh(self.mesh):
+            return make_train_step(self.step_spec, self.optimizer, self.learning_rate, where)
 
     @functools.cached_property
     def eval_step(self) -> Any:
         """See `jaxmoe.training.step.make_eval_step`."""
-        return make_eval_step(self.step_spec)
+        with jax.set_mesh(self.mesh):
+            return make_eval_step(self.step_spec)
 
     def initial_weights(self) -> Tree:
         """Those that the run begins with."""

@@ -16,8 +16,12 @@ from jaxmoe.model.linear import letters_of, linear_gradients, unpacked
 from jaxmoe.model.precision import float32_matmuls
 from jaxmoe.parallel.sharding import BATCH_AXES, current_mesh, spec_of
 
-_LOGITS_PER_CHUNK = 2**26
+_MOST_LOGITS = 2**26
 """Logits that a device holds at once, in elements: 256 MiB in float32."""
+_LOGITS_IN_CACHE = 2**22
+"""Logits that a CPU goes through fastest: 16 MiB."""
+_FEWEST_ROWS = 1024
+"""Tokens of a chunk, as far as `_MOST_LOGITS` allows: each reads and writes the sum of the head's gradient once."""
 
 
 def linear_cross_entropy(
@@ -28,7 +32,7 @@ def linear_cross_entropy(
 ) -> Float[Array, ""]:
     """Sum of -weight · log softmax(logits)[target], in nats, over all targets that are not `IGNORED`.
 
-    The sequence is cut into chunks and only one chunk's logits exist at a time. When a gradient is asked for,
+    The tokens are cut into chunks and only one chunk's logits exist at a time. When a gradient is asked for,
     it is computed in the same pass (softmax minus one-hot needs nothing from later), so that the logits are
     never computed twice; the idea is that of Liger's fused linear cross-entropy (arXiv 2410.10989). A head that
     is not differentiated costs no gradient.
@@ -218,8 +222,7 @@ def _local_logprobs(hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array, *,
         chunk = _chunk(hidden, targets, head, axes)
         return jnp.where(chunk.ignored, 0.0, chunk.target_logit - chunk.lse)
 
-    pieces = jax.lax.map(one, _chunks(head, hidden_BTD, targets_BT))
-    return _put_together(pieces, targets_BT.shape[1])
+    return _put_together(jax.lax.map(one, _chunks(head, hidden_BTD, targets_BT)), targets_BT.shape)
 
 
 def _local_loss_and_gradients(
@@ -237,24 +240,28 @@ def _local_loss_and_gradients(
         (total, dhead), (hidden, targets, weights) = carry, piece
         chunk = _chunk(hidden, targets, head, axes)
         softmax = jnp.exp(chunk.logits - chunk.lse[..., None])
-        one_hot = chunk.own_targets[..., None] == jnp.arange(chunk.logits.shape[-1])[None, None]
-        dlogits = jnp.where(chunk.ignored[..., None], 0.0, weights[..., None] * (softmax - one_hot))
+        one_hot = chunk.own_targets[:, None] == jnp.arange(chunk.logits.shape[-1])[None]
+        dlogits = jnp.where(chunk.ignored[:, None], 0.0, weights[:, None] * (softmax - one_hot))
         dlogits = head.spec.cotangent(chunk.logits, dlogits)
-        dbias_V = None if dhead.bias is None else dhead.bias + jnp.sum(dlogits, axis=(0, 1))
-        dhidden, dweight = linear_gradients(hidden, head.weight, dlogits.astype(hidden.dtype), dhead.weight)
+        dbias_V = None if dhead.bias is None else dhead.bias + jnp.sum(dlogits, axis=0)
+        # Read by two products, which would each compute it.
+        dlogits = jax.lax.optimization_barrier(dlogits.astype(hidden.dtype))
+        dhidden, dweight = linear_gradients(hidden, head.weight, dlogits, dhead.weight)
         dhidden = jax.lax.psum(dhidden, axes.vocabulary).astype(hidden.dtype)
         return (total + _summed(chunk, weights), Head(dweight, dbias_V, head.spec)), dhidden
 
     zeros = jax.tree.map(
-        lambda is_wanted, value: jnp.zeros(value.shape, jnp.float32) if is_wanted else None, wanted, head
+        lambda is_wanted, value: _transposed(jnp.zeros(value.shape, jnp.float32)) if is_wanted else None,
+        wanted,
+        head,
     )
     pieces = _chunks(head, hidden_BTD, targets_BT, weights_BT)
     (total, dhead), dhidden = jax.lax.scan(body, (jnp.zeros((), jnp.float32), zeros), pieces)
     reduced = jax.tree.map(
-        lambda letters, like, gradient: _reduced(gradient, letters, axes).astype(like.dtype),
+        lambda letters, like, gradient: _reduced(_transposed(gradient), letters, axes).astype(like.dtype),
         *_of_wanted(wanted, _letters(own), own, dhead),
     )
-    dhidden_BTD = _put_together(dhidden, hidden_BTD.shape[1])
+    dhidden_BTD = _put_together(dhidden, hidden_BTD.shape)
     return jax.lax.psum(total, axes.rows), dhidden_BTD, reduced
 
 
@@ -294,37 +301,42 @@ def _gathered(head: Head, dtype: Any, axes: _Axes) -> Head:
     return dataclasses.replace(head, weight=weight)
 
 
+def _transposed(x: jax.Array) -> jax.Array:
+    """A matrix as `linear_gradients` sums up its gradient, and back; vectors as they are."""
+    return x.T if x.ndim > 1 else x
+
+
 def _chunks(head: Head, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """(chunks, B, …) of arrays (B, T, …), hidden first, as few and as even as `_LOGITS_PER_CHUNK` allows."""
-    batch, length = arrays[0].shape[:2]
-    longest = max(1, min(length, _LOGITS_PER_CHUNK // (batch * head.weight.shape[0])))
-    count = -(-length // longest)
-    size = -(-length // count)
-    missing = count * size - length
+    """(chunks, rows, …) of arrays (B, T, …), hidden first: tokens one after the other, as even as can be."""
+    tokens, vocabulary = math.prod(arrays[0].shape[:2]), head.weight.shape[0]
+    wished = max(_FEWEST_ROWS, _LOGITS_IN_CACHE // vocabulary)
+    count = -(-tokens // max(1, min(wished, _MOST_LOGITS // vocabulary)))
+    rows = -(-tokens // count)
+    missing = count * rows - tokens
 
     def cut(x: jax.Array) -> jax.Array:
         fill = IGNORED if jnp.issubdtype(x.dtype, jnp.integer) else 0
-        x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
-        return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)
+        x = x.reshape(tokens, *x.shape[2:])
+        x = jnp.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)
+        return x.reshape(count, rows, *x.shape[1:])
 
     return tuple(cut(x) for x in arrays)
 
 
-def _put_together(pieces: jax.Array, length: int) -> jax.Array:
-    """(chunks, B, size, …) → (B, T, …)."""
-    pieces = jnp.moveaxis(pieces, 0, 1)
-    return pieces.reshape(pieces.shape[0], -1, *pieces.shape[3:])[:, :length]
+def _put_together(pieces: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """(chunks, rows, …) → (B, T, …)."""
+    return pieces.reshape(-1, *pieces.shape[2:])[: shape[0] * shape[1]].reshape(shape)
 
 
 class _Chunk(NamedTuple):
     """One chunk's logits, and what losses and gradients are made of.
 
     Attributes:
-        logits: (B, chunk, V) of this device's part of the vocabulary.
-        lse: (B, chunk), their logsumexp over the whole vocabulary.
-        target_logit: (B, chunk), whichever device has it.
-        own_targets: (B, chunk), counted from the start of this device's part.
-        ignored: (B, chunk) bool.
+        logits: (rows, V) of this device's part of the vocabulary.
+        lse: (rows,), their logsumexp over the whole vocabulary.
+        target_logit: (rows,), whichever device has it.
+        own_targets: (rows,), counted from the start of this device's part.
+        ignored: (rows,) bool.
     """
 
     logits: jax.Array

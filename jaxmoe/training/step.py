@@ -12,6 +12,7 @@ from jaxmoe.model import decoder
 from jaxmoe.model.batch import Batch
 from jaxmoe.model.precision import float32_matmuls
 from jaxmoe.model.spec import ModelSpec
+from jaxmoe.parallel.sharding import current_mesh
 from jaxmoe.params import Tree, joined
 from jaxmoe.training.balance import load_balancing_loss, router_z_loss
 from jaxmoe.training.objectives import Objective
@@ -91,13 +92,15 @@ def make_eval_step(spec: StepSpec) -> Any:
 
 
 def _compiler_options(device: Device | None) -> dict[str, Any]:
-    """XLA's options for a step.
+    """XLA's options for a step on the mesh at hand.
 
     Its scheduler for CPUs otherwise lets collectives that do not depend on each other begin in any order, another
-    on every device: those of a mesh then wait for each other for good. A single device is as fast without it.
+    on every device: those of a mesh then wait for each other for good.
     """
     platform = (device_at_hand() if device is None else device).platform
-    return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if platform == "cpu" else {}
+    if platform != "cpu" or current_mesh() is None:
+        return {}
+    return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
 
 def _accumulate(

@@ -78,7 +78,8 @@ def test_every_kind_means_one_matrix(kind):
 @pytest.mark.parametrize("kind", ["array", "low rank"])
 def test_written_out_gradients_are_those_of_jax(kind):
     weight, x, dout = weights()[kind], random(2, 5, IN, seed=8), random(2, 5, OUT, seed=9)
-    dx, dweight = linear_gradients(x, weight, dout, jax.tree.map(jnp.zeros_like, weight))
+    dx, dweight = linear_gradients(x, weight, dout, jax.tree.map(lambda w: jnp.zeros_like(w.T), weight))
+    dweight = jax.tree.map(jnp.transpose, dweight)
     want_dx, want = jax.grad(lambda x, weight: jnp.sum(dout * linear(x, weight)), argnums=(0, 1))(x, weight)
     np.testing.assert_allclose(dx, want_dx, rtol=1e-5, atol=1e-5)
     for (name, a), (_, b) in zip(named(dweight), named(want), strict=True):

@@ -42,7 +42,7 @@ def plain(hidden, head, targets):
 
 @pytest.mark.parametrize("chunk", [1, 4, T, 3])
 def test_cross_entropy_and_gradients(chunk, monkeypatch):
-    monkeypatch.setattr(module, "_LOGITS_PER_CHUNK", chunk * B * V)
+    monkeypatch.setattr(module, "_MOST_LOGITS", chunk * B * V)
     hidden, head, targets = inputs()
     np.testing.assert_allclose(cross_entropy(hidden, head, targets), plain(hidden, head, targets), rtol=1e-6)
     ours = jax.grad(lambda h, w: 3.0 * cross_entropy(h, w, targets), argnums=(0, 1))(hidden, head)
@@ -65,8 +65,8 @@ def test_cross_entropy_never_holds_all_logits():
     )
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert temporary < 4 * 4 * module._LOGITS_PER_CHUNK
-    assert 4 * rows * length * vocab >= 2 * 4 * module._LOGITS_PER_CHUNK, "the case is too small to tell"
+    assert temporary < 4 * 4 * module._MOST_LOGITS
+    assert 4 * rows * length * vocab >= 2 * 4 * module._MOST_LOGITS, "the case is too small to tell"
 
 
 def mesh_of(*shape):
@@ -76,7 +76,7 @@ def mesh_of(*shape):
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (1, 2, 2, 2)])
 @pytest.mark.parametrize("rows", [8, 3])
 def test_cross_entropy_on_a_mesh(shape, rows, monkeypatch):
-    monkeypatch.setattr(module, "_LOGITS_PER_CHUNK", 200)  # several chunks on every mesh
+    monkeypatch.setattr(module, "_MOST_LOGITS", 200)  # several chunks on every mesh
     length, width, vocab = 11, 24, 40
     rng = np.random.default_rng(7)
     hidden = jnp.asarray(rng.normal(size=(rows, length, width)), jnp.float32)
@@ -101,7 +101,7 @@ def test_cross_entropy_on_a_mesh(shape, rows, monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 8, 1, 1), (1, 2, 2, 2)])
 def test_the_head_travels_once_and_not_per_chunk(shape, monkeypatch):
     rows, length, width, vocab = 8, 32, 128, 512
-    monkeypatch.setattr(module, "_LOGITS_PER_CHUNK", 4 * vocab)
+    monkeypatch.setattr(module, "_MOST_LOGITS", 4 * vocab)
     mesh = mesh_of(*shape)
 
     def arg(shape, dtype, *axes):
@@ -164,7 +164,7 @@ def larger_inputs():
 def test_log_probabilities_of_targets_one_by_one(monkeypatch, shape):
     """Also when what is made of them weighs each token by its own probability, as preference losses do."""
     hidden, head, targets = larger_inputs()
-    monkeypatch.setattr(module, "_LOGITS_PER_CHUNK", 200)
+    monkeypatch.setattr(module, "_MOST_LOGITS", 200)
 
     def loss(logprobs, hidden, weight):
         found = logprobs(hidden, weight, targets)

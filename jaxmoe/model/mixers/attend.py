@@ -1,18 +1,15 @@
 """Attention's scores and their weighted sum: which implementation, by the device that computes."""
 
-import functools
 import logging
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from jaxmoe.kernels.devices import Device, device_at_hand
 from jaxmoe.kernels.logs import log_once
 from jaxmoe.model.mixers.blockwise import blockwise_attention
-from jaxmoe.parallel.sharding import current_mesh
 
 _logger = logging.getLogger(__name__)
 
@@ -21,7 +18,7 @@ def attend(
     q_BTNH: Float[Array, "B T N H"],
     k_BSMH: Float[Array, "B S M H"],
     v_BSMH: Float[Array, "B S M values"],
-    mask: Bool[Array, "B 1 T S"] | None,
+    segment_ids: Int[Array, "B T"] | None,
     *,
     scale: float,
     window: int | None = None,
@@ -34,7 +31,8 @@ def attend(
         q_BTNH: queries.
         k_BSMH: keys, S = T; M divides N.
         v_BSMH: values, of heads at most as wide as those of keys.
-        mask: (B, 1, T, S) bool, true within one document; None where causality alone keeps documents apart.
+        segment_ids: (B, T) int32, the same number within one document; None where causality alone keeps documents
+            apart.
         scale: factor of the scores.
         window: keys that a query sees, itself included; None sees all before it.
         sinks: (N,), one more logit per head, that attends to nothing.
@@ -44,70 +42,50 @@ def attend(
         (B, T, N, value width) in q's dtype.
     """
     device = device_at_hand() if device is None else device
-    implementation = _implementation(q_BTNH, mask is not None, sinks is not None, device)
-    if implementation == "blockwise":
-        chosen: Any = functools.partial(blockwise_attention, scale=scale, window=window, sinks=sinks)
-    else:
-        chosen = functools.partial(
-            _fused, scale=scale, window=window, implementation=implementation, padded=q_BTNH.shape[-1]
-        )
-    if device.platform == "cpu" and current_mesh() is None:
-        return _row_by_row(chosen, q_BTNH, k_BSMH, v_BSMH, mask)
-    return chosen(q_BTNH, k_BSMH, v_BSMH, mask)
+    if _implementation(q_BTNH, segment_ids is not None, sinks is not None, device) == "cudnn":
+        return _cudnn(q_BTNH, k_BSMH, v_BSMH, segment_ids, scale=scale, window=window)
+    # A block's scores stay in a CPU's cache; on a GPU larger ones keep its multiprocessors busy.
+    block = 512 if device.platform == "gpu" else 64 if q_BTNH.shape[1] <= 512 else 128
+    return blockwise_attention(
+        q_BTNH, k_BSMH, v_BSMH, segment_ids, scale=scale, window=window, sinks=sinks, block=block
+    )
 
 
-def _fused(
+def _cudnn(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array | None,
+    segment_ids: jax.Array | None,
     *,
     scale: float,
     window: int | None,
-    implementation: Literal["cudnn", "xla"],
-    padded: int,
 ) -> jax.Array:
-    """jax's attention, with values padded to the width of keys, which is all that it takes."""
+    """cuDNN's flash attention, with values padded to the width of keys, which is all that it takes.
+
+    It takes the mask of documents as a bias in the compute dtype of 2·T² bytes per row, 2 GiB at 32k tokens and
+    32 GiB at 131k, and jax 0.10.2 has its backward pass write as many for a gradient of the bias that nobody asks
+    for. No public function of jax hands cuDNN the ends of documents instead.
+    """
+    mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     out = jax.nn.dot_product_attention(
         q,
         k,
-        jnp.pad(v, ((0, 0),) * (v.ndim - 1) + ((0, padded - v.shape[-1]),)),
+        jnp.pad(v, ((0, 0),) * (v.ndim - 1) + ((0, q.shape[-1] - v.shape[-1]),)),
         mask=mask,
         scale=scale,
         is_causal=True,
         local_window_size=None if window is None else (window - 1, 0),
-        implementation=implementation,
+        implementation="cudnn",
     )
     return out[..., : v.shape[-1]]
 
 
-def _row_by_row(
-    attend: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
-) -> jax.Array:
-    """One row of the batch after the other, its scores computed again in the backward pass.
-
-    The scores of one row stay in a CPU's cache, those of a batch go through memory. A training step of the quickstart's
-    model takes 7 % less time so.
-    """
-
-    @jax.checkpoint
-    def row(operands: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
-        q, k, v, mask = operands
-        return attend(q, k, v, mask)
-
-    return jax.lax.map(row, (q, k, v, mask))
-
-
 def _implementation(
     q_BTNH: jax.Array, masked: bool, sinks: bool, device: Device
-) -> Literal["cudnn", "xla", "blockwise"]:
-    """On a GPU cuDNN's flash attention where it takes the operands; otherwise the reason is logged once.
-
-    XLA's own attention writes the (B, N, T, S) scores: at 2 x 4,096 tokens and 32 heads that is 10 GiB of
-    temporaries against 0.14 GiB.
-    """
+) -> Literal["cudnn", "blockwise"]:
+    """On a GPU cuDNN's flash attention where it takes the operands; otherwise the reason is logged once."""
     if device.platform != "gpu" or device.capability is None:
-        return "blockwise" if sinks else "xla"
+        return "blockwise"
     reason = _cudnn_refuses(q_BTNH, masked, sinks, device.capability)
     if reason is None:
         return "cudnn"

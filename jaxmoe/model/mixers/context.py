@@ -21,11 +21,6 @@ class Context:
         segment_ids: (B, T) int32: documents of a row are numbered from 1, padding is 0; None when every row is one
             whole document.
         packed: documents share rows. False says that each row holds one, from its start, and then padding.
-        mask: (B, 1, T, S) bool, true within one document; None where causality alone keeps documents apart.
-            Its memory grows with the square of T. cuDNN takes it as a bias in the compute dtype of 2·T² bytes
-            per row, 2 GiB at 32k tokens and 32 GiB at 131k, and jax 0.10.2 has its backward pass write as many
-            for a gradient of the bias that nobody asks for. No public function of jax hands cuDNN the ends of
-            documents instead.
         rotations: cos and sin tables of every rotation that a layer has.
         key: PRNG key of the layer, in training; None means that nothing is random.
         device: that computes; None for the one at hand.
@@ -34,7 +29,6 @@ class Context:
     positions: jax.Array
     segment_ids: jax.Array | None
     packed: bool
-    mask: jax.Array | None
     rotations: Mapping[RopeSpec, tuple[jax.Array, jax.Array]]
     key: jax.Array | None = None
     device: Device | None = None
@@ -43,6 +37,11 @@ class Context:
     def valid(self) -> jax.Array | None:
         """(B, T) bool, false on padding; None where there is none."""
         return None if self.segment_ids is None else self.segment_ids > 0
+
+    @property
+    def documents(self) -> jax.Array | None:
+        """`segment_ids` for attention; None where causality alone keeps documents apart."""
+        return self.segment_ids if self.packed else None
 
     @property
     def starts(self) -> jax.Array:
@@ -72,8 +71,5 @@ def make_context(
         dtype: compute dtype.
         packed, key, device: see `Context`.
     """
-    mask = None
-    if batch.segment_ids is not None and packed:
-        mask = (batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :])[:, None]
     tables = {spec: rope_tables(spec, batch.positions, dtype) for spec in rotations}
-    return Context(batch.positions, batch.segment_ids, packed, mask, tables, key, device)
+    return Context(batch.positions, batch.segment_ids, packed, tables, key, device)

@@ -92,7 +92,7 @@ class AttentionSpec(Mixer):
             constrain(q_BTNH, "BTNH"),
             constrain(k_BTMH, "BTMH"),
             constrain(v_BTMH, "BTMH"),
-            context.mask,
+            context.documents,
             scale=self.head_dim**-0.5 if self.scale is None else self.scale,
             window=self.window,
             sinks=params.get("sinks"),
