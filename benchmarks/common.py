@@ -35,6 +35,23 @@ def environment() -> dict[str, Any]:
     }
 
 
+def variables() -> dict[str, str]:
+    """Variables of the environment that are set and change how many threads compute or how memory is allocated."""
+    wanted = (
+        "XLA_FLAGS",
+        "LD_PRELOAD",
+        "KMP_AFFINITY",
+        "KMP_BLOCKTIME",
+        "GOMP_CPU_AFFINITY",
+        "GLIBC_TUNABLES",
+    )
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name in wanted or name.endswith("_NUM_THREADS") or name.startswith(("MALLOC_", "OMP_"))
+    }
+
+
 def write_results(name: str, rows: Sequence[Mapping[str, Any]], folder: Path = RESULTS, **extra: Any) -> Path:
     """Write {name}_{platform}.json in `folder`: the environment, `extra` and the rows; return its path."""
     about = environment()
