@@ -8,7 +8,7 @@ both over the rates of a large matmul and of a large copy. Letters as in `jaxmoe
 import dataclasses
 
 WHOLE = "whole step"
-REST = "rest: copies, page faults, idle cores"
+REST = "rest"
 
 COUNTED = {
     "attention, forward": True,
