@@ -63,15 +63,18 @@ def _call(function: Callable[..., Any], *operands: Any) -> Call:
     return lambda: jax.block_until_ready(compiled(*operands))
 
 
-def _both(function: Callable[..., Any], *operands: Any) -> Call:
-    """`function` and the gradients of all its operands, for random gradients of what it gives."""
-    given = _like(jax.eval_shape(function, *operands))
+def _both(function: Callable[..., Any], *operands: Any, beside: Any = ()) -> Call:
+    """`function` and the gradients of all its operands, for random gradients of what it gives.
 
-    def both(given: Any, *operands: Any) -> Any:
-        out, pull = jax.vjp(function, *operands)
+    What it takes beside them has no gradient. It is no constant either: XLA would sort it while it compiles.
+    """
+    given = _like(jax.eval_shape(function, *operands, *beside))
+
+    def both(given: Any, beside: Any, *operands: Any) -> Any:
+        out, pull = jax.vjp(lambda *operands: function(*operands, *beside), *operands)
         return out, pull(given)
 
-    return _call(both, given, *operands)
+    return _call(both, given, beside, *operands)
 
 
 def _like(shapes: Any) -> Any:
@@ -112,7 +115,7 @@ def _attention(run: Assembled, layer: Tree, batch: Batch) -> dict[str, Call]:
     scales = {name: layer[name] for name in ("attention_norm", "ffn_norm")}
     scales |= {name: layer["attention"][name] for name in ("q_norm", "k_norm")}
 
-    def norms(scales: Tree, x: jax.Array, after: jax.Array, q: jax.Array, k: jax.Array) -> Any:
+    def norms(scales: Tree, x: jax.Array, after: jax.Array, q: jax.Array, k: jax.Array, *tables: Any) -> Any:
         turned = [
             apply_rope(mixer.rope, apply_norm(mixer.qk_norm.norm, heads, scales[name]), tables)
             for name, heads in (("q_norm", q), ("k_norm", k))
@@ -123,12 +126,11 @@ def _attention(run: Assembled, layer: Tree, batch: Batch) -> dict[str, Call]:
             *turned,
         )
 
-    tables = context.rotations[mixer.rope]
     return {
         "attention, forward": forward,
         "attention, backward": _call(lambda pull, dout: pull(dout), pull, _like(out)),
         "attention's projections": _both(projections, weights, x, attended),
-        "norms and rotation": _both(norms, scales, x, x[::-1], q, k),
+        "norms and rotation": _both(norms, scales, x, x[::-1], q, k, beside=context.rotations[mixer.rope]),
     }
 
 
@@ -144,8 +146,8 @@ def _expert_path(run: Assembled, layer: Tree, rows: int) -> dict[str, Call]:
         stats = router_stats(routing, jnp.ones((rows,), jnp.bool_))
         return routing.weights, stats.probability, stats.z
 
-    def whole(x: jax.Array, experts: Experts, weights: jax.Array) -> jax.Array:
-        return expert_mlp(x, experts, routing.experts, weights, activation=ffn.activation, device=run.device)
+    def whole(x: jax.Array, experts: Experts, weights: jax.Array, chosen: jax.Array) -> jax.Array:
+        return expert_mlp(x, experts, chosen, weights, activation=ffn.activation, device=run.device)
 
     sizes = jnp.bincount(routing.experts.reshape(-1), length=ffn.router.num_experts).astype(jnp.int32)
     gate_up = experts.gate_up.reshape(sizes.size, -1, run.spec.width)
@@ -172,7 +174,7 @@ def _expert_path(run: Assembled, layer: Tree, rows: int) -> dict[str, Call]:
 
     return {
         "router": _both(router, layer["router"], x),
-        "experts": _both(whole, x, experts, routing.weights),
+        "experts": _both(whole, x, experts, routing.weights, beside=(routing.experts,)),
         "· matmuls, forward": _call(products(False), x_ZD, a_ZF, sizes, gate_up, experts.down),
         "· matmuls, dX": _call(products(True), pre_Zf, dy_ZD, sizes, gate_up, experts.down),
         "· matmuls, dW": _call(
@@ -191,7 +193,9 @@ def _ends(run: Assembled, params: Tree, batch: Batch) -> dict[str, Call]:
         return linear_cross_entropy(hidden, head, batch.targets, batch.weights) / batch.tokens.size
 
     return {
-        "embedding": _both(lambda table: lookup(table, batch.tokens, jnp.float32), params["embed"]),
+        "embedding": _both(
+            lambda table, tokens: lookup(table, tokens, jnp.float32), params["embed"], beside=(batch.tokens,)
+        ),
         "head and cross-entropy": _call(
             jax.value_and_grad(loss, argnums=(0, 1)),
             _normal(*batch.tokens.shape, run.spec.width),
