@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,23 @@ def environment() -> dict[str, Any]:
     }
 
 
+def variables() -> dict[str, str]:
+    """Variables of the environment that are set and change how many threads compute or how memory is allocated."""
+    wanted = (
+        "XLA_FLAGS",
+        "LD_PRELOAD",
+        "KMP_AFFINITY",
+        "KMP_BLOCKTIME",
+        "GOMP_CPU_AFFINITY",
+        "GLIBC_TUNABLES",
+    )
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name in wanted or name.endswith("_NUM_THREADS") or name.startswith(("MALLOC_", "OMP_"))
+    }
+
+
 def write_results(name: str, rows: Sequence[Mapping[str, Any]], folder: Path = RESULTS, **extra: Any) -> Path:
     """Write {name}_{platform}.json in `folder`: the environment, `extra` and the rows; return its path."""
     about = environment()
@@ -53,31 +70,47 @@ def read_results(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     return content["rows"] if all(content["environment"].get(key) == about[key] for key in same) else []
 
 
-def ceilings(dtype: str) -> dict[str, float]:
-    """Rates that nothing here exceeds: of a square matmul and of a copy, counting bytes read and written."""
+def ceilings(
+    dtype: str, *, clock: Callable[[], float] = time.perf_counter, quick: bool = False
+) -> dict[str, float]:
+    """Rates that nothing here exceeds: of a square matmul and of a copy, counting bytes read and written.
+
+    Args:
+        dtype: of the matmul.
+        clock: seconds.
+        quick: of small ones, which say little.
+    """
     on_cpu = jax.default_backend() == "cpu"
     size, copied = (2048, 1 << 26) if on_cpu else (8192, 1 << 30)
+    if quick:
+        size, copied = 128, 1 << 16
     a, b = (jax.random.normal(jax.random.key(seed), (size, size), dtype) for seed in range(2))
     matmul = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32).astype(a.dtype))
-    values = jnp.arange(copied, dtype=jnp.uint32)
-    copy = jax.jit(lambda values: values + 1)
+    # In place: what is measured is not how fast a kernel maps and clears the pages of another result.
+    increment = jax.jit(lambda values: values + 1, donate_argnums=0)
+    box = [jnp.arange(copied, dtype=jnp.uint32)]
+
+    def copy() -> jax.Array:
+        box[0] = increment(box[0])
+        return box[0]
+
     return {
-        "matmul TFLOP/s": 2 * size**3 / _best_seconds(matmul, a, b) / 1e12,
-        "copy GB/s": 2 * 4 * copied / _best_seconds(copy, values) / 1e9,
+        "matmul TFLOP/s": 2 * size**3 / _best_seconds(clock, matmul, a, b) / 1e12,
+        "copy GB/s": 2 * 4 * copied / _best_seconds(clock, copy) / 1e9,
     }
 
 
-def _best_seconds(function: Any, *arguments: jax.Array) -> float:
+def _best_seconds(clock: Callable[[], float], function: Any, *arguments: jax.Array) -> float:
     """Of one of several calls at once, after a warm-up."""
     count = 2 if jax.default_backend() == "cpu" else 20
     jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = clock()
         for _ in range(count):
             out = function(*arguments)
         jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / count)
+        times.append((clock() - start) / count)
     return min(times)
 
 

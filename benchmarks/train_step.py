@@ -1,15 +1,29 @@
 """One optimiser step of the same small model on the same batch: jaxmoe beside transformers on torch.
 
     python benchmarks/train_step.py            # needs torch (extra "torch")
+    python benchmarks/train_step.py --length 4096 --dtype bfloat16 --frozen
 
 Both start from the same weights and take the same tokens; AdamW with the same constants; float32 on the same
 cores. They alternate in one process, so that a drift of the machine hits both. transformers is measured with
 each of its own implementations of attention and experts, and the fastest of them is the peer. (Its batched_mm
 is left out: it gathers the weights of every choice of every token, 19 GB for the first model.)
+
+`--length` has as many tokens in a step as before, or one row: batch 1 at 4,096 tokens. `--frozen` trains norms and
+routers alone, as with LoRA no matrix of attention or experts has a gradient. `--dtype bfloat16` is what jaxmoe
+computes in from float32 weights and moments. transformers has no one way to do that and takes part in two:
+"autocast" keeps float32 weights and casts them on the way, which is what its Trainer does with bf16=True and the
+same arithmetic as ours; "bfloat16 weights" is model.to(bfloat16), whose weights and moments are bfloat16 too: less
+work, and small updates are lost.
+
+Variables of the environment that set numbers of threads or how memory is allocated are printed and stand in the
+JSON. Neither library needs one: `env -u OMP_NUM_THREADS -u OPENBLAS_NUM_THREADS python …` measures without.
 """
 
 import argparse
+import contextlib
 import os
+import re
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,13 +33,14 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from common import print_table, write_results
+from common import print_table, variables, write_results
 
 from jaxmoe.config import RunConfig
+from jaxmoe.interop.source import Source
 from jaxmoe.interop.torch_bridge import from_torch
-from jaxmoe.model.batch import learning_batch
+from jaxmoe.model.batch import Batch, learning_batch
 from jaxmoe.parallel.sharding import make_mesh
-from jaxmoe.run.assemble import assemble
+from jaxmoe.run.assemble import Assembled, assemble
 
 SIZES = {
     "quickstart": {
@@ -55,6 +70,13 @@ SIZES = {
 }
 LENGTH, VOCAB = 256, 4096
 RATE = 1e-3
+TRAINED_BESIDE_FROZEN = ("norm", r"\.mlp\.gate\.")
+"""With `--frozen`: regular expressions on the names of tensors, the same in a checkpoint and in transformers."""
+
+
+def resized(size: dict[str, int], length: int) -> dict[str, int]:
+    """The size with rows of `length`, as many of them as have the tokens of before, at least one."""
+    return size | {"batch": max(1, size["batch"] * LENGTH // length)}
 
 
 def torch_model(size: dict[str, int]) -> Any:
@@ -76,44 +98,80 @@ def torch_model(size: dict[str, int]) -> Any:
     return transformers.Qwen3MoeForCausalLM(config).float().train()
 
 
-def torch_step(model: Any, attention: str, experts: str, tokens: np.ndarray) -> Callable[[], float]:
-    """A function that takes one step and returns the loss."""
+def torch_step(
+    model: Any,
+    attention: str,
+    experts: str,
+    tokens: np.ndarray,
+    *,
+    autocast: bool = False,
+    frozen: bool = False,
+) -> Callable[[], float]:
+    """A function that takes one step and returns the loss.
+
+    Args:
+        model: in the dtype of its weights.
+        attention: transformers' implementation.
+        experts: the same.
+        tokens: (B, T).
+        autocast: compute in bfloat16 from float32 weights.
+        frozen: train norms and routers alone.
+    """
     model.set_attn_implementation(attention)
     model.set_experts_implementation(experts)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1, foreach=True
-    )
+    for name, parameter in model.named_parameters():
+        is_trained = not frozen or any(re.search(pattern, name) for pattern in TRAINED_BESIDE_FROZEN)
+        parameter.requires_grad_(is_trained)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.95), weight_decay=0.1, foreach=True)
     ids = torch.from_numpy(tokens)
+    computing = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        with computing:
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         return float(loss.detach())
 
     return step
 
 
-def jax_step(model: Any, tokens: np.ndarray) -> Callable[[], float]:
-    """The same in jaxmoe."""
-    mine = from_torch(model)
+def assembled_run(
+    source: Source, rows: int, length: int, *, dtype: str = "float32", frozen: bool = False
+) -> Assembled:
+    """A run of jaxmoe on `rows` of `length` tokens, with the constants that torch has here."""
     config = RunConfig.from_mapping(
         {
-            "model": {"config": dict(mine.source.raw), "dtype": "float32", "remat": False},
-            "data": {"path": "python:stdlib", "sequence_length": LENGTH},
+            "model": {"config": dict(source.raw), "dtype": dtype, "remat": False},
+            "data": {"path": "python:stdlib", "sequence_length": length},
             "optimizer": {"learning_rate": RATE, "schedule": "constant"},
-            "train": {"steps": 1000, "batch_size": len(tokens)},
+            "train": {"steps": 1000, "batch_size": rows},
             "output_dir": "never-made",
+            **({"trainable": list(TRAINED_BESIDE_FROZEN)} if frozen else {}),
         }
     )
-    assembled = assemble(config, make_mesh(), source=mine.source)
-    with jax.set_mesh(assembled.mesh):
-        state = assembled.begin(jax.tree.map(jnp.array, mine.pure_params()))
-    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (len(tokens), 1))
+    return assemble(config, make_mesh(), source=source)
+
+
+def jax_batch(tokens: np.ndarray) -> Batch:
+    """Rows (B, T) that are one document each, as a batch to learn from."""
+    positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1))
     batch = learning_batch(tokens.astype(np.int32), positions, np.ones_like(positions))
-    batch = jax.tree.map(lambda array: jnp.asarray(array)[None], batch)
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def jax_step(
+    model: Any, tokens: np.ndarray, *, dtype: str = "float32", frozen: bool = False
+) -> Callable[[], float]:
+    """The same in jaxmoe, from the weights of a float32 model."""
+    mine = from_torch(model)
+    assembled = assembled_run(mine.source, *tokens.shape, dtype=dtype, frozen=frozen)
+    with jax.set_mesh(assembled.mesh):
+        state = assembled.begin(jax.tree.map(jnp.array, mine.pure_params(), assembled.dtypes))
+    batch = jax.tree.map(lambda array: array[None], jax_batch(tokens))
     box = [state]
 
     def step() -> float:
@@ -124,26 +182,44 @@ def jax_step(model: Any, tokens: np.ndarray) -> Callable[[], float]:
     return step
 
 
-def measure(name: str, repeats: int) -> list[dict[str, Any]]:
+def contestants(
+    size: dict[str, int], tokens: np.ndarray, dtype: str, frozen: bool
+) -> dict[str, Callable[[], float]]:
+    """jaxmoe, and transformers in every way that computes in `dtype`."""
+    steps = {"jaxmoe": jax_step(torch_model(size), tokens, dtype=dtype, frozen=frozen)}
+    ways = {"": False} if dtype == "float32" else {", autocast": True, ", bfloat16 weights": False}
+    for way, autocast in ways.items():
+        for attention in ("sdpa", "eager"):
+            for experts in ("eager", "grouped_mm"):
+                model = torch_model(size)
+                if way == ", bfloat16 weights":
+                    model = model.to(torch.bfloat16)
+                steps[f"transformers {attention}, {experts}{way}"] = torch_step(
+                    model, attention, experts, tokens, autocast=autocast, frozen=frozen
+                )
+    return steps
+
+
+def measure(
+    name: str, repeats: int, length: int = LENGTH, dtype: str = "float32", frozen: bool = False
+) -> list[dict[str, Any]]:
     """All contestants on one size, in turn."""
-    size = SIZES[name]
-    tokens = np.random.default_rng(0).integers(0, VOCAB, (size["batch"], LENGTH))
-    steps: dict[str, Callable[[], float]] = {"jaxmoe": jax_step(torch_model(size), tokens)}
-    for attention in ("sdpa", "eager"):
-        for experts in ("eager", "grouped_mm"):
-            steps[f"transformers {attention}, {experts}"] = torch_step(
-                torch_model(size), attention, experts, tokens
-            )
+    size = resized(SIZES[name], length)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (size["batch"], length))
+    steps = contestants(size, tokens, dtype, frozen)
     losses, seconds = {}, {contestant: [] for contestant in steps}
     for contestant, step in list(steps.items()):
-        start = time.perf_counter()
         try:
-            losses[contestant] = [step(), step()]
+            first = step()
+            start = time.perf_counter()
+            losses[contestant] = [first, step()]
         except (RuntimeError, ValueError, NotImplementedError) as error:
             print(f"{name}: {contestant} cannot run here: {str(error).splitlines()[0]}")
             del steps[contestant]
             continue
-        if (time.perf_counter() - start) / 2 > 20:
+        taken = time.perf_counter() - start
+        print(f"{name}: {contestant}: step 2 took {taken:.2f} s", file=sys.stderr, flush=True)
+        if taken > 20 and contestant != "jaxmoe":
             print(f"{name}: {contestant} takes over 20 s a step: left out")
             del steps[contestant]
     for _ in range(repeats):
@@ -151,7 +227,7 @@ def measure(name: str, repeats: int) -> list[dict[str, Any]]:
             start = time.perf_counter()
             step()
             seconds[contestant].append(time.perf_counter() - start)
-    rate = {c: size["batch"] * LENGTH / float(np.median(seconds[c])) for c in steps}
+    rate = {c: tokens.size / float(np.median(seconds[c])) for c in steps}
     peer = max((c for c in steps if c != "jaxmoe"), key=rate.__getitem__)
     return [
         {
@@ -170,17 +246,31 @@ def measure(name: str, repeats: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     """The benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--model", choices=SIZES, action="append")
+    parser.add_argument("--length", type=int, default=LENGTH, help=f"tokens of a row, by default {LENGTH}")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--frozen", action="store_true", help="train norms and routers alone")
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    rows = [row for name in options.model or SIZES for row in measure(name, options.repeats)]
+    print("variables:", " ".join(f"{name}={value}" for name, value in variables().items()) or "none set")
+    kind = {"length": options.length, "dtype": options.dtype, "frozen": options.frozen}
+    rows = [row for name in options.model or SIZES for row in measure(name, options.repeats, **kind)]
     print_table(rows)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    print(
-        write_results("train_step", rows, versions=versions, sequence_length=LENGTH, repeats=options.repeats)
-    )
+    named = {f"_{options.length}": options.length != LENGTH, "_bfloat16": options.dtype != "float32"}
+    suffix = "".join(text for text, is_other in (named | {"_frozen": options.frozen}).items() if is_other)
+    about = {
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "variables": variables(),
+        "sequence_length": options.length,
+        "dtype": options.dtype,
+        "frozen": options.frozen,
+        "repeats": options.repeats,
+    }
+    print(write_results(f"train_step{suffix}", rows, **about))
 
 
 if __name__ == "__main__":

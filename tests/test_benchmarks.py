@@ -156,3 +156,39 @@ def test_memory_of_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         assert found["peak beyond MB"] < 500
     for name in ("common", "data_memory"):
         sys.modules.pop(name, None)
+
+
+@pytest.mark.torch
+@pytest.mark.once
+def test_parts_of_a_step(monkeypatch: pytest.MonkeyPatch):
+    """A tiny model's parts are all there, for both, and the floors are below them."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # one device
+    import step_parts
+
+    found = step_parts.measure("tiny", 1, step_parts.TINY_LENGTH, 1)
+    assert set(found["parts"]) == {*step_parts.COUNTED, *step_parts.INSIDE, step_parts.WHOLE} - set(
+        step_parts.LEFT
+    )
+    rows = {row["part"]: row for row in step_parts.table(found)}
+    assert rows["experts"]["a step"] == 2
+    parts = sum(rows[part]["ms"] * rows[part]["a step"] for part in [*step_parts.COUNTED, step_parts.REST])
+    assert parts == pytest.approx(rows[step_parts.WHOLE]["ms"])
+    assert sum(rows[part]["share %"] for part in [*step_parts.COUNTED, step_parts.REST]) == pytest.approx(100)
+    assert all(rows[part]["torch ms"] > 0 for part in step_parts.COUNTED)
+    for name in ("common", "parts_counts", "parts_ours", "parts_torch", "step_parts", "train_step"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.once
+def test_floors_of_parts(monkeypatch: pytest.MonkeyPatch):
+    """FLOPs of a dense step: six for every weight that a token meets, but for the embedding; and attention's."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import parts_counts
+
+    shape = parts_counts.Shape(3, 50, 24, 5, 16, 6, 2, 70, heads=4, kv_heads=2, head_dim=7, parameters=1)
+    met = 5 * (24 * 7 * (4 + 2) * 2 + 24 * 6 + 2 * 3 * 24 * 16) + 70 * 24
+    mixing = 5 * (2 + 5) * 2 * 4 * 7 * 51 / 2
+    floor = parts_counts.whole_floor_ms(shape, {"matmul TFLOP/s": 1e-9, "copy GB/s": 1e-6})
+    assert floor["flops"] == pytest.approx(3 * 50 * (6 * met + mixing))
+    sys.modules.pop("parts_counts", None)
