@@ -45,7 +45,7 @@ def attend(
     if _implementation(q_BTNH, segment_ids is not None, sinks is not None, device) == "cudnn":
         return _cudnn(q_BTNH, k_BSMH, v_BSMH, segment_ids, scale=scale, window=window)
     # A block's scores stay in a CPU's cache; on a GPU larger ones keep its multiprocessors busy.
-    block = 512 if device.platform == "gpu" else 64 if q_BTNH.shape[1] <= 512 else 128
+    block = 512 if device.platform == "gpu" else 64 if q_BTNH.shape[1] <= 512 else 256
     return blockwise_attention(
         q_BTNH, k_BSMH, v_BSMH, segment_ids, scale=scale, window=window, sinks=sinks, block=block
     )

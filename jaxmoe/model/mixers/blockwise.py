@@ -32,7 +32,7 @@ class _Saved(NamedTuple):
     segments_BT: jax.Array | None
     sinks_N: jax.Array | None
     out_BTNV: jax.Array
-    lse_BMIQ: jax.Array
+    lse_BMIRC: jax.Array
 
 
 def blockwise_attention(
@@ -103,35 +103,37 @@ def _forward(
 
     def step(state: tuple[jax.Array, ...], pair: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         query, key = pair
-        out_BMVQ, top_BMQ, total_BMQ = (_block(x, query) for x in state)
-        scores_BMSQ = _scores(blocks, _block(q_BMIQH, query), _block(k_BMJSH, key), segments_BT, query, key)
-        new_top_BMQ = jnp.maximum(top_BMQ, scores_BMSQ.max(axis=2))
-        # Read by a sum and by a product, which would each compute it.
-        shares_BMSQ = jax.lax.optimization_barrier(jnp.exp(scores_BMSQ - new_top_BMQ[:, :, None]))
-        shrink_BMQ = jnp.exp(top_BMQ - new_top_BMQ)
+        out_BMVRC, top_BMRC, total_BMRC = (_block(x, query) for x in state)
+        scores_BMSRC = _scores(blocks, _block(q_BMIQH, query), _block(k_BMJSH, key), segments_BT, query, key)
+        # Barriers stand where two operations read what each would otherwise make for itself.
+        scores_BMSRC = jax.lax.optimization_barrier(scores_BMSRC)
+        new_top_BMRC = jnp.maximum(top_BMRC, scores_BMSRC.max(axis=2))
+        shares_BMSRC = jax.lax.optimization_barrier(jnp.exp(scores_BMSRC - new_top_BMRC[:, :, None]))
+        shrink_BMRC = jnp.exp(top_BMRC - new_top_BMRC)
         value_BMSV = _block(v_BMJSV, key)
-        more_BMVQ = _product("bmsv,bmsq->bmvq", value_BMSV, shares_BMSQ.astype(value_BMSV.dtype))
+        more_BMVQ = _product("bmsv,bmsq->bmvq", value_BMSV, _joined(shares_BMSRC.astype(value_BMSV.dtype)))
         new = (
-            shrink_BMQ[:, :, None] * out_BMVQ + more_BMVQ,
-            new_top_BMQ,
-            shrink_BMQ * total_BMQ + shares_BMSQ.sum(axis=2),
+            shrink_BMRC[:, :, None] * out_BMVRC + _apart(more_BMVQ, blocks),
+            new_top_BMRC,
+            shrink_BMRC * total_BMRC + shares_BMSRC.sum(axis=2),
         )
         return tuple(_put(x, part, query) for x, part in zip(state, new, strict=True)), None
 
-    shape = q_BMIQH.shape[:-1]
+    shape = (*q_BMIQH.shape[:3], q_BTNH.shape[2] // groups, blocks.size)
     lowest = jnp.finfo(jnp.float32).min
     if sinks_N is None:
-        top_BMIQ, total_BMIQ = jnp.full(shape, lowest, jnp.float32), jnp.zeros(shape, jnp.float32)
+        top_BMIRC, total_BMIRC = jnp.full(shape, lowest, jnp.float32), jnp.zeros(shape, jnp.float32)
     else:
         # As a key that comes first and has no value.
-        top_BMIQ = jnp.broadcast_to(_of_heads(sinks_N, groups, blocks), shape)
-        total_BMIQ = jnp.ones(shape, jnp.float32)
-    out_BMIVQ = jnp.zeros((*shape[:3], v_BTMV.shape[-1], shape[-1]), jnp.float32)
+        top_BMIRC = jnp.broadcast_to(_of_heads(sinks_N, groups), shape)
+        total_BMIRC = jnp.ones(shape, jnp.float32)
+    out_BMIVRC = jnp.zeros((*shape[:3], v_BTMV.shape[-1], *shape[3:]), jnp.float32)
     pairs = _pairs(shape[2], blocks)
-    (out_BMIVQ, top_BMIQ, total_BMIQ), _ = jax.lax.scan(step, (out_BMIVQ, top_BMIQ, total_BMIQ), pairs)
-    out_BTNV = _tokens(out_BMIVQ / total_BMIQ[:, :, :, None], blocks).astype(q_BTNH.dtype)
-    lse_BMIQ = top_BMIQ + jnp.log(total_BMIQ)
-    return out_BTNV, _Saved(q_BTNH, k_BTMH, v_BTMV, segments_BT, sinks_N, out_BTNV, lse_BMIQ)
+    (out_BMIVRC, top_BMIRC, total_BMIRC), _ = jax.lax.scan(step, (out_BMIVRC, top_BMIRC, total_BMIRC), pairs)
+    out_BMIVRC = out_BMIVRC / total_BMIRC[:, :, :, None]
+    out_BTNV = _tokens(_joined(out_BMIVRC), blocks).astype(q_BTNH.dtype)
+    lse_BMIRC = top_BMIRC + jnp.log(total_BMIRC)
+    return out_BTNV, _Saved(q_BTNH, k_BTMH, v_BTMV, segments_BT, sinks_N, out_BTNV, lse_BMIRC)
 
 
 def _backward(blocks: _Blocks, saved: _Saved, dout_BTNV: jax.Array) -> tuple[Any, ...]:
@@ -139,20 +141,19 @@ def _backward(blocks: _Blocks, saved: _Saved, dout_BTNV: jax.Array) -> tuple[Any
     q_BMIQH, dout_BMIQV = (_queries(x, groups, blocks) for x in (saved.q_BTNH, dout_BTNV))
     k_BMJSH, v_BMJSV = _keys(saved.k_BTMH, blocks), _keys(saved.v_BTMV, blocks)
     products_BTN = jnp.sum(dout_BTNV.astype(jnp.float32) * saved.out_BTNV.astype(jnp.float32), axis=-1)
-    mean_BMIQ = _queries(products_BTN[..., None], groups, blocks)[..., 0]
+    mean_BMIRC = _apart(_queries(products_BTN[..., None], groups, blocks)[..., 0], blocks)
 
     def step(grads: tuple[jax.Array, ...], pair: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         query, key = pair
         dq_BMIHQ, dk_BMJSH, dv_BMJSV = grads
         q_BMQH, dout_BMQV = _block(q_BMIQH, query), _block(dout_BMIQV, query)
         k_BMSH, v_BMSV = _block(k_BMJSH, key), _block(v_BMJSV, key)
-        scores_BMSQ = _scores(blocks, q_BMQH, k_BMSH, saved.segments_BT, query, key)
-        shares_BMSQ = jnp.exp(scores_BMSQ - _block(saved.lse_BMIQ, query)[:, :, None])
-        dshares_BMSQ = _product("bmsv,bmqv->bmsq", v_BMSV, dout_BMQV)
-        dscores_BMSQ = blocks.scale * shares_BMSQ * (dshares_BMSQ - _block(mean_BMIQ, query)[:, :, None])
-        # Read by two products each, as above.
+        scores_BMSRC = _scores(blocks, q_BMQH, k_BMSH, saved.segments_BT, query, key)
+        shares_BMSRC = jnp.exp(scores_BMSRC - _block(saved.lse_BMIRC, query)[:, :, None])
+        dshares_BMSRC = _apart(_product("bmsv,bmqv->bmsq", v_BMSV, dout_BMQV), blocks)
+        dscores_BMSRC = blocks.scale * shares_BMSRC * (dshares_BMSRC - _block(mean_BMIRC, query)[:, :, None])
         shares_BMSQ, dscores_BMSQ = jax.lax.optimization_barrier(
-            (shares_BMSQ.astype(v_BMSV.dtype), dscores_BMSQ.astype(q_BMQH.dtype))
+            (_joined(shares_BMSRC.astype(v_BMSV.dtype)), _joined(dscores_BMSRC.astype(q_BMQH.dtype)))
         )
         dq_BMHQ = _product("bmsh,bmsq->bmhq", k_BMSH, dscores_BMSQ)
         dk_BMSH = _product("bmsq,bmqh->bmsh", dscores_BMSQ, q_BMQH)
@@ -167,10 +168,8 @@ def _backward(blocks: _Blocks, saved: _Saved, dout_BTNV: jax.Array) -> tuple[Any
     (dq, dk, dv), _ = jax.lax.scan(step, tuple(zeros), _pairs(q_BMIQH.shape[2], blocks))
     dsinks_N = None
     if saved.sinks_N is not None:
-        sink_MQ = _of_heads(saved.sinks_N, groups, blocks)
-        each_BMIQ = -jnp.exp(sink_MQ - saved.lse_BMIQ) * mean_BMIQ
-        each_MR = einops.reduce(each_BMIQ, "b m i (r t) -> m r", "sum", t=blocks.size)
-        dsinks_N = each_MR.reshape(-1).astype(saved.sinks_N.dtype)
+        each_BMIRC = -jnp.exp(_of_heads(saved.sinks_N, groups) - saved.lse_BMIRC) * mean_BMIRC
+        dsinks_N = each_BMIRC.sum(axis=(0, 2, 4)).reshape(-1).astype(saved.sinks_N.dtype)
     return (
         _tokens(dq, blocks).astype(saved.q_BTNH.dtype),
         _tokens(dk.mT, blocks).astype(saved.k_BTMH.dtype),
@@ -202,24 +201,35 @@ def _scores(
     query: jax.Array,
     key: jax.Array,
 ) -> jax.Array:
-    """(B, M, S, Q) float32 of one pair of blocks, at its lowest where a query does not see."""
-    sharing = q_BMQH.shape[2] // blocks.size
+    """(B, M, S, R, C) float32 of one pair of blocks, at its lowest where a query does not see."""
     within = jnp.arange(blocks.size)
-    age_SQ = (query * blocks.size + jnp.tile(within, sharing))[None] - (key * blocks.size + within)[:, None]
-    seen = age_SQ >= 0
+    age_SC = (query * blocks.size + within)[None] - (key * blocks.size + within)[:, None]
+    seen = age_SC >= 0
     if blocks.window is not None:
-        seen &= age_SQ < blocks.window
-    seen = seen[None, None]
+        seen &= age_SC < blocks.window
+    seen = seen[None]
     if segments_BT is not None:
-        cut = functools.partial(jax.lax.dynamic_slice_in_dim, segments_BT, slice_size=blocks.size, axis=1)
-        of_query_BQ = jnp.tile(cut(query * blocks.size), (1, sharing))
-        seen &= cut(key * blocks.size)[:, None, :, None] == of_query_BQ[:, None, None, :]
-    scores_BMSQ = blocks.scale * _product("bmsh,bmqh->bmsq", k_BMSH, q_BMQH)
-    return jnp.where(seen, scores_BMSQ, jnp.finfo(jnp.float32).min)
+        of_query_BC, of_key_BS = (
+            jax.lax.dynamic_slice_in_dim(segments_BT, block * blocks.size, blocks.size, axis=1)
+            for block in (query, key)
+        )
+        seen &= of_key_BS[:, :, None] == of_query_BC[:, None]
+    scores_BMSRC = blocks.scale * _apart(_product("bmsh,bmqh->bmsq", k_BMSH, q_BMQH), blocks)
+    return jnp.where(seen[:, None, :, None], scores_BMSRC, jnp.finfo(jnp.float32).min)
 
 
 def _product(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(letters, a, b, preferred_element_type=jnp.float32)
+
+
+def _apart(x_Q: jax.Array, blocks: _Blocks) -> jax.Array:
+    """(…, Q) → (…, R, C), in which a mask (…, 1, C) needs no division of indices."""
+    return x_Q.reshape(*x_Q.shape[:-1], -1, blocks.size)
+
+
+def _joined(x_RC: jax.Array) -> jax.Array:
+    """(…, R, C) → (…, Q): XLA transposes operands of products that sum over two axes."""
+    return x_RC.reshape(*x_RC.shape[:-2], -1)
 
 
 def _block(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -232,8 +242,8 @@ def _put(x: jax.Array, block: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _queries(x_BTNH: jax.Array, groups: int, blocks: _Blocks) -> jax.Array:
-    """(B, M, I, Q, H): in each of I blocks the queries, Q, of the heads that share keys."""
-    return einops.rearrange(x_BTNH, "b (i t) (m r) h -> b m i (r t) h", t=blocks.size, m=groups)
+    """(B, M, I, Q, H): in each of I blocks, C queries of each of the R heads that share keys."""
+    return einops.rearrange(x_BTNH, "b (i c) (m r) h -> b m i (r c) h", c=blocks.size, m=groups)
 
 
 def _keys(x_BTMH: jax.Array, blocks: _Blocks) -> jax.Array:
@@ -243,10 +253,9 @@ def _keys(x_BTMH: jax.Array, blocks: _Blocks) -> jax.Array:
 
 def _tokens(x_BMIHQ: jax.Array, blocks: _Blocks) -> jax.Array:
     """(B, M, I, H, Q) → (B, T, N, H)."""
-    return einops.rearrange(x_BMIHQ, "b m i h (r t) -> b (i t) (m r) h", t=blocks.size)
+    return einops.rearrange(x_BMIHQ, "b m i h (r c) -> b (i c) (m r) h", c=blocks.size)
 
 
-def _of_heads(sinks_N: jax.Array, groups: int, blocks: _Blocks) -> jax.Array:
-    """(1, M, 1, Q) float32: of every query its head's."""
-    sinks_MR = sinks_N.astype(jnp.float32).reshape(groups, -1)
-    return jnp.repeat(sinks_MR, blocks.size, axis=1)[None, :, None]
+def _of_heads(sinks_N: jax.Array, groups: int) -> jax.Array:
+    """(1, M, 1, R, 1) float32."""
+    return sinks_N.astype(jnp.float32).reshape(1, groups, 1, -1, 1)
