@@ -9,6 +9,7 @@ from jaxmoe.cli import ArgumentParser, run_command
 from jaxmoe.config import load_config
 from jaxmoe.config.reference import reference_yaml
 from jaxmoe.files import why_unusable
+from jaxmoe.heap import keep_freed_memory
 from jaxmoe.parallel import processes
 
 
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> None:
         overrides.insert(0, options.config)
         options.config = None
     config = load_config(None if options.config is None else Path(options.config), overrides)
+    keep_freed_memory()
     if config.train.distributed:
         processes.join()
     # Imported only now: a mistake in the config is reported without waiting for it.

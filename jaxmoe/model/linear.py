@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxmoe.model.embedding import rows_of
+
 Weight = Any
 """A `jax.Array`, a `LowRank` or a `BlockScaled`."""
 
@@ -190,14 +192,14 @@ def unpacked(weight: Weight, dtype: Any) -> Weight:
 def lookup(weight: Weight, index: jax.Array, dtype: Any) -> jax.Array:
     """Rows `index` (…) of one matrix (out, in): (…, in) in `dtype`."""
     if isinstance(weight, LowRank):
-        low = _product(weight.b[index].astype(dtype), weight.a.astype(dtype), transpose=True)
+        low = _product(rows_of(weight.b, index).astype(dtype), weight.a.astype(dtype), transpose=True)
         return lookup(weight.base, index, dtype) + low * jnp.asarray(weight.scale, dtype)
     if isinstance(weight, BlockScaled):
         rows, columns = weight.block
         codes, scales = jax.lax.stop_gradient((weight.codes[index], weight.scales[index // rows]))
         scales = jnp.repeat(scales.astype(jnp.float32), columns, axis=-1)[..., : weight.shape[-1]]
         return (codes.astype(jnp.float32) * scales).astype(dtype)
-    return weight[index].astype(dtype)
+    return rows_of(weight, index).astype(dtype)
 
 
 def _product(

@@ -1,5 +1,7 @@
 """The loss of a step is a weighted mean, whatever the weights add up to."""
 
+import re
+
 import families
 import jax
 import jax.numpy as jnp
@@ -54,3 +56,21 @@ def test_checksum_is_of_the_bits_however_they_are_sharded():
     assert checksum({"a": values, "b": None}) == checksum({"a": spread}) == checksum([np.asarray(values)])
     assert checksum({"a": values.at[3, 2].add(0.5)}) != checksum({"a": values})
     assert checksum({"a": None}) is None
+
+
+def test_step_takes_over_all_buffers_and_scatters_no_vocabulary():
+    model = from_config(families.config_json("mixtral", num_hidden_layers=1), "float32", seed=2)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    tokens = np.zeros((2, 9), np.int32)
+    batch = learning_batch(tokens, np.tile(np.arange(9, dtype=np.int32), (2, 1)), np.ones_like(tokens))
+    with jax.set_mesh(mesh):
+        spec = StepSpec(model.spec, jnp.dtype("float32"), remat=False, aux_loss=0.0, z_loss=0.0)
+        step = make_train_step(spec, optax.adamw(1e-3), optax.constant_schedule(1.0), None)
+        everything = jax.tree.map(lambda _: True, model.spec.declared)
+        state = init_state(
+            jax.tree.map(jnp.array, model.pure_params()), optax.adamw(1e-3), everything, 0, mesh
+        )
+        text = step.lower(state, jax.tree.map(lambda x: x[None], batch)).compile().as_text()
+    assert text.splitlines()[0].count("-alias)") == len(jax.tree.leaves(state))
+    assert f"[{model.spec.vocab_size},{model.spec.width}]" in text
+    assert not re.findall(rf"\[{model.spec.vocab_size},\d+\]\S* scatter\(", text)
