@@ -9,7 +9,6 @@ from jaxmoe.cli import ArgumentParser, run_command
 from jaxmoe.config import load_config
 from jaxmoe.config.reference import reference_yaml
 from jaxmoe.files import why_unusable
-from jaxmoe.parallel import processes
 
 
 def main(argv: list[str]) -> None:
@@ -34,9 +33,11 @@ def main(argv: list[str]) -> None:
         overrides.insert(0, options.config)
         options.config = None
     config = load_config(None if options.config is None else Path(options.config), overrides)
+    # Imported only now: a mistake in the config is reported without waiting for jax and the rest.
     if config.train.distributed:
+        from jaxmoe.parallel import processes
+
         processes.join()
-    # Imported only now: a mistake in the config is reported without waiting for it.
     from jaxmoe.run.loop import run
 
     run(config)
