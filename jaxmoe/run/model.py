@@ -46,7 +46,7 @@ class InitialWeights:
     def compile(self) -> None:
         """What draws them, which `make` then finds compiled."""
         if self._source.folder is None:
-            self._draw.lower(jax.eval_shape(lambda: jax.random.key(self._seed))).compile()
+            self._draw.lower(jax.random.key(self._seed)).compile()
 
     def make(self) -> Tree:
         """Read or draw them."""

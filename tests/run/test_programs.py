@@ -4,12 +4,17 @@ import os
 import signal
 import threading
 
+import jax
 import pytest
 from helpers.runs import small, write_workspace
 
 from jaxmoe.cli import main as cli
+from jaxmoe.interop.source import config_source
+from jaxmoe.parallel.sharding import make_mesh
+from jaxmoe.params import dtypes
 from jaxmoe.run.assemble import Assembled
 from jaxmoe.run.data import RunData
+from jaxmoe.run.model import InitialWeights
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +81,18 @@ def test_a_finished_run_compiles_no_step(workspace, tmp_path, monkeypatch, capfd
     assert cli(["train", config]) == 0
     assert not begun
     assert "2 steps done" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_weights_are_drawn_by_what_was_compiled_before(count, caplog):
+    source = config_source(
+        {"model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 1, "num_experts": 8}
+    )
+    mesh = make_mesh(fsdp=count, devices=jax.devices()[:count])
+    weights = InitialWeights(source, dtypes(source.spec.declared, "float32"), mesh, 0)
+    with jax.set_mesh(mesh), jax.log_compiles():
+        weights.compile()
+        assert "draw_all" in caplog.text
+        caplog.clear()
+        weights.make()
+    assert "XLA compilation of jit(draw_all)" not in caplog.text
