@@ -38,7 +38,7 @@ _MOST_LETTERS = 1500
 """Of an error: what is quoted may be of any length, and the remedy stands in what is said of the first problem."""
 _SIGNALLED = 128
 _THREADS_SECONDS = 5.0
-"""How long the interpreter may wait for threads after a signal has ended the command."""
+"""How long the interpreter may wait for threads after a signal or a mistake has ended the command."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -90,12 +90,13 @@ def _dispatch(arguments: list[str]) -> int | None:
 
 
 def _end(code: int) -> NoReturn:
-    """End the process. A signal ends it soon, whatever threads of libraries are at."""
+    """End the process. After a signal or a mistake that is soon, whatever threads are at: compiling, for one."""
     if code > _SIGNALLED:
         # What was cut short in threads of libraries tells so in tracebacks.
         sys.unraisablehook = lambda _: None
         threading.excepthook = lambda _: None
         logging.disable()
+    if code:
         killer = threading.Timer(_THREADS_SECONDS, os._exit, [code])
         killer.daemon = True
         killer.start()

@@ -2,15 +2,15 @@
 
 import math
 from pathlib import Path
-
-import jax
+from typing import TYPE_CHECKING
 
 from jaxmoe.cli import ArgumentParser, run_command
 from jaxmoe.config import RunConfig, recorded_config
 from jaxmoe.errors import UserError, listed
 from jaxmoe.files import path_argument
-from jaxmoe.run.checkpoints import Checkpoints
-from jaxmoe.run.folder import RunLayout
+
+if TYPE_CHECKING:
+    from jaxmoe.run.folder import RunLayout
 
 
 def main(argv: list[str]) -> None:
@@ -30,13 +30,18 @@ def main(argv: list[str]) -> None:
     )
     options = parser.parse_args(argv)
     run, folder = Path(options.run), Path(options.folder)
+    # Imported only now, and the rest below: a mistake is reported without waiting for what it does not need.
+    from jaxmoe.run.folder import RunLayout
+
     layout = RunLayout(run)
     if not layout.config.exists():
         raise UserError(f"{run}: found no {layout.config.name}, expected the folder of a run")
-    # Imported only now: a wrong folder is reported without waiting for it.
+    import jax
+
     from jaxmoe.interop.export_plan import LEFT_OUT
     from jaxmoe.parallel.sharding import make_mesh
     from jaxmoe.run.assemble import assemble
+    from jaxmoe.run.checkpoints import Checkpoints
     from jaxmoe.run.data import tokenizer_files
     from jaxmoe.run.model import export_model, open_model
     from jaxmoe.training.state import Saved
@@ -73,7 +78,7 @@ def main(argv: list[str]) -> None:
         print(f"left out ({LEFT_OUT}): {listed(left_out, 20)}")
 
 
-def _check_tokenizer(config: RunConfig, layout: RunLayout) -> None:
+def _check_tokenizer(config: RunConfig, layout: "RunLayout") -> None:
     """Without this the export would have none."""
     given = config.data.tokenizer
     path = Path(given) if isinstance(given, str) else layout.tokenizer
@@ -81,7 +86,7 @@ def _check_tokenizer(config: RunConfig, layout: RunLayout) -> None:
         raise UserError(f"data.tokenizer: found no {path}, which the run used, expected it where it was")
 
 
-def _hint(layout: RunLayout, config: RunConfig) -> str:
+def _hint(layout: "RunLayout", config: RunConfig) -> str:
     given = {
         "model.path": config.model.path,
         "model.config": config.model.config,

@@ -2,8 +2,6 @@
 
 import sys
 
-import jax
-import jax.numpy as jnp
 from pydantic import ValidationError
 
 from jaxmoe.cli import ArgumentParser, run_command
@@ -15,11 +13,6 @@ from jaxmoe.files import path_argument
 
 def main(argv: list[str]) -> None:
     """The command."""
-    from jaxmoe.data import end_of_document, load_tokenizer, vocabulary_size
-    from jaxmoe.interop.loading import load_params
-    from jaxmoe.interop.source import compute_dtype, open_source
-    from jaxmoe.model.sampling import continue_text
-
     default = SampleConfig.model_fields
     parser = ArgumentParser(prog="jaxmoe generate", description="Continue a text with a checkpoint.")
     parser.add_argument("model", type=path_argument, help="folder or hub id")
@@ -30,6 +23,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args(argv)
     sample = _sample(options.prompt, options.tokens, options.temperature, options.seed)
+    # Imported only now: a mistake in the options is reported without waiting for it.
+    import jax
+    import jax.numpy as jnp
+
+    from jaxmoe.data import end_of_document, load_tokenizer, vocabulary_size
+    from jaxmoe.interop.loading import load_params
+    from jaxmoe.interop.source import compute_dtype, open_source
+    from jaxmoe.model.sampling import continue_text
+
     dtype = compute_dtype(options.dtype)
     if dtype == jnp.float16 and jax.default_backend() == "cpu":
         raise UserError(

@@ -1,15 +1,15 @@
 """``python -m jaxmoe.inspect MODEL``: what a checkpoint or a config.json holds, without loading weights."""
 
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from jaxmoe.cli import ArgumentParser, run_command
 from jaxmoe.files import path_argument
-from jaxmoe.model.cost import active_params
-from jaxmoe.model.spec import ModelSpec
-from jaxmoe.params import count, named
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from jaxmoe.model.spec import ModelSpec
 
 
 def main(argv: list[str]) -> None:
@@ -21,7 +21,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("model", type=path_argument, help="folder, hub id, or config.json file")
     parser.add_argument("--parameters", action="store_true", help="list every parameter and its tensors")
     options = parser.parse_args(argv)
+    # Imported only now: a mistake in the options is reported without waiting for it.
+    from rich.console import Console
+    from rich.table import Table
+
     from jaxmoe.interop.source import config_source, open_source
+    from jaxmoe.params import named
 
     path = Path(options.model)
     origin = config_source(path) if path.is_file() else open_source(options.model)
@@ -36,7 +41,12 @@ def main(argv: list[str]) -> None:
         console.print(table)
 
 
-def _summary(model_type: str, spec: ModelSpec) -> Table:
+def _summary(model_type: str, spec: "ModelSpec") -> "Table":
+    from rich.table import Table
+
+    from jaxmoe.model.cost import active_params
+    from jaxmoe.params import count
+
     table = Table(show_header=False)
     table.add_row("family", model_type)
     table.add_row("parameters", f"{count(spec.declared):,}")

@@ -139,11 +139,18 @@ def is_none(leaf: Any) -> bool:
 
 
 def initialize(tree: Tree, key: jax.Array, std: float, dtype: Any, shardings: Tree | None = None) -> Tree:
-    """Random weights as transformers would draw them: normal(0, std) for every matrix, ones for norms.
+    """Random weights of a PRNG key; see `initializer`."""
+    return initializer(tree, std, dtype, shardings)(key)
+
+
+def initializer(tree: Tree, std: float, dtype: Any, shardings: Tree | None = None) -> Any:
+    """A jitted function from a PRNG key to random weights as transformers would draw them.
+
+    These are normal(0, std) for every matrix and ones for norms. Each parameter draws from its own fold of the key, so
+    adding one changes no other.
 
     Args:
         tree: declarations.
-        key: a PRNG key; each parameter draws from its own fold, so adding one changes no other.
         std: the model's ``initializer_range``.
         dtype: dtype of the arrays but those kept in float32, or a tree with that of each; values are drawn in
             float32.
@@ -174,4 +181,4 @@ def initialize(tree: Tree, key: jax.Array, std: float, dtype: Any, shardings: Tr
         ]
         return jax.tree.unflatten(structure, drawn)
 
-    return jax.jit(draw_all, out_shardings=shardings)(key)
+    return jax.jit(draw_all, out_shardings=shardings)

@@ -10,7 +10,6 @@ from jaxmoe.config import load_config
 from jaxmoe.config.reference import reference_yaml
 from jaxmoe.files import why_unusable
 from jaxmoe.heap import keep_freed_memory
-from jaxmoe.parallel import processes
 
 
 def main(argv: list[str]) -> None:
@@ -36,9 +35,11 @@ def main(argv: list[str]) -> None:
         options.config = None
     config = load_config(None if options.config is None else Path(options.config), overrides)
     keep_freed_memory()
+    # Imported only now: a mistake in the config is reported without waiting for jax and the rest.
     if config.train.distributed:
+        from jaxmoe.parallel import processes
+
         processes.join()
-    # Imported only now: a mistake in the config is reported without waiting for it.
     from jaxmoe.run.loop import run
 
     run(config)

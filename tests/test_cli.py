@@ -284,6 +284,7 @@ def test_without_a_command_the_usage_goes_to_stderr(capsys):
 
 def test_run_command_ends_the_process(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "a", "b"])
+    monkeypatch.setattr(cli, "_THREADS_SECONDS", 1e6)  # the process is that of the tests, and goes on
     for action, code in (
         (lambda _: None, 0),
         (lambda argv: len(argv), 2),
@@ -305,9 +306,48 @@ def test_as_a_module_in_a_process_of_its_own():
     assert wrong.stderr == "error: unknown command 'exprot', did you mean export?\n"
 
 
-def test_no_command_is_imported_before_it_is_asked_for():
-    code = "import sys, jaxmoe.cli; jaxmoe.cli.main(['--version']); sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+HEAVY = (
+    "jax",
+    "flax",
+    "orbax",
+    "optax",
+    "grain",
+    "pyarrow",
+    "tokenizers",
+    "transformers",
+    "torch",
+    "numpy",
+    "rich",
+)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import jaxmoe; jaxmoe.UserError",
+        "from jaxmoe import cli; cli.main(['--version'])",
+        "from jaxmoe import cli; cli.main(['train', '--keys'])",
+        "from jaxmoe import cli; cli.main(['train', 'train.steps=-1'])",
+        *(f"import jaxmoe.{name} as c; c.main(['--help'])" for name in cli.COMMANDS),
+        *(f"from jaxmoe import cli; cli.main(['{name}', '--nonsense'])" for name in cli.COMMANDS),
+    ],
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(code):
+    """What takes long to import may be asked for by the work itself alone: not by help or a mistake in a command."""
+    told = (
+        f"import atexit, sys; atexit.register(lambda: print('with', *sys.modules, file=sys.stderr)); {code}"
+    )
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stderr.rpartition("with ")[2].split()).isdisjoint(HEAVY)
+
+
+def test_the_public_names_are_there_before_they_are_loaded():
+    code = (
+        "import jaxmoe; assert {*jaxmoe.__all__} <= {*dir(jaxmoe)}; print(jaxmoe.from_pretrained.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "jaxmoe.interop.pretrained\n"), done.stderr
 
 
 def test_what_a_library_must_not_be_interrupted_in_is_done_first(command):

@@ -25,6 +25,8 @@ from jaxmoe.run import loop as trainer
 from jaxmoe.run import memory
 from jaxmoe.run.checkpoints import Checkpoints
 from jaxmoe.run.folder import RunFolder
+from jaxmoe.run.meter import Meter
+from jaxmoe.run.programs import Programs
 
 TIMES = {"seconds", "tokens_per_second", "mfu"}
 
@@ -207,18 +209,23 @@ def test_rows_of_one_document_are_trained_as_such(workspace, tmp_path, packing):
     config = RunConfig.from_mapping(
         yaml.safe_load(small(tmp_path, workspace, data__packing=packing).read_text())
     )
-    assembled, data = trainer._open(config)
+    assembled, data = opened(config)
     with RunFolder.open(config) as folder:
-        one = trainer.Trainer(assembled, folder, data)
+        one = trainer.Trainer(assembled, folder, data, Programs(assembled), Meter(assembled))
     assert one.assembled.step_spec.packed is packing
+
+
+def opened(config):
+    assembled = trainer._assemble(config)
+    return assembled, trainer._open_data(assembled)
 
 
 def reported(workspace, folder, number, **figures):
     """The message about one step whose metrics are as given."""
     config = RunConfig.from_mapping(yaml.safe_load(small(folder, workspace).read_text()))
-    assembled, data = trainer._open(config)
+    assembled, data = opened(config)
     with RunFolder.open(config) as run_folder:
-        one = trainer.Trainer(assembled, run_folder, data)
+        one = trainer.Trainer(assembled, run_folder, data, Programs(assembled), Meter(assembled))
         with pytest.raises(UserError) as caught:
             one._report(number, False, {"loss": 0.0, "grad_norm": 0.0, "targets": 9.0} | figures, {}, None)
         one.checkpoints.close()
@@ -237,11 +244,11 @@ def test_what_is_seldom_meant_is_said_before_the_first_step(workspace, tmp_path,
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     given = {"data__tokenizer": str(tmp_path / "tokenizer.json"), "data__sequence_length": 500}
     config = RunConfig.from_mapping(yaml.safe_load(small(tmp_path, workspace, **given).read_text()))
-    assembled, data = trainer._open(config)
+    assembled, data = opened(config)
     positions = assembled.source.raw["max_position_embeddings"]
     assert positions < 500
     with RunFolder.open(config) as folder:
-        one = trainer.Trainer(assembled, folder, data)
+        one = trainer.Trainer(assembled, folder, data, Programs(assembled), Meter(assembled))
         monkeypatch.setattr(trainer.Trainer, "_compiled", stop)
         with pytest.raises(StoppedError):
             one.run()

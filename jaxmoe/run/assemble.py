@@ -19,7 +19,7 @@ from jaxmoe.model.spec import ModelSpec
 from jaxmoe.optim import build_optimizer, schedule
 from jaxmoe.parallel.sharding import batch_sharding, shardings
 from jaxmoe.params import Tree, roles, split
-from jaxmoe.run.model import initial_weights, open_model
+from jaxmoe.run.model import InitialWeights, open_model
 from jaxmoe.training.state import TrainState, abstract_state, checksum, init_state, stored_dtypes
 from jaxmoe.training.step import StepSpec, make_eval_step, make_train_step
 
@@ -92,9 +92,10 @@ class Assembled:
         with jax.set_mesh(self.mesh):
             return make_eval_step(self.step_spec)
 
-    def initial_weights(self) -> Tree:
+    @functools.cached_property
+    def initial_weights(self) -> InitialWeights:
         """Those that the run begins with."""
-        return initial_weights(self.source, self.dtypes, self.mesh, self.config.train.seed)
+        return InitialWeights(self.source, self.dtypes, self.mesh, self.config.train.seed)
 
     def begin(self, weights: Tree) -> TrainState:
         """The state before the first step."""
@@ -105,7 +106,7 @@ class Assembled:
         wanted = split(self.dtypes, self.mask)[1]
         if not jax.tree.leaves(wanted):
             return self.state.frozen
-        return initial_weights(self.source, wanted, self.mesh, self.config.train.seed)
+        return InitialWeights(self.source, wanted, self.mesh, self.config.train.seed).make()
 
     def check_frozen(self, frozen: Tree, expected: int | None) -> None:
         """Compare frozen weights with what they were at the start. In several processes all must call it.

@@ -100,10 +100,7 @@ class Checkpoints:
         return processes.first(self._steps_here)
 
     def _steps_here(self) -> list[int]:
-        if not self._folder.is_dir():
-            return []
-        names = (entry.name for entry in self._folder.iterdir() if entry.is_dir())
-        return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
+        return steps_in(self._folder)
 
     def latest(self) -> int | None:
         """The newest step that has a checkpoint, or None."""
@@ -293,6 +290,14 @@ def _checkpointer() -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), extra=ocp.JsonCheckpointHandler())
     )
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps that have a checkpoint there, ascending, as this process sees it."""
+    if not folder.is_dir():
+        return []
+    names = (entry.name for entry in folder.iterdir() if entry.is_dir())
+    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

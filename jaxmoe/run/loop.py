@@ -25,12 +25,13 @@ from jaxmoe.parallel.sharding import batch_sharding, make_mesh
 from jaxmoe.params import Tree, count
 from jaxmoe.run import memory
 from jaxmoe.run.assemble import Assembled, assemble
-from jaxmoe.run.checkpoints import Checkpoints
+from jaxmoe.run.checkpoints import Checkpoints, steps_in
 from jaxmoe.run.data import RunData, open_data, tokenizer_files
 from jaxmoe.run.display import RunDisplay, show_table
-from jaxmoe.run.folder import RunFolder
+from jaxmoe.run.folder import RunFolder, RunLayout
 from jaxmoe.run.meter import Meter
 from jaxmoe.run.model import export_model
+from jaxmoe.run.programs import Programs
 from jaxmoe.training.balance import router_metrics
 from jaxmoe.training.state import Saved, TrainState, checksum, not_finite
 
@@ -64,10 +65,15 @@ def run(config: RunConfig) -> Result:
         UserError: anything that the user can mend; nothing half-written is left behind.
     """
     _check_devices()
-    assembled, data = processes.agree(lambda: _open(config))
-    with RunFolder.open(config) as folder, jax.set_mesh(assembled.mesh):
-        data.keep_tokenizer()
-        return Trainer(assembled, folder, data).run()
+    assembled = processes.agree(lambda: _assemble(config))
+    meter = Meter(assembled)  # before anything competes with what it measures
+    with Programs(assembled) as programs:
+        if _steps_done(config) < config.train.steps:
+            programs.begin()
+        data = processes.agree(lambda: _open_data(assembled))
+        with RunFolder.open(config) as folder, jax.set_mesh(assembled.mesh):
+            data.keep_tokenizer()
+            return Trainer(assembled, folder, data, programs, meter).run()
 
 
 def _check_devices() -> None:
@@ -85,8 +91,8 @@ def _check_devices() -> None:
         ) from error
 
 
-def _open(config: RunConfig) -> tuple[Assembled, RunData]:
-    """Everything that can be checked while nothing has been written yet."""
+def _assemble(config: RunConfig) -> Assembled:
+    """The model on its devices, with all that can be checked of them before anything is compiled."""
     if bad := why_unusable(config.output_dir):
         raise UserError(f"output_dir: {bad}; give another one")
     mesh = make_mesh(**config.mesh.model_dump())
@@ -104,21 +110,40 @@ def _open(config: RunConfig) -> tuple[Assembled, RunData]:
         )
     memory.check_before_compiling(assembled)
     check_copies(assembled.source)
-    data = open_data(config, origin, assembled.spec.vocab_size)
+    return assembled
+
+
+def _open_data(assembled: Assembled) -> RunData:
+    """All that can be checked of the data while nothing has been written yet."""
+    data = open_data(assembled.config, assembled.source.folder, assembled.spec.vocab_size)
     _ = data.evaluation  # it may have nothing to predict, and is read only here
-    return assembled, data
+    return data
+
+
+def _steps_done(config: RunConfig) -> int:
+    """Those of the newest checkpoint, if the folder is this run's and can be read: that is checked later."""
+
+    def find() -> int:
+        with contextlib.suppress(OSError):
+            return max(steps_in(RunLayout(Path(config.output_dir)).checkpoints), default=0)
+        return 0
+
+    return processes.first(find)
 
 
 class Trainer:
     """One run in progress."""
 
-    def __init__(self, assembled: Assembled, folder: RunFolder, data: RunData) -> None:
+    def __init__(
+        self, assembled: Assembled, folder: RunFolder, data: RunData, programs: Programs, meter: Meter
+    ) -> None:
         self.assembled = assembled
         self.config = assembled.config
         self.folder = folder
         self.data = data
+        self.programs = programs
+        self.meter = meter
         self.checkpoints = Checkpoints(folder.layout.checkpoints, self.config.train.keep_checkpoints)
-        self._begun = time.perf_counter()
         self._frozen: int | None = None
 
     def run(self) -> Result:
@@ -127,14 +152,15 @@ class Trainer:
         steps, done = self.config.train.steps, self.checkpoints.latest() or 0
         try:
             with RunDisplay(steps, done, quiet=jax.process_index() != 0) as display:
-                meter = Meter(self.assembled)
-                display.say(self._headline(done, meter))
+                display.say(self._headline(done))
                 for doubt in self.data.doubts(self.assembled.source.raw):
                     display.say(f"warning: {doubt}")
+                if not done:  # in the time that the step still takes
+                    processes.agree(self.assembled.initial_weights.compile)
                 step = self._compiled() if done < steps else None
                 state = self._start(batches)
                 if step is not None:
-                    state = self._train(step, state, batches, meter, display)
+                    state = self._train(step, state, batches, display)
         except BaseException as error:
             with contextlib.suppress(Exception):  # the first error is the one to report
                 if isinstance(error, UserError):
@@ -151,7 +177,7 @@ class Trainer:
 
     def _compiled(self) -> Any:
         """The training step, of which it is known now that it fits."""
-        compiled = processes.agree(lambda: self.assembled.lower().compile())
+        compiled = processes.agree(self.programs.train_step)
         processes.agree(lambda: memory.check_compiled(self.assembled, compiled))
         return compiled
 
@@ -161,7 +187,7 @@ class Trainer:
         latest = self.checkpoints.latest()
         self.folder.truncate_metrics(latest or 0)
         if latest is None:
-            weights = processes.agree(assembled.initial_weights)
+            weights = processes.agree(assembled.initial_weights.make)
             state = assembled.begin(weights)
             if bad := not_finite(state):
                 raise UserError(
@@ -183,18 +209,16 @@ class Trainer:
         self._frozen = extra.get("frozen")
         return assembled.state._replace(frozen=frozen).restored(Saved(*saved))
 
-    def _train(
-        self, step: Any, state: TrainState, batches: Any, meter: Meter, display: RunDisplay
-    ) -> TrainState:
+    def _train(self, step: Any, state: TrainState, batches: Any, display: RunDisplay) -> TrainState:
         train, done = self.config.train, int(state.step)
-        meter.restart()
+        self.meter.restart()
         batch = self._next(batches)
         for number in range(done + 1, train.steps + 1):
             state, metrics = step(state, batch)
             position = batches.get_state()
             if number < train.steps:  # the next batch is made while the devices compute
                 batch = self._next(batches)
-            figures = meter.after(metrics)
+            figures = self.meter.after(metrics)
             self._report(number, number == done + 1, metrics, figures, display)
             last = number == train.steps
             saves = last or number % train.checkpoint_every == 0
@@ -207,7 +231,7 @@ class Trainer:
             if saves:
                 extra = {"data": processes.gather(position), "frozen": self._frozen}
                 self.checkpoints.save(number, state.saved, extra)
-            meter.restart()
+            self.meter.restart()
         return state
 
     def _report(
@@ -236,7 +260,9 @@ class Trainer:
         line = f"loss {loss:.4f}  {figures['tokens_per_second']:,.0f} tokens/s  MFU {figures['mfu']:.1%}"
         display.step(number, line)
         if first:
-            display.say(f"first step after {time.perf_counter() - self._begun:.1f} s, compiling included")
+            display.say(
+                f"first step after {time.perf_counter() - self.programs.begun:.1f} s, compiling included"
+            )
         if first or number % self.config.train.log_every == 0 or number == self.config.train.steps:
             display.logged(number, line)
             scalars = {name: float(value) for name, value in metrics.items() if name != "router"}
@@ -322,8 +348,8 @@ class Trainer:
             show_table(f"{self.folder.path}: {config.train.steps} steps done", rows)
         return result
 
-    def _headline(self, done: int, meter: Meter) -> str:
-        spec, state = self.assembled.spec, self.assembled.state
+    def _headline(self, done: int) -> str:
+        spec, state, meter = self.assembled.spec, self.assembled.state, self.meter
         trained = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
         of_these = "" if trained == count(spec.declared) else f" ({trained:,} trained)"
         held = {"weights": state.params, "optimiser": state.opt_state}

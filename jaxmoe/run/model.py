@@ -16,7 +16,7 @@ from jaxmoe.interop.source import Source, config_source, open_source
 from jaxmoe.interop.storage.writer import FolderWriter
 from jaxmoe.parallel import processes
 from jaxmoe.parallel.sharding import shardings
-from jaxmoe.params import Tree, count, initialize
+from jaxmoe.params import Tree, count, initializer
 
 
 def open_model(config: ModelConfig) -> Source:
@@ -28,7 +28,7 @@ def open_model(config: ModelConfig) -> Source:
     return open_source(config.path) if config.path is not None else config_source(config.config or {})
 
 
-def initial_weights(source: Source, dtypes: Tree, mesh: Mesh, seed: int) -> Tree:
+class InitialWeights:
     """The weights that a run begins with, sharded: read from the checkpoint, or drawn at random.
 
     Args:
@@ -37,11 +37,22 @@ def initial_weights(source: Source, dtypes: Tree, mesh: Mesh, seed: int) -> Tree
         mesh: that shards them.
         seed: of random ones.
     """
-    if source.folder is not None:
-        return load_params(source, dtypes, mesh)
-    declared = source.spec.declared
-    key = jax.random.key(seed)
-    return initialize(declared, key, source.spec.init_std, dtypes, shardings(declared, mesh))
+
+    def __init__(self, source: Source, dtypes: Tree, mesh: Mesh, seed: int) -> None:
+        self._source, self._dtypes, self._mesh, self._seed = source, dtypes, mesh, seed
+        declared = source.spec.declared
+        self._draw = initializer(declared, source.spec.init_std, dtypes, shardings(declared, mesh))
+
+    def compile(self) -> None:
+        """What draws them, which `make` then finds compiled."""
+        if self._source.folder is None:
+            self._draw.lower(jax.random.key(self._seed)).compile()
+
+    def make(self) -> Tree:
+        """Read or draw them."""
+        if self._source.folder is not None:
+            return load_params(self._source, self._dtypes, self._mesh)
+        return self._draw(jax.random.key(self._seed))
 
 
 def export_model(
