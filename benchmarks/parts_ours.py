@@ -102,7 +102,11 @@ def _attention(run: Assembled, layer: Tree, batch: Batch) -> dict[str, Call]:
     x, attended = _normal(*rows, width), q.reshape(*rows, -1)
     attending = functools.partial(attend, scale=mixer.head_dim**-0.5, device=run.device)
     forward = _call(
-        lambda q, k, v, documents: jax.vjp(lambda *qkv: attending(*qkv, documents), q, k, v), q, k, k, context.documents
+        lambda q, k, v, documents: jax.vjp(lambda *qkv: attending(*qkv, documents), q, k, v),
+        q,
+        k,
+        k,
+        context.documents,
     )
     out, pull = forward()
     names = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -129,7 +129,8 @@ def _forward(
         total_BMIRC = jnp.ones(shape, jnp.float32)
     out_BMIVRC = jnp.zeros((*shape[:3], v_BTMV.shape[-1], *shape[3:]), jnp.float32)
     pairs = _pairs(shape[2], blocks)
-    (out_BMIVRC, top_BMIRC, total_BMIRC), _ = jax.lax.scan(step, (out_BMIVRC, top_BMIRC, total_BMIRC), pairs)
+    state: tuple[jax.Array, ...] = (out_BMIVRC, top_BMIRC, total_BMIRC)
+    (out_BMIVRC, top_BMIRC, total_BMIRC), _ = jax.lax.scan(step, state, pairs)
     out_BMIVRC = out_BMIVRC / total_BMIRC[:, :, :, None]
     out_BTNV = _tokens(_joined(out_BMIVRC), blocks).astype(q_BTNH.dtype)
     lse_BMIRC = top_BMIRC + jnp.log(total_BMIRC)
@@ -182,7 +183,7 @@ def _backward(blocks: _Blocks, saved: _Saved, dout_BTNV: jax.Array) -> tuple[Any
 _attend.defvjp(_forward, _backward)
 
 
-def _pairs(count: int, blocks: _Blocks) -> np.ndarray:
+def _pairs(count: int, blocks: _Blocks) -> jax.Array:
     """(pairs, 2) int32: a block of queries and one of keys that they see, those of one block of queries in order."""
     seen = [
         (query, key)
@@ -190,7 +191,7 @@ def _pairs(count: int, blocks: _Blocks) -> np.ndarray:
         for key in range(query + 1)
         if blocks.window is None or query * blocks.size - (key + 1) * blocks.size + 1 < blocks.window
     ]
-    return np.asarray(seen, np.int32)
+    return jnp.asarray(np.asarray(seen, np.int32))
 
 
 def _scores(
