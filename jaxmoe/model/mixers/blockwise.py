@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 
+_Three = tuple[jax.Array, jax.Array, jax.Array]
+
+
 class _Blocks(NamedTuple):
     """What a program is made for.
 
@@ -101,7 +104,7 @@ def _forward(
     q_BMIQH = _queries(q_BTNH, groups, blocks)
     k_BMJSH, v_BMJSV = _keys(k_BTMH, blocks), _keys(v_BTMV, blocks)
 
-    def step(state: tuple[jax.Array, ...], pair: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+    def step(state: _Three, pair: jax.Array) -> tuple[_Three, None]:
         query, key = pair
         out_BMVRC, top_BMRC, total_BMRC = (_block(x, query) for x in state)
         scores_BMSRC = _scores(blocks, _block(q_BMIQH, query), _block(k_BMJSH, key), segments_BT, query, key)
@@ -117,7 +120,8 @@ def _forward(
             new_top_BMRC,
             shrink_BMRC * total_BMRC + shares_BMSRC.sum(axis=2),
         )
-        return tuple(_put(x, part, query) for x, part in zip(state, new, strict=True)), None
+        out, top, total = (_put(x, part, query) for x, part in zip(state, new, strict=True))
+        return (out, top, total), None
 
     shape = (*q_BMIQH.shape[:3], q_BTNH.shape[2] // groups, blocks.size)
     lowest = jnp.finfo(jnp.float32).min
@@ -129,8 +133,7 @@ def _forward(
         total_BMIRC = jnp.ones(shape, jnp.float32)
     out_BMIVRC = jnp.zeros((*shape[:3], v_BTMV.shape[-1], *shape[3:]), jnp.float32)
     pairs = _pairs(shape[2], blocks)
-    state: tuple[jax.Array, ...] = (out_BMIVRC, top_BMIRC, total_BMIRC)
-    (out_BMIVRC, top_BMIRC, total_BMIRC), _ = jax.lax.scan(step, state, pairs)
+    (out_BMIVRC, top_BMIRC, total_BMIRC), _ = jax.lax.scan(step, (out_BMIVRC, top_BMIRC, total_BMIRC), pairs)
     out_BMIVRC = out_BMIVRC / total_BMIRC[:, :, :, None]
     out_BTNV = _tokens(_joined(out_BMIVRC), blocks).astype(q_BTNH.dtype)
     lse_BMIRC = top_BMIRC + jnp.log(total_BMIRC)
@@ -144,7 +147,7 @@ def _backward(blocks: _Blocks, saved: _Saved, dout_BTNV: jax.Array) -> tuple[Any
     products_BTN = jnp.sum(dout_BTNV.astype(jnp.float32) * saved.out_BTNV.astype(jnp.float32), axis=-1)
     mean_BMIRC = _apart(_queries(products_BTN[..., None], groups, blocks)[..., 0], blocks)
 
-    def step(grads: tuple[jax.Array, ...], pair: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+    def step(grads: _Three, pair: jax.Array) -> tuple[_Three, None]:
         query, key = pair
         dq_BMIHQ, dk_BMJSH, dv_BMJSV = grads
         q_BMQH, dout_BMQV = _block(q_BMIQH, query), _block(dout_BMIQV, query)
@@ -165,8 +168,8 @@ def _backward(blocks: _Blocks, saved: _Saved, dout_BTNV: jax.Array) -> tuple[Any
             _put(dv_BMJSV, _block(dv_BMJSV, key) + dv_BMSV, key),
         ), None
 
-    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q_BMIQH.mT, k_BMJSH, v_BMJSV)]
-    (dq, dk, dv), _ = jax.lax.scan(step, tuple(zeros), _pairs(q_BMIQH.shape[2], blocks))
+    zero_dq, zero_dk, zero_dv = (jnp.zeros(x.shape, jnp.float32) for x in (q_BMIQH.mT, k_BMJSH, v_BMJSV))
+    (dq, dk, dv), _ = jax.lax.scan(step, (zero_dq, zero_dk, zero_dv), _pairs(q_BMIQH.shape[2], blocks))
     dsinks_N = None
     if saved.sinks_N is not None:
         each_BMIRC = -jnp.exp(_of_heads(saved.sinks_N, groups) - saved.lse_BMIRC) * mean_BMIRC
