@@ -48,7 +48,9 @@ def variables() -> dict[str, str]:
     return {
         name: value
         for name, value in sorted(os.environ.items())
-        if name in wanted or name.endswith("_NUM_THREADS") or name.startswith(("MALLOC_", "OMP_"))
+        if name in wanted
+        or name.endswith("_NUM_THREADS")
+        or name.startswith(("MALLOC_", "OMP_", "OPENBLAS_", "MKL_"))
     }
 
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
 _Three = tuple[jax.Array, jax.Array, jax.Array]
 
 
