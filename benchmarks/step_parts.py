@@ -208,6 +208,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model and one repeat: seconds")
     parser.add_argument("--here", choices=[*SIZES, "tiny"], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.length < 1 or options.repeats < 1:
+        parser.error(f"--length {options.length}, --repeats {options.repeats}: expected 1 or more")
     if options.here:
         print(json.dumps(measure_here(options.here, options.length, options.repeats)))
         return

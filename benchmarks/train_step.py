@@ -255,6 +255,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--frozen", action="store_true", help="train norms and routers alone")
     options = parser.parse_args()
+    if options.length < 1 or options.repeats < 1:
+        parser.error(f"--length {options.length}, --repeats {options.repeats}: expected 1 or more")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     print("variables:", " ".join(f"{name}={value}" for name, value in variables().items()) or "none set")
     kind = {"length": options.length, "dtype": options.dtype, "frozen": options.frozen}

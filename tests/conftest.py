@@ -47,6 +47,9 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # torch's threads, without the seconds that importing it here costs
 
+# A command that a test runs in this process leaves malloc alone then (`jaxmoe.heap`): a worker would keep its peak.
+os.environ.setdefault("MALLOC_ARENA_MAX", "8")
+
 STRICT = True
 """Whether axes that jax.numpy would add are errors, and shapes and dtypes of annotations are checked at every call."""
 

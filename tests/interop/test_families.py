@@ -65,6 +65,10 @@ def test_packed_rows_equal_separate_ones(name):
     segments, positions = parity.packed()
     params = mine.pure_params()
     together = logits_of(params, mine.spec, tokens, segments, positions)
+    # Sums are taken in another order, which a model passes on as it does the rounding of its weights: gemma4's logits
+    # move by 5e-5 and more when every weight moves to a neighbour.
+    moved = logits_of(jax.tree.map(neighbours, params), mine.spec, tokens, segments, positions)
+    allowed = max(1e-5, float(np.abs(moved - together).max() / np.abs(together).max()))
     for row, start, stop in ((0, 11, 40), (1, 52, 75)):
         alone = np.zeros_like(tokens)
         alone[0, : stop - start] = tokens[row, start:stop]
@@ -72,7 +76,14 @@ def test_packed_rows_equal_separate_ones(name):
         segment[0, : stop - start] = 1
         places = np.tile(np.arange(parity.LENGTH), (2, 1))
         separate = logits_of(params, mine.spec, alone, segment, places)
-        parity.assert_close(together[row, start:stop], separate[0, : stop - start], 1e-5, "logits")
+        parity.assert_close(together[row, start:stop], separate[0, : stop - start], allowed, "logits")
+
+
+def neighbours(array):
+    """Every number's next one in its dtype, upwards or downwards by chance."""
+    array = np.asarray(array)
+    up = np.random.default_rng(3).random(array.shape) < 0.5
+    return np.nextafter(array, np.where(up, np.inf, -np.inf).astype(array.dtype))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -139,7 +139,7 @@ def test_frozen_weights_cost_no_gradient(workspace, tmp_path):
         "o_proj": (40, 64),
         "router": (12, 40),
         "dense down": (40, 72),
-        "head": (104, 40),
+        "head": (40, 104),  # summed up as (D, V)
     }
     for name in ("q_proj", "o_proj"):
         assert everything[gradients[name]] == attention[gradients[name]] > 0, name

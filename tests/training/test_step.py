@@ -1,5 +1,6 @@
 """The loss of a step is a weighted mean, whatever the weights add up to."""
 
+import dataclasses
 import re
 
 import families
@@ -10,11 +11,12 @@ import optax
 import pytest
 
 from jaxmoe.interop.pretrained import from_config
+from jaxmoe.kernels.devices import device_at_hand
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import learning_batch
 from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.training.state import checksum, init_state
-from jaxmoe.training.step import StepSpec, make_train_step
+from jaxmoe.training.step import StepSpec, _compiler_options, make_train_step
 
 
 def test_weights_of_targets_are_relative():
@@ -74,3 +76,13 @@ def test_step_takes_over_all_buffers_and_scatters_no_vocabulary():
     assert text.splitlines()[0].count("-alias)") == len(jax.tree.leaves(state))
     assert f"[{model.spec.vocab_size},{model.spec.width}]" in text
     assert not re.findall(rf"\[{model.spec.vocab_size},\d+\]\S* scatter\(", text)
+
+
+def test_collectives_of_a_cpu_begin_in_one_order():
+    """Without the option devices wait for each other for good, now and then; a single one has no collectives."""
+    option = "xla_cpu_enable_concurrency_optimized_scheduler"
+    cpu = device_at_hand()
+    assert _compiler_options(cpu) == {}
+    with jax.set_mesh(make_mesh(fsdp=2, expert=4)):
+        assert _compiler_options(cpu)[option] is False
+        assert _compiler_options(dataclasses.replace(cpu, platform="gpu")) == {}
