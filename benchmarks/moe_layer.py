@@ -28,8 +28,7 @@ from moe_peers import Inputs
 
 from jaxmoe.kernels.devices import device_at_hand
 from jaxmoe.kernels.expert_mlp import Experts, Lora, expert_mlp
-from jaxmoe.kernels.expert_mlp.specs import LAYERS, ExpertLayer, choose_experts, layer_of
-from jaxmoe.kernels.grouped_matmul.specs import ExpertShape
+from jaxmoe.kernels.expert_mlp.specs import LAYERS, ExpertLayer, ExpertShape, choose_experts, layer_of
 
 SCALE = 2.0
 """Of LoRA."""

@@ -24,17 +24,22 @@ COUNTED = {
 """Parts that together are the step but for the rest, and whether every layer has one."""
 
 INSIDE = {
-    "· matmuls, forward": "experts",
-    "· matmuls, dX": "experts",
-    "· matmuls, dW": "experts",
+    "· forward": "experts",
+    "· backward, dX": "experts",
+    "· backward, dW": "experts",
     "· activation": "experts",
     "· dispatch": "experts",
     "· AdamW": "clipping and AdamW",
     "· clipping": "clipping and AdamW",
 }
-"""Parts of parts. Dispatch and clipping are what is left of the whole part: code that fuses them has them nowhere."""
+"""Parts of parts. Experts forward and backward are whole passes, products and what goes with them; of these, activation
+and the order of dispatch are shown by themselves too."""
 
-LEFT = {"· dispatch": "experts", "· clipping": "clipping and AdamW"}
+LEFT = {
+    "· backward, dW": ("experts", ("· forward", "· backward, dX")),
+    "· clipping": ("clipping and AdamW", ("· AdamW",)),
+}
+"""What is left of a part without others: code that fuses it has it nowhere."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,19 +136,19 @@ def _experts(shape: Shape, slots: int) -> dict[str, Least]:
     """Of Z slots: gate and up are one matrix (2F, D), down is (D, F); 2 · 3 F D FLOPs for each slot and pass."""
     width, hidden = shape.width, shape.hidden
     flops, weights = 6 * slots * hidden * width, 3 * shape.experts * hidden * width
-    moved = slots * (2 * width + 3 * hidden) + weights
     rows = slots / shape.top_k
+    moved = 2 * rows * width + 2 * slots * hidden + weights
     return {
-        # x → gate and up; activation → y
-        "· matmuls, forward": _least(flops, moved),
-        # dy → dactivation; dgate and dup → dx
-        "· matmuls, dX": _least(flops, moved),
-        # dy, activation; x, dgate and dup → both gradients
-        "· matmuls, dW": _least(flops, moved),
+        # x → out; gate and up kept
+        "· forward": _least(flops, moved),
+        # dout, gate and up → dx
+        "· backward, dX": _least(flops, moved),
+        # x, dout, gate and up → both gradients
+        "· backward, dW": _least(flops, moved),
         # gate, up → activation; gate, up, dactivation → dgate, dup, activation
         "· activation": _least(0, 9 * slots * hidden),
-        # x and dout to slots, y and dx from them
-        "· dispatch": _least(0, 4 * slots * width + 4 * rows * width),
+        # choices → order and its inverse
+        "· dispatch": _least(0, 3 * slots),
         # x, out, dout, dx; weights read twice, their gradients written; gate and up kept from one pass to the other
         "experts": _least(3 * flops, 4 * rows * width + 3 * weights + 4 * slots * hidden),
     }

@@ -12,7 +12,7 @@ from train_step import assembled_run, jax_batch
 
 from jaxmoe.interop.torch_bridge import from_torch
 from jaxmoe.kernels.expert_mlp import Experts, expert_mlp
-from jaxmoe.kernels.grouped_matmul import matmul, weight_gradient
+from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
 from jaxmoe.model.batch import Batch
 from jaxmoe.model.decoder import output_head
 from jaxmoe.model.feed_forward.router import route, router_stats
@@ -139,7 +139,7 @@ def _attention(run: Assembled, layer: Tree, batch: Batch) -> dict[str, Call]:
 
 
 def _expert_path(run: Assembled, layer: Tree, rows: int) -> dict[str, Call]:
-    """Router, experts as a whole, their matrix products and their activation."""
+    """Router, experts as a whole and by passes, their activation and the order of their rows."""
     ffn: Any = run.spec.layers[0].ffn
     experts = Experts(**layer["experts"])
     x = _normal(rows, run.spec.width)
@@ -153,11 +153,13 @@ def _expert_path(run: Assembled, layer: Tree, rows: int) -> dict[str, Call]:
     def whole(x: jax.Array, experts: Experts, weights: jax.Array, chosen: jax.Array) -> jax.Array:
         return expert_mlp(x, experts, chosen, weights, activation=ffn.activation, device=run.device)
 
-    sizes = jnp.bincount(routing.experts.reshape(-1), length=ffn.router.num_experts).astype(jnp.int32)
-    gate_up = experts.gate_up.reshape(sizes.size, -1, run.spec.width)
-    slots = rows * ffn.router.top_k
-    x_ZD, dy_ZD = _normal(slots, run.spec.width), _normal(slots, run.spec.width)
-    pre_Zf, a_ZF = _normal(slots, gate_up.shape[1]), _normal(slots, ffn.hidden)
+    slots, hidden = rows * ffn.router.top_k, ffn.hidden
+    pre_Zf, a_ZF = _normal(slots, ffn.activation.parts * hidden), _normal(slots, hidden)
+    forward = _call(
+        lambda x, experts, weights, chosen: jax.vjp(lambda x, w: whole(x, experts, w, chosen), x, weights),
+        *(x, experts, routing.weights, routing.experts),
+    )
+    out, pull = forward()
     activation = ffn.activation
 
     def parts(pre_Zf: jax.Array) -> tuple[jax.Array, ...]:
@@ -170,21 +172,12 @@ def _expert_path(run: Assembled, layer: Tree, rows: int) -> dict[str, Call]:
     values = _call(lambda pre_Zf: activation.value(parts(pre_Zf)), pre_Zf)
     gradients = _call(slopes, pre_Zf, a_ZF)
 
-    def products(transpose: bool) -> Any:
-        return lambda up, down, sizes, *weights: [
-            matmul(rows, weight, sizes, transpose=transpose)
-            for rows, weight in zip((up, down), weights, strict=True)
-        ]
-
     return {
         "router": _both(router, layer["router"], x),
         "experts": _both(whole, x, experts, routing.weights, beside=(routing.experts,)),
-        "· matmuls, forward": _call(products(False), x_ZD, a_ZF, sizes, gate_up, experts.down),
-        "· matmuls, dX": _call(products(True), pre_Zf, dy_ZD, sizes, gate_up, experts.down),
-        "· matmuls, dW": _call(
-            lambda x, dpre, a, dy, sizes: (weight_gradient(x, dpre, sizes), weight_gradient(a, dy, sizes)),
-            *(x_ZD, pre_Zf, a_ZF, dy_ZD, sizes),
-        ),
+        "· forward": forward,
+        "· backward, dX": _call(lambda pull, dout: pull(dout), pull, _like(out)),
+        "· dispatch": _call(lambda chosen: make_dispatch(chosen, ffn.router.num_experts), routing.experts),
         "· activation": lambda: (values(), gradients()),
     }
 

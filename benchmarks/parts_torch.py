@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 from train_step import RATE
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen3_moe.modeling_qwen3_moe import apply_rotary_pos_emb
@@ -23,7 +22,7 @@ def calls(model: Any, tokens: np.ndarray) -> tuple[dict[str, Call], str]:
     """
     ids = torch.from_numpy(tokens)
     implementation = _faster_experts(model, tokens.size)
-    of_layer = _attention(model, ids) | _expert_path(model, tokens.size, implementation)
+    of_layer = _attention(model, ids) | _expert_path(model, tokens.size)
     return of_layer | _ends(model, ids) | _optimizer(model), implementation
 
 
@@ -114,22 +113,19 @@ def _faster_experts(model: Any, rows: int) -> str:
     return faster
 
 
-def _expert_path(model: Any, rows: int, implementation: str) -> dict[str, Call]:
-    """Router, experts as a whole, their matrix products and their activation."""
+def _expert_path(model: Any, rows: int) -> dict[str, Call]:
+    """Router, experts as a whole and by passes, their activation and the order of their rows."""
     moe = model.model.layers[0].mlp
     gate, experts = moe.gate, moe.experts
-    x, _, chosen = _routed(model, rows)
-    slots = chosen.numel()
-    ends = torch.bincount(chosen.reshape(-1), minlength=experts.num_experts).cumsum(0).to(torch.int32)
-    x_ZD, a_ZF = _leaf(slots, x.shape[1]), _leaf(slots, experts.intermediate_dim)
-    pre_Zf = _leaf(slots, 2 * experts.intermediate_dim)
-    matrices = [experts.gate_up_proj, experts.down_proj]
+    x, weights, chosen = _routed(model, rows)
+    pre_Zf = _leaf(chosen.numel(), 2 * experts.intermediate_dim)
 
-    def products() -> Any:
-        return tuple(
-            _grouped(implementation, rows, matrix, ends)
-            for rows, matrix in zip((x_ZD, a_ZF), matrices, strict=True)
-        )
+    def forward() -> Any:
+        return experts(x, chosen, weights)
+
+    def dispatch() -> Any:
+        order = torch.argsort(chosen.reshape(-1))
+        return order, torch.argsort(order)
 
     def activate() -> Any:
         first, second = pre_Zf.chunk(2, dim=-1)
@@ -138,19 +134,11 @@ def _expert_path(model: Any, rows: int, implementation: str) -> dict[str, Call]:
     return {
         "router": _both(lambda: gate(x)[1], [x, gate.weight]),
         "experts": _whole_experts(model, rows),
-        "· matmuls, forward": products,
-        "· matmuls, dX": _backward(products(), [x_ZD, a_ZF]),
-        "· matmuls, dW": _backward(products(), matrices),
+        "· forward": forward,
+        "· backward, dX": _backward([forward()], [x, weights]),
+        "· dispatch": dispatch,
         "· activation": _both(activate, [pre_Zf]),
     }
-
-
-def _grouped(implementation: str, rows: Any, matrices: Any, ends: Any) -> Any:
-    """Rows (Z, in) by group times (E, out, in), as the implementation does it."""
-    if implementation == "grouped_mm":
-        return functional.grouped_mm(rows, matrices.transpose(-2, -1), offs=ends)
-    parts = torch.tensor_split(rows, ends[:-1].long())
-    return torch.cat([functional.linear(part, matrix) for part, matrix in zip(parts, matrices, strict=True)])
 
 
 def _ends(model: Any, ids: Any) -> dict[str, Call]:

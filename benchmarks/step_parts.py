@@ -141,8 +141,7 @@ def table(found: dict[str, Any]) -> list[dict[str, Any]]:
     """A row per part, the whole step, and the rest."""
     shape = Shape(**found["shape"])
     counts, measured = parts_counts.least(shape), found["parts"]
-    for part, whole in LEFT.items():
-        others = [other for other, of in INSIDE.items() if of == whole and other != part]
+    for part, (whole, others) in LEFT.items():
         measured = measured | {part: _minus(measured[whole], [(1, measured[other]) for other in others])}
     order = [
         line for part in COUNTED for line in (part, *(inner for inner, of in INSIDE.items() if of == part))

@@ -14,11 +14,10 @@ import jax
 
 from jaxmoe.kernels.devices import device_at_hand
 from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
-from jaxmoe.kernels.expert_mlp.specs import LAYERS, ExpertLayer, layer_of
+from jaxmoe.kernels.expert_mlp.specs import LAYERS, ExpertLayer, ExpertShape, layer_of
 from jaxmoe.kernels.expert_mlp.tuning.check import CASES, SMALLEST, Case, WrongResults, check
 from jaxmoe.kernels.expert_mlp.tuning.measured import FOLDER, Measured, measured_on
 from jaxmoe.kernels.expert_mlp.tuning.search import Timer, device_time, launches, tune_launch
-from jaxmoe.kernels.grouped_matmul.specs import ExpertShape
 
 TOKENS = (8192, 2048)
 """Of training, where groups are padded to 128 rows, and of small batches, where they are to 64."""

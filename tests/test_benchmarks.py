@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.kernels.expert_mlp import Activation, expert_mlp
-from jaxmoe.kernels.expert_mlp.specs import ExpertLayer, layer_of
-from jaxmoe.kernels.grouped_matmul.specs import ExpertShape
+from jaxmoe.kernels.expert_mlp.specs import ExpertLayer, ExpertShape, layer_of
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 LAYER = ExpertLayer(ExpertShape("tiny", 24, 16, 6, 2), Activation("swiglu_clamped", limit=1.0), bias=True)

@@ -1,8 +1,7 @@
-"""Moving token rows to experts and back.
+"""The order of token rows by expert, and their way back.
 
-`Dispatch` is built once per layer. Slots are (token, choice) pairs, Z = R*K of them, ordered by expert; the
-two moves are each other's transpose, written so that neither direction needs a scatter-add, which is neither
-deterministic nor fast on GPUs.
+`Dispatch` is built once per layer. Slots are (token, choice) pairs, Z = R*K of them, ordered by expert. Rows go to
+slots by a gather and back by sums of gathers: a scatter-add is neither deterministic nor fast on GPUs.
 """
 
 from typing import NamedTuple
@@ -37,21 +36,22 @@ def make_dispatch(
         first: the first expert held here (expert parallelism); its slots come first.
         held: how many consecutive experts are held here; all by default.
     """
-    local_Z = (experts_RK.reshape(-1) - first) % num_experts
-    order = jnp.argsort(local_Z, stable=True).astype(jnp.int32)
-    inverse = jnp.argsort(order).astype(jnp.int32).reshape(experts_RK.shape)
+    local_Z = ((experts_RK.reshape(-1) - first) % num_experts).astype(jnp.int32)
+    order = _stable_order(local_Z, num_experts)
+    slot_Z = jnp.arange(order.size, dtype=jnp.int32)
+    # A permutation's inverse needs no second sort: each place is written once.
+    inverse = jnp.zeros_like(order).at[order].set(slot_Z, unique_indices=True, mode="promise_in_bounds")
     edges = jnp.searchsorted(local_Z[order], jnp.arange((held or num_experts) + 1)).astype(jnp.int32)
-    return Dispatch(order, inverse, jnp.diff(edges))
+    return Dispatch(order, inverse.reshape(experts_RK.shape), jnp.diff(edges))
 
 
-def to_slots(x_RD: jax.Array, dispatch: Dispatch) -> jax.Array:
-    """x (R, D) → its rows in expert order (Z, D)."""
-    return x_RD[dispatch.order // dispatch.inverse.shape[1]]
-
-
-def slot_weights(weights_RK: jax.Array, dispatch: Dispatch) -> jax.Array:
-    """The router's weights in expert order, (Z,) float32."""
-    return weights_RK.reshape(-1)[dispatch.order].astype(jnp.float32)
+def _stable_order(experts_Z: jax.Array, num_experts: int) -> jax.Array:
+    """(Z,) int32: slots by expert, those of one expert in their own order."""
+    slots = experts_Z.size
+    if num_experts * slots > jnp.iinfo(jnp.int32).max:
+        return jnp.argsort(experts_Z, stable=True).astype(jnp.int32)
+    # Numbers alone are sorted several times as fast as pairs.
+    return jnp.sort(experts_Z * slots + jnp.arange(slots, dtype=jnp.int32)) % slots
 
 
 def gather_sum(y_ZD: jax.Array, dispatch: Dispatch, weights_RK: jax.Array | None = None) -> jax.Array:
@@ -65,7 +65,10 @@ def gather_sum(y_ZD: jax.Array, dispatch: Dispatch, weights_RK: jax.Array | None
     Returns:
         (R, D) in y's dtype.
     """
-    y_RKD = y_ZD[dispatch.inverse].astype(jnp.float32)
-    if weights_RK is None:
-        return y_RKD.sum(axis=1).astype(y_ZD.dtype)
-    return jnp.einsum("rkd,rk->rd", y_RKD, weights_RK.astype(jnp.float32)).astype(y_ZD.dtype)
+    weights_RK = None if weights_RK is None else weights_RK.astype(jnp.float32)
+    total_RD: jax.Array | float = 0.0
+    # One choice after the other is one pass over memory, without the (R, K, D) array between gather and sum.
+    for choice, place_R in enumerate(dispatch.inverse.T):
+        y_RD = y_ZD.at[place_R].get(mode="promise_in_bounds").astype(jnp.float32)
+        total_RD += y_RD if weights_RK is None else weights_RK[:, choice, None] * y_RD
+    return jnp.asarray(total_RD).astype(y_ZD.dtype)

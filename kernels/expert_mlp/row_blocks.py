@@ -15,16 +15,23 @@ Carry = TypeVar("Carry")
 class RowBlocks:
     """Sizes of the row blocks that a group is cut into, ascending.
 
-    A group takes as many blocks of the largest size as it fills, then one block of the smallest size that
-    holds its remainder. The waste per group is below half of that last block, where neighbours differ by a
-    factor of two; every size is one more dot to compile.
+    A group takes as many blocks of the largest size as it fills, then of the next, and so on; the last one runs past
+    the group by less than the smallest size. Every size is one more copy of the loop's body to compile.
     """
 
     sizes: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if any(size <= 0 for size in self.sizes) or list(self.sizes) != sorted(set(self.sizes)):
-            raise ValueError(f"row-block sizes are {self.sizes}; expected positive and strictly ascending")
+        ascending = list(self.sizes) == sorted(set(self.sizes))
+        if any(size <= 0 or size % self.sizes[0] for size in self.sizes) or not ascending:
+            raise ValueError(
+                f"row-block sizes are {self.sizes}; expected positive and strictly ascending multiples of the first"
+            )
+
+    @property
+    def padding(self) -> int:
+        """Rows that the last block may run past the end."""
+        return self.sizes[0] - 1 if self.sizes else 0
 
 
 # Measured on two cores of a CPU with AVX-512. A block of fewer than 32 rows costs as much as one of 32 when
@@ -34,16 +41,18 @@ _FEW_ROWS = (8, 32, 64, 128)
 
 
 def choose_row_blocks(rows: int, groups: int) -> RowBlocks:
-    """Blocks for `rows` rows in `groups` groups; none is larger than `rows`, so that there is none for 0.
+    """Blocks for `rows` rows in `groups` groups; there is none for 0, and but for the first none is larger than `rows`.
 
     Group sizes are known only at run time, so the choice goes by their mean.
     """
-    ladder = _MANY_ROWS if rows >= _MANY_ROWS[-1] * groups else _FEW_ROWS
-    return RowBlocks(tuple(sorted({min(size, rows) for size in ladder if rows > 0})))
+    if rows == 0:
+        return RowBlocks(())
+    first, *larger = _MANY_ROWS if rows >= _MANY_ROWS[-1] * groups else _FEW_ROWS
+    return RowBlocks((first, *(size for size in larger if size <= rows)))
 
 
 class Block(NamedTuple):
-    """Consecutive slots, of which some may belong to other experts.
+    """Consecutive slots, of which the last may belong to other experts, or to nobody past the end.
 
     Attributes:
         offset: () int32, the first slot.
@@ -53,15 +62,13 @@ class Block(NamedTuple):
     offset: jax.Array
     inside: jax.Array
 
-    def rows(self, x_Z: jax.Array) -> jax.Array:
-        """Those of the block, (b, …) of (Z, …)."""
-        return lax.dynamic_slice_in_dim(x_Z, self.offset, self.inside.shape[0])
+    def rows(self, x_S: jax.Array) -> jax.Array:
+        """Those of the block, (b, …) of (S, …)."""
+        return lax.dynamic_slice_in_dim(x_S, self.offset, self.inside.shape[0])
 
-    def put(self, x_Z: jax.Array, rows_b: jax.Array) -> jax.Array:
-        """x with the block's own rows replaced."""
-        inside = self.inside if rows_b.ndim > 1 else self.inside[:, 0]
-        new = jnp.where(inside, rows_b.astype(x_Z.dtype), self.rows(x_Z))
-        return lax.dynamic_update_slice_in_dim(x_Z, new, self.offset, axis=0)
+    def put(self, x_S: jax.Array, rows_b: jax.Array) -> jax.Array:
+        """x with the block's rows replaced; those that are not its own have to be written later, or never read."""
+        return lax.dynamic_update_slice_in_dim(x_S, rows_b.astype(x_S.dtype), self.offset, axis=0)
 
 
 def fold_groups(
@@ -87,19 +94,13 @@ def fold_blocks(
     carry: Carry,
     start: jax.Array,
     end: jax.Array,
-    rows: int,
     blocks: RowBlocks,
 ) -> Carry:
-    """Fold `carry = add_block(carry, block)` over blocks covering the rows from `start` to `end`, of `rows` in all."""
-    largest = max(blocks.sizes, default=1)
-    full, remainder = (end - start) // largest, (end - start) % largest
-    smaller = 0
-    counts = {}
-    for size in blocks.sizes:
-        counts[size] = ((remainder > smaller) & (remainder <= size)).astype(jnp.int32)
-        smaller = size
-    counts[largest] = full + counts.get(largest, 0)
-
+    """Fold `carry = add_block(carry, block)` over blocks covering the rows from `start` to `end`, in their order."""
+    if not blocks.sizes:
+        return carry
+    smallest = blocks.sizes[0]
+    left = -(-(end - start) // smallest) * smallest
     # The position is carried, not computed from the counter: a body that does not depend on its state is
     # invariant, and XLA hoists the dot out of its loop, where it runs for every size even if the count is 0.
     state = (carry, start)
@@ -107,14 +108,9 @@ def fold_blocks(
 
         def step(_: jax.Array, state: tuple[Carry, jax.Array], size: int = size) -> tuple[Carry, jax.Array]:
             carry, position = state
-            return add_block(carry, _place(position, end, size, rows)), position + size
+            row = position + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+            return add_block(carry, Block(position, row < end)), position + size
 
-        state = lax.fori_loop(0, counts[size], step, state)
+        state = lax.fori_loop(0, left // size, step, state)
+        left %= size
     return state[0]
-
-
-def _place(position: jax.Array, end: jax.Array, size: int, rows: int) -> Block:
-    """The block of `size` rows for `position`; at the end of the array it begins before, so that it stays inside."""
-    offset = jnp.minimum(position, rows - size)
-    row = offset + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
-    return Block(offset, (row >= position) & (row < end))

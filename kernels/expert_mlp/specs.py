@@ -1,11 +1,24 @@
 """Expert layers of real models, and ways to choose experts, for tests, tuning and benchmarks."""
 
 import dataclasses
+import json
+from collections.abc import Iterator
+from importlib import resources
 
 import numpy as np
 
 from jaxmoe.kernels.expert_mlp.activations import Activation
-from jaxmoe.kernels.grouped_matmul.specs import MODELS, ExpertShape
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertShape:
+    """The gated experts of one model: width, hidden size of an expert, experts, experts per token."""
+
+    name: str
+    d_model: int
+    d_hidden: int
+    experts: int
+    top_k: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +45,29 @@ _OTHERS = {
     "Gemma-4-26B-A4B": (Activation("gelu_tanh"), False),
 }
 
-LAYERS = tuple(ExpertLayer(shape, *_OTHERS.get(shape.name, (Activation(), False))) for shape in MODELS)
+_NAMES = ("Mixtral-8x7B", "Qwen3-30B-A3B", "OLMoE-1B-7B", "DeepSeek-V3", "gpt-oss-20b", "Gemma-4-26B-A4B")
+
+
+def _published() -> Iterator[ExpertShape]:
+    """The experts of published models.
+
+    Families spell three of the sizes in several ways; the first field that a config has is taken.
+    """
+    text = resources.files("jaxmoe.configs").joinpath("published.json").read_text(encoding="utf-8")
+    models = json.loads(text)
+    for name in _NAMES:
+        config = models[name]["config"]
+        first = lambda *fields, config=config: next(config[field] for field in fields if field in config)
+        yield ExpertShape(
+            name,
+            d_model=config["hidden_size"],
+            d_hidden=first("moe_intermediate_size", "intermediate_size"),
+            experts=first("num_experts", "num_local_experts", "n_routed_experts"),
+            top_k=first("num_experts_per_tok", "top_k_experts"),
+        )
+
+
+LAYERS = tuple(ExpertLayer(shape, *_OTHERS.get(shape.name, (Activation(), False))) for shape in _published())
 
 
 def layer_of(name: str) -> ExpertLayer:

@@ -1,9 +1,9 @@
 """The portable backend, in plain XLA operations; made to be fast on CPUs. Takes everything.
 
 One loop over the experts that have rows, inside it one over blocks of an expert's rows, and inside that everything that
-the layer does to a block while it is in the cache. Nothing is padded: a block that runs past its expert's rows is
-blended into the results under a mask. What lies between the products is never written for all rows, but for the
-pre-activation, which the backward pass wants.
+the layer does to a block while it is in the cache. Experts go in order: what a block writes past its expert's rows, the
+next expert writes over. What lies between the products is never written for all rows, but for the pre-activation, which
+the backward pass wants.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jax import lax
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch, gather_sum
 from jaxmoe.kernels.expert_mlp.operands import Experts, Lora
-from jaxmoe.kernels.expert_mlp.row_blocks import Block, choose_row_blocks, fold_blocks, fold_groups
+from jaxmoe.kernels.expert_mlp.row_blocks import Block, RowBlocks, choose_row_blocks, fold_blocks, fold_groups
 
 _FLOAT32 = jnp.float32
 
@@ -24,13 +24,18 @@ _FLOAT32 = jnp.float32
 class _Rows(NamedTuple):
     """What the backward pass knows of one block of slots.
 
+    Those that are not the expert's own are to add nothing, whatever they hold; 0 times nan is nan, so that x and dout
+    are zeros there, and what is computed with `pre` is made so.
+
     Attributes:
+        inside: (b, 1) bool, which rows are the expert's own.
         x: (b, D).
         pre: (b, f), pre-activation.
-        weight: (b,) float32, the router's.
+        weight: (b, 1) float32, the router's.
         dout: (b, D), cotangent of the token's output.
     """
 
+    inside: jax.Array
     x: jax.Array
     pre: jax.Array
     weight: jax.Array
@@ -47,30 +52,31 @@ def forward(
     *,
     save: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The layer's output (R, D), and with `save` the pre-activation (Z, f) that `backward` wants."""
+    """The layer's output (R, D), and with `save` the pre-activation (S, f), S ≥ Z, that `backward` wants."""
     experts = _flat(experts)
-    token_Z = _tokens(dispatch)
-    blocks = choose_row_blocks(token_Z.size, experts.down.shape[0])
+    blocks = choose_row_blocks(dispatch.order.size, experts.down.shape[0])
+    token_S = _tokens(dispatch, blocks)
 
     def add_expert(expert: jax.Array, start: jax.Array, end: jax.Array, state: Any) -> Any:
         own = _of(experts, expert)
 
         def add_block(state: Any, block: Block) -> Any:
-            y_ZD, pre_Zf = state
-            pre_bf = _up(options, x_RD[block.rows(token_Z)], own)
-            a_bF = options.activation.value(_parts(options, pre_bf)).astype(x_RD.dtype)
-            y_bD = _with_lora(options, a_bF, own.down, own.lora.down_a, own.lora.down_b)
+            y_SD, pre_Sf = state
+            pre_bf = _up(options, x_RD[block.rows(token_S)], own)
+            # Rows after those of the last expert are read: they are of experts held elsewhere and add zeros.
+            a_bF = jnp.where(block.inside, options.activation.value(_parts(options, pre_bf)), 0)
+            y_bD = _with_lora(options, a_bF.astype(x_RD.dtype), own.down, own.lora.down_a, own.lora.down_b)
             if own.down_bias is not None:
-                y_bD += own.down_bias.astype(_FLOAT32)[None]
-            return block.put(y_ZD, y_bD), None if pre_Zf is None else block.put(pre_Zf, pre_bf)
+                y_bD += jnp.where(block.inside, own.down_bias.astype(_FLOAT32), 0)
+            return block.put(y_SD, y_bD), None if pre_Sf is None else block.put(pre_Sf, pre_bf)
 
-        return fold_blocks(add_block, state, start, end, token_Z.size, blocks)
+        return fold_blocks(add_block, state, start, end, blocks)
 
     # zeros_like also takes over the mesh axes that x varies over inside shard_map: a loop's carry must.
-    y_ZD = jnp.zeros_like(x_RD, shape=(token_Z.size, x_RD.shape[1]))
-    pre_Zf = jnp.zeros_like(x_RD, shape=(token_Z.size, experts.gate_up.shape[1])) if save else None
-    y_ZD, pre_Zf = fold_groups(add_expert, (y_ZD, pre_Zf), dispatch.group_sizes)
-    return gather_sum(y_ZD, dispatch, weights_RK), pre_Zf
+    y_SD = jnp.zeros_like(x_RD, shape=(token_S.size, x_RD.shape[1]))
+    pre_Sf = jnp.zeros_like(x_RD, shape=(token_S.size, experts.gate_up.shape[1])) if save else None
+    y_SD, pre_Sf = fold_groups(add_expert, (y_SD, pre_Sf), dispatch.group_sizes)
+    return gather_sum(y_SD, dispatch, weights_RK), pre_Sf
 
 
 @functools.partial(jax.jit, static_argnames=("options", "wanted"))
@@ -80,53 +86,57 @@ def backward(
     experts: Experts,
     weights_RK: jax.Array,
     dispatch: Dispatch,
-    pre_Zf: jax.Array,
+    pre_Sf: jax.Array,
     dout_RD: jax.Array,
     wanted: Grads,
 ) -> Grads:
     """Gradients of whatever is true in `wanted`; None for the rest."""
     flat = _flat(experts)
-    token_Z = _tokens(dispatch)
-    weight_Z = weights_RK.reshape(-1)[dispatch.order].astype(_FLOAT32)
-    blocks = choose_row_blocks(token_Z.size, flat.down.shape[0])
+    blocks = choose_row_blocks(dispatch.order.size, flat.down.shape[0])
+    token_S = _tokens(dispatch, blocks)
+    weight_S = _padded(weights_RK.reshape(-1)[dispatch.order].astype(_FLOAT32), blocks)
 
     def add_expert(expert: jax.Array, start: jax.Array, end: jax.Array, state: Any) -> Any:
         own = _of(flat, expert)
-        dexperts, dx_ZD, dweights_Z = state
+        dexperts, dx_SD, dweights_S = state
         totals = jax.tree.map(
             lambda whole: jnp.zeros_like(whole, shape=whole.shape[1:], dtype=_FLOAT32), dexperts
         )
 
         def add_block(state: Any, block: Block) -> Any:
-            totals, dx_ZD, dweights_Z = state
-            token_b = block.rows(token_Z)
-            # Other rows than the block's own are to add nothing, whatever they hold: 0 times nan is nan.
-            x_bD, dout_bD = (jnp.where(block.inside, x[token_b], 0) for x in (x_RD, dout_RD))
-            rows = _Rows(x_bD, block.rows(pre_Zf), block.rows(weight_Z), dout_bD)
-            dx_bD, dweights_b, dexpert = _block_gradients(options, own, rows, block, wanted)
+            totals, dx_SD, dweights_S = state
+            token_b = block.rows(token_S)
+            rows = _Rows(
+                block.inside,
+                jnp.where(block.inside, x_RD[token_b], 0),
+                block.rows(pre_Sf),
+                block.rows(weight_S)[:, None],
+                jnp.where(block.inside, dout_RD[token_b], 0),
+            )
+            dx_bD, dweights_b, dexpert = _block_gradients(options, own, rows, wanted)
             return (
                 jax.tree.map(jnp.add, totals, dexpert),
-                None if dx_ZD is None else block.put(dx_ZD, dx_bD),
-                None if dweights_Z is None else block.put(dweights_Z, dweights_b),
+                None if dx_SD is None else block.put(dx_SD, dx_bD),
+                None if dweights_S is None else block.put(dweights_S, dweights_b),
             )
 
-        state = (totals, dx_ZD, dweights_Z)
-        totals, dx_ZD, dweights_Z = fold_blocks(add_block, state, start, end, token_Z.size, blocks)
+        state = (totals, dx_SD, dweights_S)
+        totals, dx_SD, dweights_S = fold_blocks(add_block, state, start, end, blocks)
         put = lambda whole, total: lax.dynamic_update_index_in_dim(
             whole, total.astype(whole.dtype), expert, axis=0
         )
-        return jax.tree.map(put, dexperts, totals), dx_ZD, dweights_Z
+        return jax.tree.map(put, dexperts, totals), dx_SD, dweights_S
 
     dexperts = jax.tree.map(
         lambda want, array: jnp.zeros_like(x_RD, shape=array.shape) if want else None, wanted.experts, flat
     )
-    dx_ZD = jnp.zeros_like(x_RD, shape=(token_Z.size, x_RD.shape[1])) if wanted.x else None
-    dweights_Z = jnp.zeros_like(weight_Z) if wanted.weights else None
-    state = fold_groups(add_expert, (dexperts, dx_ZD, dweights_Z), dispatch.group_sizes)
-    dexperts, dx_ZD, dweights_Z = state
+    dx_SD = jnp.zeros_like(x_RD, shape=(token_S.size, x_RD.shape[1])) if wanted.x else None
+    dweights_S = jnp.zeros_like(weight_S) if wanted.weights else None
+    state = fold_groups(add_expert, (dexperts, dx_SD, dweights_S), dispatch.group_sizes)
+    dexperts, dx_SD, dweights_S = state
     return Grads(
-        x=None if dx_ZD is None else gather_sum(dx_ZD, dispatch),
-        weights=None if dweights_Z is None else dweights_Z[dispatch.inverse].astype(weights_RK.dtype),
+        x=None if dx_SD is None else gather_sum(dx_SD, dispatch),
+        weights=None if dweights_S is None else dweights_S[dispatch.inverse].astype(weights_RK.dtype),
         experts=jax.tree.map(
             lambda want, array, gradient: gradient.reshape(array.shape) if want else None,
             wanted.experts,
@@ -137,7 +147,7 @@ def backward(
 
 
 def _block_gradients(
-    options: Options, own: Experts, rows: _Rows, block: Block, wanted: Grads
+    options: Options, own: Experts, rows: _Rows, wanted: Grads
 ) -> tuple[jax.Array | None, jax.Array | None, Experts]:
     """Of one block of an expert's rows: gradients of x (b, D) and of the router's weights (b,), and what the rows add
     to those of the expert, in float32."""
@@ -149,11 +159,11 @@ def _block_gradients(
     if down_b is not None:
         dlow_br = (scale * _product(rows.dout, down_b)).astype(dtype)
         da_bF += _product(dlow_br, down_a)
-    weight_b1 = rows.weight[:, None]
-    a_bF, dpre_parts = options.activation.value_and_grad(_parts(options, rows.pre), weight_b1 * da_bF)
-    dpre_bf = jnp.where(block.inside, jnp.concatenate(dpre_parts, axis=-1), 0).astype(dtype)
+    a_bF, dpre_parts = options.activation.value_and_grad(_parts(options, rows.pre), rows.weight * da_bF)
+    own_rows = lambda x: jnp.where(rows.inside, x, 0)
+    dpre_bf = jnp.concatenate([own_rows(part) for part in dpre_parts], axis=-1).astype(dtype)
     # The router's weight goes with the narrower side of the outer products.
-    weighted_bF = jnp.where(block.inside, weight_b1 * a_bF, 0).astype(dtype)
+    weighted_bF = own_rows(rows.weight * a_bF).astype(dtype)
     # Several products read them, and XLA would have each make them.
     dpre_bf, weighted_bF = lax.optimization_barrier((dpre_bf, weighted_bF))
 
@@ -162,6 +172,7 @@ def _block_gradients(
         dweights_b = jnp.sum(da_bF * a_bF, axis=-1)
         if own.down_bias is not None:
             dweights_b += _times(rows.dout.astype(_FLOAT32), own.down_bias)
+        dweights_b = jnp.where(rows.inside[:, 0], dweights_b, 0)
     dlow_up_br: Any = None
     if up_b is not None:
         dlow_up_br = (scale * _product(dpre_bf, up_b)).astype(dtype)
@@ -171,26 +182,47 @@ def _block_gradients(
         if up_a is not None:
             dx_bD += _product(dlow_up_br, up_a)
 
-    want, lora_want = wanted.experts, wanted.experts.lora
+    outer = _OuterFactors(rows, dpre_bf, weighted_bF, dlow_up_br, dlow_br)
+    return dx_bD, dweights_b, _parameter_gradients(options, own, outer, wanted.experts)
+
+
+class _OuterFactors(NamedTuple):
+    """What the outer products of a block are of.
+
+    Attributes:
+        rows: the block's.
+        dpre: (b, f), cotangent of the pre-activation.
+        weighted: (b, F), the activation times the router's weight.
+        dlow_up, dlow: (b, r), cotangents of the low sides of both low-rank updates, where there are.
+    """
+
+    rows: _Rows
+    dpre: jax.Array
+    weighted: jax.Array
+    dlow_up: Any
+    dlow: Any
+
+
+def _parameter_gradients(options: Options, own: Experts, of: _OuterFactors, wanted: Experts) -> Experts:
+    """What a block's rows add to the gradients of their expert, in float32."""
+    x, dout = of.rows.x, of.rows.dout
     lora: dict[str, Any] = {}
-    if lora_want.gate_up_a:
-        lora["gate_up_a"] = _outer(dlow_up_br, rows.x)
-    if lora_want.gate_up_b:
-        lora["gate_up_b"] = scale * _outer(dpre_bf, _times(rows.x, up_a).astype(dtype))
-    if lora_want.down_a:
-        lora["down_a"] = _outer(dlow_br, weighted_bF)
-    if lora_want.down_b:
-        lora["down_b"] = scale * _outer(rows.dout, _times(weighted_bF, down_a).astype(dtype))
-    return (
-        dx_bD,
-        dweights_b,
-        Experts(
-            gate_up=_outer(dpre_bf, rows.x) if want.gate_up else None,
-            down=_outer(rows.dout, weighted_bF) if want.down else None,
-            gate_up_bias=jnp.sum(dpre_bf.astype(_FLOAT32), axis=0) if want.gate_up_bias else None,
-            down_bias=_weighted_sum(rows, block) if want.down_bias else None,
-            lora=Lora(**lora),
-        ),
+    if wanted.lora.gate_up_a:
+        lora["gate_up_a"] = _outer(of.dlow_up, x)
+    if wanted.lora.gate_up_b:
+        low_br = _times(x, own.lora.gate_up_a).astype(x.dtype)
+        lora["gate_up_b"] = options.lora_scale * _outer(of.dpre, low_br)
+    if wanted.lora.down_a:
+        lora["down_a"] = _outer(of.dlow, of.weighted)
+    if wanted.lora.down_b:
+        low_br = _times(of.weighted, own.lora.down_a).astype(x.dtype)
+        lora["down_b"] = options.lora_scale * _outer(dout, low_br)
+    return Experts(
+        gate_up=_outer(of.dpre, x) if wanted.gate_up else None,
+        down=_outer(dout, of.weighted) if wanted.down else None,
+        gate_up_bias=jnp.sum(of.dpre.astype(_FLOAT32), axis=0) if wanted.gate_up_bias else None,
+        down_bias=jnp.sum(of.rows.weight * dout.astype(_FLOAT32), axis=0) if wanted.down_bias else None,
+        lora=Lora(**lora),
     )
 
 
@@ -225,19 +257,18 @@ def _outer(dout: jax.Array, x: jax.Array) -> jax.Array:
     return lax.dot_general(dout, x, (((0,), (0,)), ((), ())), preferred_element_type=_FLOAT32)
 
 
-def _weighted_sum(rows: _Rows, block: Block) -> jax.Array:
-    """Σ weight · dout over the block's own rows: (D,)."""
-    weight_b1 = jnp.where(block.inside, rows.weight[:, None], 0)
-    return jnp.sum(weight_b1 * rows.dout.astype(_FLOAT32), axis=0)
-
-
 def _parts(options: Options, pre_bf: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(jnp.split(pre_bf.astype(_FLOAT32), options.activation.parts, axis=-1))
 
 
-def _tokens(dispatch: Dispatch) -> jax.Array:
-    """(Z,) int32: the token of each slot, in expert order."""
-    return dispatch.order // dispatch.inverse.shape[1]
+def _tokens(dispatch: Dispatch, blocks: RowBlocks) -> jax.Array:
+    """(S,) int32: the token of each slot, in expert order, and of what blocks read past them."""
+    return _padded(dispatch.order // dispatch.inverse.shape[1], blocks)
+
+
+def _padded(x_Z: jax.Array, blocks: RowBlocks) -> jax.Array:
+    """x (S,) with zeros after the last slot, for the last block."""
+    return jnp.pad(x_Z, (0, blocks.padding))
 
 
 def _flat(experts: Experts) -> Experts:

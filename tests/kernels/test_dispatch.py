@@ -1,10 +1,10 @@
-"""The order of slots, and the moves of rows to it and back, against plain indexing."""
+"""The order of slots, and the way of rows back from it, against plain indexing."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.kernels.expert_mlp.dispatch import gather_sum, make_dispatch, slot_weights, to_slots
+from jaxmoe.kernels.expert_mlp.dispatch import gather_sum, make_dispatch
 
 R, K, E, D = 13, 3, 7, 5
 
@@ -25,6 +25,14 @@ def test_order_is_stable_and_complete():
         assert (np.diff(order[by_expert == expert]) > 0).all(), "slots of an expert keep the tokens' order"
     assert np.asarray(dispatch.group_sizes).tolist() == np.bincount(experts.reshape(-1), minlength=E).tolist()
     assert (order[np.asarray(dispatch.inverse)].reshape(-1) == np.arange(R * K)).all()
+
+
+def test_order_of_more_slots_and_experts_than_one_number_holds():
+    """2^31 = slots · experts and more: expert and slot do not fit into one int32 any more."""
+    experts = routing()
+    few, many = (make_dispatch(jnp.asarray(experts), count, held=E) for count in (E, 2**31 // (R * K) + 1))
+    for ours, theirs in zip(many, few, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(("first", "held"), [(0, 3), (3, 4), (6, 1), (2, 5)])
@@ -49,15 +57,13 @@ def test_moves_match_indexing():
     dispatch = make_dispatch(jnp.asarray(experts), E)
     scale = rng.normal(size=(E, 1)).astype(np.float32)
     group = np.repeat(np.arange(E), dispatch.group_sizes)
-    y = np.sin(to_slots(jnp.asarray(x), dispatch)) * scale[group]
+    y = np.sin(x[np.asarray(dispatch.order) // K]) * scale[group]
     plain = np.sin(x)[:, None] * scale[experts]
     weighted = np.einsum("rkd,rk->rd", plain, weights)
     np.testing.assert_allclose(
         gather_sum(jnp.asarray(y), dispatch, jnp.asarray(weights)), weighted, atol=1e-5
     )
     np.testing.assert_allclose(gather_sum(jnp.asarray(y), dispatch), plain.sum(axis=1), atol=1e-5)
-    by_slot = slot_weights(jnp.asarray(weights), dispatch)
-    np.testing.assert_array_equal(by_slot[np.asarray(dispatch.inverse)], weights)
 
 
 def test_sums_are_taken_in_float32():

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxmoe.kernels.devices import Device, device_at_hand
 from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, api, expert_mlp, xla
@@ -19,7 +20,7 @@ from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic import backend
 from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
-from jaxmoe.kernels.expert_mlp.row_blocks import choose_row_blocks
+from jaxmoe.kernels.expert_mlp.row_blocks import RowBlocks, choose_row_blocks, fold_blocks
 from jaxmoe.kernels.expert_mlp.tuning.measured import Measured
 from jaxmoe.kernels.logs import log_once
 
@@ -155,6 +156,37 @@ def test_portable_backend_matches_float64(case):
         assert np.asarray(gradient).any()
 
 
+@pytest.mark.parametrize("filled", list(itertools.product([0, 1], repeat=4)))
+def test_every_pattern_of_experts_without_tokens(filled):
+    """Groups of 0, 1 and more rows than the smallest block, in all orders, the last of them with rows after it."""
+    x, experts, _, weights, dout = make_operands(held=4, num_experts=6)
+    sizes = np.array(filled) * np.array([9, 1, 17, 8])
+    of_slots = np.repeat([0, 1, 2, 3, 5], [*sizes, R * K - sizes.sum()])
+    chosen = jnp.asarray(np.random.default_rng(3).permutation(of_slots).reshape(R, K), jnp.int32)
+    operands = x, experts, chosen, weights, dout
+    actual = run_by_sizes(operands)
+    assert_close(actual, in_float64(operands, num_experts=6), 3e-6)
+    for gradient in jax.tree.leaves(actual[2]):
+        assert not np.asarray(gradient)[sizes == 0].any()
+
+
+@jax.jit
+def run_by_sizes(operands):
+    return run("xla", *operands, num_experts=6)
+
+
+def test_what_a_block_reads_past_its_rows_adds_nothing():
+    """Not even where it is not a number: tokens of one expert, however bad, leave the weights of others alone."""
+    x, experts, _, weights, dout = make_operands(num_experts=E)
+    chosen = jnp.asarray(np.stack([np.arange(R) % 2, 3 + np.arange(R) % 2], axis=1), jnp.int32)
+    bad = (chosen == 3).any(axis=1)
+    good = run_jit("xla", (x, experts, chosen, weights, dout))
+    actual = run_jit("xla", (x.at[bad].set(jnp.nan), experts, chosen, weights, dout))
+    for ours, theirs in zip(jax.tree.leaves(actual[2]), jax.tree.leaves(good[2]), strict=True):
+        np.testing.assert_array_equal(ours[4], theirs[4])
+        np.testing.assert_array_equal(ours[1], theirs[1])
+
+
 def test_first_may_be_traced():
     """As it is on a mesh, where each shard finds its own."""
     operands = make_operands(held=2, num_experts=6)
@@ -174,6 +206,108 @@ def test_no_tokens():
     out, dx, dexperts, _ = run("xla", x[:0], experts, chosen[:0], weights[:0], dout[:0])
     assert out.shape == dx.shape == (0, D)
     assert not any(np.asarray(gradient).any() for gradient in jax.tree.leaves(dexperts))
+
+
+def test_under_scan():
+    layers = [make_operands(seed=seed) for seed in range(3)]
+    x, *_, dout = layers[0]
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(layer[1:4] for layer in layers))
+
+    def layer(x, given):
+        out, *gradients = run("xla", x, *given, dout)
+        return jnp.sin(out), (out, *gradients)
+
+    _, actual = jax.jit(lambda x: jax.lax.scan(layer, x, stacked))(x)
+    for number, (_, *given, _) in enumerate(layers):
+        expected = in_float64((x, *given, dout))
+        assert_close(jax.tree.map(lambda array, n=number: array[n], actual), expected, 1e-5)
+        x = np.sin(expected[0])
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_shard_map(axis_type, check_vma):
+    shards = jax.device_count()
+    assert shards > 1
+    mesh = jax.make_mesh((shards,), ("data",), axis_types=(axis_type,))
+    pieces = [make_operands(seed=seed) for seed in range(shards)]
+    experts = pieces[0][1]
+    x, chosen, weights, dout = (jnp.concatenate([piece[place] for piece in pieces]) for place in (0, 2, 3, 4))
+    by_row, replicated = PartitionSpec("data"), PartitionSpec()
+
+    def local(x, experts, chosen, weights, dout):
+        if check_vma:
+            experts = jax.tree.map(lambda a: jax.lax.pcast(a, "data", to="varying"), experts)
+        out, dx, dexperts, dweights = run("xla", x, experts, chosen, weights, dout)
+        return out, dx, jax.lax.psum(dexperts, "data"), dweights
+
+    specs = (by_row, replicated, by_row, by_row, by_row)
+    on_mesh = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=(by_row, by_row, replicated, by_row),
+        check_vma=check_vma,
+    )
+    place = lambda value, spec: jax.device_put(value, jax.sharding.NamedSharding(mesh, spec))
+    operands = jax.tree.map(place, (x, experts, chosen, weights, dout), specs, is_leaf=lambda a: a is experts)
+    assert_close(jax.jit(on_mesh)(*operands), in_float64((x, experts, chosen, weights, dout)), 1e-5)
+
+
+def test_temporary_memory():
+    """Were weights gathered by row or block, or all rows held between two products, this would be much more."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    tokens, top_k, width, hidden, count = 512, 3, 64, 96, 32
+    experts = Experts(draw(count, 2, hidden, width), draw(count, width, hidden))
+    chosen = jnp.asarray(rng.permuted(np.tile(np.arange(count), (tokens, 1)), axis=1)[:, :top_k], jnp.int32)
+    x, weights = draw(tokens, width), draw(tokens, top_k)
+    lowered = jax.jit(functools.partial(run, "xla")).lower(x, experts, chosen, weights, x)
+    slots = tokens * top_k
+    pre, rows = 4 * slots * 2 * hidden, 4 * slots * width
+    gradients = experts.gate_up.nbytes + experts.down.nbytes
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 1.3 * (pre + 2 * rows) + gradients
+
+
+def test_eager_calls_compile_once():
+    x, experts, chosen, weights, _ = make_operands()
+    before = xla.forward._cache_size()
+    for shift in range(2):
+        expert_mlp(x, experts, (chosen + shift) % E, weights, backend="xla")
+    assert xla.forward._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 32, 100, 5000])
+@pytest.mark.parametrize("groups", [1, 256])
+def test_row_blocks_fit_the_rows(rows, groups):
+    first, *larger = choose_row_blocks(rows, groups).sizes or (0,)
+    assert all(size <= rows for size in larger)
+    assert bool(first) == (rows > 0)
+
+
+@pytest.mark.parametrize("sizes", [(0, 8), (32, 8), (8, 8), (8, 20)])
+def test_row_blocks_are_checked(sizes):
+    with pytest.raises(ValueError, match="ascending multiples of the first"):
+        RowBlocks(sizes)
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 40, 75, 96])
+def test_blocks_cover_a_group_in_order(length):
+    start, sizes = 5, RowBlocks((8, 32))
+    visited = jnp.full((start + 32 + length + sizes.padding,), -1)
+
+    def visit(carry, block):
+        visited, number = carry
+        return block.put(visited, jnp.where(block.inside[:, 0], number, -2)), number + 1
+
+    visited, count = fold_blocks(visit, (visited, 0), jnp.int32(start), jnp.int32(start + length), sizes)
+    expected = np.repeat(np.arange(length // 32), 32)
+    small = -(-(length % 32) // 8)
+    assert count == length // 32 + small
+    own = np.asarray(visited)[start : start + length]
+    np.testing.assert_array_equal(own[: expected.size], expected)
+    np.testing.assert_array_equal(own[expected.size :], length // 32 + np.arange(length % 32) // 8)
+    assert not (np.asarray(visited)[:start] != -1).any()
 
 
 PARAMETERS = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_a", "gate_up_b", "down_a", "down_b")
