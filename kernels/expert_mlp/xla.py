@@ -116,8 +116,8 @@ def backward(
             dx_bD, dweights_b, dexpert = _block_gradients(options, own, rows, wanted)
             return (
                 jax.tree.map(jnp.add, totals, dexpert),
-                None if dx_SD is None else block.put(dx_SD, dx_bD),
-                None if dweights_S is None else block.put(dweights_S, dweights_b),
+                None if dx_SD is None or dx_bD is None else block.put(dx_SD, dx_bD),
+                None if dweights_S is None or dweights_b is None else block.put(dweights_S, dweights_b),
             )
 
         state = (totals, dx_SD, dweights_S)
