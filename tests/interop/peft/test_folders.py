@@ -29,8 +29,8 @@ CASES = {
         "target_parameters": [*EXPERTS, "gate_up_proj_bias", "router.weight"],
     },
     "gemma4_text": {
-        "target_modules": ["q_proj", "router.proj"],
-        "target_parameters": EXPERTS,
+        "target_modules": ["q_proj"],
+        "target_parameters": [*EXPERTS, "router.proj.weight"],  # as it is written: rounding depends on it
         "rank_pattern": {"down_proj": 2, r"layers\.1\..*q_proj": 5},
         "alpha_pattern": {"gate_up_proj": 4},
     },
