@@ -78,9 +78,7 @@ def _columns(pieces: _Pieces) -> tuple[dict[range, int], int]:
     return starts, rank
 
 
-def _magnitudes(
-    pieces: _Pieces, experts: int, outputs: int, name: str, where: object
-) -> np.ndarray | None:
+def _magnitudes(pieces: _Pieces, experts: int, outputs: int, name: str, where: object) -> np.ndarray | None:
     given: Sequence[np.ndarray] = [pair.magnitude for _, pair in pieces if pair.magnitude is not None]
     if not given:
         return None

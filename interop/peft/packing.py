@@ -1,9 +1,9 @@
 """How PEFT packs the factors of all experts of a layer into two matrices, in its three eras.
 
-A is (E·r, x), row e·r + k: experts slowest. B is (y, r·E), column k·E + e: experts fastest. Up to 0.18.1, x is the first
-axis of an expert's matrix as it is stored, so that a base of (E, out, in) has its A on the outputs and its B on the
-inputs ("exchanged"). 0.19.0 swapped the two for bases of (E, in, out) alone, which had been right. Since 0.19.1 A is on
-the inputs of both.
+A is (E·r, x), row e·r + k: experts slowest. B is (y, r·E), column k·E + e: experts fastest. Up to 0.18.1, x is the
+first axis of an expert's matrix as it is stored, so that a base of (E, out, in) has its A on the outputs and its B on
+the inputs ("exchanged"). 0.19.0 swapped the two for bases of (E, in, out) alone, which had been right. Since 0.19.1 A
+is on the inputs of both.
 """
 
 import re

@@ -12,7 +12,7 @@ from jaxmoe.interop.peft.anatomy import Anatomy, Module
 from jaxmoe.interop.peft.config import AdapterConfig, read_adapter_config
 from jaxmoe.interop.peft.keys import Part, factor_key, parse_key, whole_key
 from jaxmoe.interop.peft.legacy import fuse
-from jaxmoe.interop.peft.matching import Matched, Target, match
+from jaxmoe.interop.peft.matching import Target, match
 from jaxmoe.interop.peft.packing import is_exchanged, unpack
 from jaxmoe.interop.storage.problems import raise_problems
 from jaxmoe.interop.storage.reader import CheckpointFolder
@@ -64,9 +64,7 @@ def _open(folder: Path) -> CheckpointFolder:
 
 
 class _Reading:
-    def __init__(
-        self, folder: Path, config: AdapterConfig, anatomy: Anatomy, file: CheckpointFolder
-    ) -> None:
+    def __init__(self, folder: Path, config: AdapterConfig, anatomy: Anatomy, file: CheckpointFolder) -> None:
         self.folder, self.config, self.file, self.whole = folder, config, file, anatomy
         self.problems: list[str] = []
         self.keys = {name: parse_key(name) for name in file.tensors}
@@ -84,7 +82,9 @@ class _Reading:
         self._check_dtypes()
         saved = dict(self._saved())
         pairs = {pair.name: pair for pair in self._pairs()}
-        self.problems += [f"tensor {name} belongs to nothing that is adapted" for name in sorted(self.unknown)]
+        self.problems += [
+            f"tensor {name} belongs to nothing that is adapted" for name in sorted(self.unknown)
+        ]
         raise_problems(self.folder, self.problems)
         if self.is_former:
             pairs = fuse(pairs, self.whole, self.folder)
@@ -98,7 +98,7 @@ class _Reading:
                 )
 
     def _saved(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Parameters stored as a whole: those of ``modules_to_save``, biases, and what embeddings adapters come with."""
+        """Parameters stored as a whole: ``modules_to_save``, biases, and embeddings where they are adapted."""
         shapes = {m.full(name): (m, name, m.parameters[name]) for m, name in self.anatomy.parameters()}
         stored = {f"{key.module}.{key.parameter}": name for name, key in self.keys.items() if not key.part}
         wanted = set(self.matched.saved)

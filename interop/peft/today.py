@@ -59,16 +59,16 @@ def _in_memory(layouts: Mapping[str, Sequence[Rule]], prefixes: int) -> list[Rul
     """
     own = {target: rules[-(len(rules) // prefixes) :] for target, rules in layouts.items()}
     experts = own.get("layers.{L}.experts.gate_up", [])
-    bare = [rule.source for rule in experts if "{E}" not in rule.source and not rule.source.endswith(".weight")]
+    bare = [
+        rule.source for rule in experts if "{E}" not in rule.source and not rule.source.endswith(".weight")
+    ]
     place = 0 if bare and experts[-1].source not in bare else -1
     return [rules[place] for rules in own.values()]
 
 
 def _rule_target(target: str) -> str:
     """``groups.0.1.experts.down`` → ``layers.{L}.experts.down``."""
-    return (
-        "layers.{L}." + target.split(".", 3)[3] if target.startswith("groups.") else target
-    )
+    return "layers.{L}." + target.split(".", 3)[3] if target.startswith("groups.") else target
 
 
 def _module(name: str, parts: Sequence[Binding]) -> Module:
@@ -128,9 +128,7 @@ def _piece(part: Binding, whole: Binding) -> Piece | None:
     if part.axes[1] != inputs or inputs not in matrix or held[inputs[0]] != outer[inputs[0]]:
         return None
     sizes = dict(zip(whole.letters, whole.sizes, strict=True))
-    inside = [
-        slice(held[x].start - outer[x].start, held[x].stop - outer[x].start) for x in outputs
-    ]
+    inside = [slice(held[x].start - outer[x].start, held[x].stop - outer[x].start) for x in outputs]
     found = positions([sizes[x] for x in outputs], inside, range(len(outputs)))
     step = int(found[1] - found[0]) if len(found) > 1 else 1
     rows = range(int(found[0]), int(found[-1]) + 1, step)

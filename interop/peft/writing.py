@@ -25,9 +25,7 @@ PEFT_VERSION = "0.21.2"
 """Of the format that is written; readers tell from it how square experts are packed."""
 
 
-def write_adapter(
-    adapter: Adapter, anatomy: Anatomy, folder: str | Path, *, overwrite: bool = False
-) -> None:
+def write_adapter(adapter: Adapter, anatomy: Anatomy, folder: str | Path, *, overwrite: bool = False) -> None:
     """Write an adapter's config, weights and card.
 
     Args:

@@ -9,8 +9,10 @@ from typing import Any
 
 from jaxmoe.interop.peft.anatomy import Anatomy, Kind, Module
 
-_TOWERS = re.compile(r"(^|\.)(visual|vision_tower|embed_vision|audio_tower|talker|code2wav|multi_modal_projector)(\.|$)")
-_ROUTERS = re.compile(r"(^|\.)(mlp|block_sparse_moe)\.(gate|router)$|\.router\.(gate|proj)$")
+_TOWERS = re.compile(
+    r"(^|\.)(visual|vision_tower|embed_vision|audio_tower|talker|code2wav|multi_modal_projector)(\.|$)"
+)
+_ROUTERS = re.compile(r"(^|\.)(mlp|block_sparse_moe)\.(gate|router)$|\.router\.(gate|proj)$|\.gate\.wg$")
 
 
 @contextlib.contextmanager

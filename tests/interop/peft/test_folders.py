@@ -1,18 +1,13 @@
 """Adapters of PEFT are read as what they do, and adapters written here do the same under PEFT."""
 
-import copy
 import dataclasses
-import json
 
 import families
 import numpy as np
 import pytest
 from helpers import adapters, parity
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-import jaxmoe
-from jaxmoe.interop.peft import packing
-from jaxmoe.interop.peft.adapter import Adapter
 from jaxmoe.interop.peft.reading import read_adapter
 from jaxmoe.interop.peft.writing import write_adapter
 
@@ -23,7 +18,11 @@ RANKS = {"r": 3, "lora_alpha": 11}
 
 CASES = {
     "qwen3_moe": {"target_modules": ["q_proj", "o_proj"], "target_parameters": [*EXPERTS, "mlp.gate.weight"]},
-    "mixtral": {"target_modules": ["v_proj"], "target_parameters": [EXPERTS[1], "gate.weight"], "use_rslora": True},
+    "mixtral": {
+        "target_modules": ["v_proj"],
+        "target_parameters": [EXPERTS[1], "gate.weight"],
+        "use_rslora": True,
+    },
     "gpt_oss": {
         "target_modules": ["k_proj", "embed_tokens", "lm_head"],
         "target_parameters": [*EXPERTS, "gate_up_proj_bias", "router.weight"],
@@ -34,7 +33,11 @@ CASES = {
         "rank_pattern": {"down_proj": 2, r"layers\.1\..*q_proj": 5},
         "alpha_pattern": {"gate_up_proj": 4},
     },
-    "aria_text": {"target_modules": [], "target_parameters": EXPERTS, "modules_to_save": ["lm_head", "router"]},
+    "aria_text": {
+        "target_modules": [],
+        "target_parameters": EXPERTS,
+        "modules_to_save": ["lm_head", "router"],
+    },
     "granitemoe": {"target_modules": "all-linear", "target_parameters": EXPERTS},
     "olmoe": {"target_modules": ["q_proj", "v_proj"], "use_dora": True},
 }

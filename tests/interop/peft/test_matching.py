@@ -14,13 +14,19 @@ from jaxmoe.interop.peft.matching import match
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 CASES = {
-    "endings": ("qwen3_moe", {"target_modules": ["q_proj", "self_attn.o_proj", "model.layers.1.self_attn.v_proj"]}),
+    "endings": (
+        "qwen3_moe",
+        {"target_modules": ["q_proj", "self_attn.o_proj", "model.layers.1.self_attn.v_proj"]},
+    ),
     "expression": ("gpt_oss", {"target_modules": r".*\.layers\.[13]\.self_attn\.[qk]_proj"}),
     "all linear": ("gpt_oss", {"target_modules": "all-linear"}),
     "latent attention": ("deepseek_v3", {"target_modules": ["q_a_proj", "kv_b_proj"]}),
     "parameters": ("mixtral", {"target_modules": [], "target_parameters": [*EXPERTS, "mlp.gate.weight"]}),
     "both": ("deepseek_v3", {"target_modules": ["o_proj"], "target_parameters": [*EXPERTS, "gate.weight"]}),
-    "biases of experts": ("gpt_oss", {"target_modules": [], "target_parameters": ["down_proj_bias", *EXPERTS]}),
+    "biases of experts": (
+        "gpt_oss",
+        {"target_modules": [], "target_parameters": ["down_proj_bias", *EXPERTS]},
+    ),
     "a linear router": (
         "gemma4",
         {"target_modules": r".*language_model\..*(router\.proj|q_proj)", "target_parameters": EXPERTS},
@@ -46,7 +52,10 @@ CASES = {
             "target_modules": ["q_proj", "v_proj", "k_proj"],
             "target_parameters": EXPERTS,
             "rank_pattern": {"q_proj": 5, r"layers\.[01]\.self_attn\.(q|v)_proj": 7, "down_proj": 2},
-            "alpha_pattern": {r"model.layers.1.experts.gate_up_proj": 32, "^model.layers.0.self_attn.v_proj": 4},
+            "alpha_pattern": {
+                r"model.layers.1.experts.gate_up_proj": 32,
+                "^model.layers.0.self_attn.v_proj": 4,
+            },
             "use_rslora": True,
         },
     ),
@@ -68,7 +77,9 @@ def _model(name):
 
 
 def _config(**fields):
-    return parse_adapter_config({"peft_type": "LORA", "r": 3, "lora_alpha": 11, **fields}, "adapter_config.json")
+    return parse_adapter_config(
+        {"peft_type": "LORA", "r": 3, "lora_alpha": 11, **fields}, "adapter_config.json"
+    )
 
 
 @pytest.mark.torch
@@ -105,7 +116,9 @@ def _tiny():
             Module("model.embed_tokens", "embedding", {"weight": (50, 8)}),
             Module("model.layers.0.self_attn.q_proj", "linear", {"weight": (12, 8), "bias": (12,)}),
             Module("model.layers.0.mlp.gate", "router", {"weight": (4, 8)}),
-            Module("model.layers.0.mlp.experts", "other", {"gate_up_proj": (4, 6, 8), "down_proj": (4, 8, 3)}),
+            Module(
+                "model.layers.0.mlp.experts", "other", {"gate_up_proj": (4, 6, 8), "down_proj": (4, 8, 3)}
+            ),
             Module("model.norm", "other", {"weight": (8,)}),
             Module("lm_head", "linear", {"weight": (50, 8)}),
         ),
@@ -117,17 +130,35 @@ def _tiny():
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"target_modules": ["q_porj"]}, r"'q_porj' matches nothing: expected names such as .*self_attn\.q_proj"),
+        (
+            {"target_modules": ["q_porj"]},
+            r"'q_porj' matches nothing: expected names such as .*self_attn\.q_proj",
+        ),
         ({"target_modules": "q_proj"}, r"target_modules: 'q_proj' matches nothing: .*q_proj"),
         ({"target_modules": ["norm"]}, "match model.norm, which is no linear layer and no embedding"),
         ({"target_modules": ["self_attn"]}, "match model.layers.0.self_attn, which is no linear layer"),
         ({"target_modules": "q_proj("}, r"found 'q_proj\(', which is no regular expression"),
-        ({"target_parameters": ["experts.up_proj"]}, r"'experts\.up_proj' matches nothing: .*experts\.gate_up_proj"),
+        (
+            {"target_parameters": ["experts.up_proj"]},
+            r"'experts\.up_proj' matches nothing: .*experts\.gate_up_proj",
+        ),
         ({"target_parameters": ["norm.weight"]}, r"shape \[8\]: expected parameters of two or three axes"),
-        ({"target_modules": ["gate"], "target_parameters": ["gate.weight"]}, "by target_modules and by target_param"),
-        ({"target_modules": ["q_proj"], "exclude_modules": ["v_proj"]}, "exclude_modules: 'v_proj' matches nothing"),
-        ({"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 2}}, "rank_pattern: 'k_proj' matches nothing"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["score"]}, "modules_to_save: 'score' matches nothing"),
+        (
+            {"target_modules": ["gate"], "target_parameters": ["gate.weight"]},
+            "by target_modules and by target_param",
+        ),
+        (
+            {"target_modules": ["q_proj"], "exclude_modules": ["v_proj"]},
+            "exclude_modules: 'v_proj' matches nothing",
+        ),
+        (
+            {"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 2}},
+            "rank_pattern: 'k_proj' matches nothing",
+        ),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["score"]},
+            "modules_to_save: 'score' matches nothing",
+        ),
         ({}, "match nothing that can be adapted: expected some of lm_head, model.layers.0.mlp.gate"),
     ],
 )
@@ -139,7 +170,9 @@ def test_refuses_what_matches_nothing(fields, told):
 @pytest.mark.once
 def test_lenient_matching_needs_one_pattern_alone():
     config = _config(target_modules=["q_proj", "no_such"])
-    assert list(match(config, _tiny(), "here", strict=False).targets) == ["model.layers.0.self_attn.q_proj.weight"]
+    assert list(match(config, _tiny(), "here", strict=False).targets) == [
+        "model.layers.0.self_attn.q_proj.weight"
+    ]
     nothing = dataclasses.replace(_tiny(), modules=_tiny().modules[4:5])
     with pytest.raises(jaxmoe.UserError, match="match nothing that can be adapted"):
         match(config, nothing, "here", strict=False)

@@ -42,7 +42,9 @@ def test_pieces_are_the_tensors_of_a_published_folder(name, tmp_path):
     model = families.torch_model(name)
     held = {key: to_numpy(value) for key, value in model.state_dict().items()}
     model.save_pretrained(tmp_path)
-    written = {key: value for file in tmp_path.glob("*.safetensors") for key, value in load_file(file).items()}
+    written = {
+        key: value for file in tmp_path.glob("*.safetensors") for key, value in load_file(file).items()
+    }
     pieces = today(config_source(families.config_json(name))).anatomy.pieces
     for module, piece in pieces.items():
         tensor = written.get(f"{module}.weight")
