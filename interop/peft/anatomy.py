@@ -55,6 +55,18 @@ class Piece:
     expert: int | None
     rows: range
 
+    def module(self, name: str, holder: Module, parameter: str) -> Module:
+        """The layer, which is called `name`.
+
+        Args:
+            name: of the layer.
+            holder: today's module that it is a part of.
+            parameter: that it is a part of, by its name within that.
+        """
+        if self.expert is None:
+            return Module(name, holder.kind, {"weight": holder.parameters[parameter]})
+        return Module(name, "linear", {"weight": (len(self.rows), holder.sizes(parameter)[1])})
+
 
 @dataclasses.dataclass(frozen=True)
 class Anatomy:
@@ -84,20 +96,12 @@ class Anatomy:
     def in_pieces(self) -> "Anatomy":
         """The model as transformers 4 had it: each of `pieces` a linear layer, and not what they became."""
         became = {piece.parameter for piece in self.pieces.values()}
-        shapes = {module.full(name): module.sizes(name) for module, name in self.parameters()}
-        kept = [
-            dataclasses.replace(module, parameters=left)
-            for module in self.modules
-            if (
-                left := {
-                    name: shape
-                    for name, shape in module.parameters.items()
-                    if module.full(name) not in became
-                }
-            )
-        ]
-        former = [
-            Module(name, "linear", {"weight": (len(piece.rows), shapes[piece.parameter][1])})
-            for name, piece in self.pieces.items()
-        ]
+        holders: dict[str, tuple[Module, str]] = {}
+        kept = []
+        for module in self.modules:
+            holders |= {module.full(name): (module, name) for name in module.parameters}
+            left = {n: shape for n, shape in module.parameters.items() if module.full(n) not in became}
+            if left:
+                kept.append(dataclasses.replace(module, parameters=left))
+        former = [piece.module(name, *holders[piece.parameter]) for name, piece in self.pieces.items()]
         return Anatomy((*kept, *former), self.head, self.pieces)
