@@ -41,6 +41,30 @@ _OF_TOOLS = (".cache", ".git")
 """What git and the hub's client keep; in a submodule ``.git`` is a file."""
 
 
+def refuse_overlap(origin: Path, folder: Path) -> None:
+    """Refuse to write where the source lies.
+
+    Args:
+        origin: folder of the source.
+        folder: that is to be written.
+
+    Raises:
+        UserError: the export would read what it writes.
+    """
+    there, here = origin.resolve(), folder.resolve()
+    if there == here:
+        raise UserError(f"{folder}: is the folder that the model was loaded from; export to another one")
+    if here.is_relative_to(there):
+        raise UserError(
+            f"{folder}: lies inside {origin}, all of which is exported; choose a folder outside of it"
+        )
+    if there.is_relative_to(here):
+        raise UserError(
+            f"{folder}: holds {origin}, which the model was loaded from and which replacing it would delete; "
+            "choose another folder"
+        )
+
+
 def exported_shards(source: Source, quantization: str) -> Sequence[Shard]:
     """The files of tensors that an export which follows `source` writes.
 

@@ -18,7 +18,13 @@ import jax
 import numpy as np
 
 from jaxmoe.errors import UserError
-from jaxmoe.interop.export_plan import exported_shards, rewritten_files, side_files, source_files
+from jaxmoe.interop.export_plan import (
+    exported_shards,
+    refuse_overlap,
+    rewritten_files,
+    side_files,
+    source_files,
+)
 from jaxmoe.interop.loading import numpy_dtype
 from jaxmoe.interop.quantization.folder import Files, QuantizedFolder, StoredOrder
 from jaxmoe.interop.rules import Binding, Bindings
@@ -115,7 +121,7 @@ def export_like_source(
         if isinstance(files, QuantizedFolder) and quantization == "source"
         else _Tensors(params, source.bindings, files)
     )
-    _refuse_overlap(origin, Path(folder))
+    refuse_overlap(origin, Path(folder))
     if jax.process_index() != 0:
         tensors.take_part(shards)
         return []
@@ -133,22 +139,6 @@ def export_like_source(
             if replacement is not None:
                 writer.copy(replacement, name)
     return left_out
-
-
-def _refuse_overlap(origin: Path, folder: Path) -> None:
-    """Raise UserError where an export would read what it writes."""
-    there, here = origin.resolve(), folder.resolve()
-    if there == here:
-        raise UserError(f"{folder}: is the folder that the model was loaded from; export to another one")
-    if here.is_relative_to(there):
-        raise UserError(
-            f"{folder}: lies inside {origin}, all of which is exported; choose a folder outside of it"
-        )
-    if there.is_relative_to(here):
-        raise UserError(
-            f"{folder}: holds {origin}, which the model was loaded from and which replacing it would delete; "
-            "choose another folder"
-        )
 
 
 def export_new(

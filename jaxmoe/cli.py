@@ -21,6 +21,7 @@ from jaxmoe.signals import ENDINGS, Signals
 COMMANDS: dict[str, str] = {
     "train": "jaxmoe.train",
     "export": "jaxmoe.export",
+    "merge": "jaxmoe.merge",
     "generate": "jaxmoe.generate",
     "inspect": "jaxmoe.inspect",
 }
@@ -29,6 +30,7 @@ COMMANDS: dict[str, str] = {
 _SUMMARIES = {
     "train": "fine-tune a model as a YAML file says",
     "export": "write a checkpoint of a run as a Hugging Face folder",
+    "merge": "write a model with a LoRA adapter merged into it",
     "generate": "continue a prompt",
     "inspect": "check a model folder or a config.json and say what is in it",
 }

@@ -1,0 +1,56 @@
+"""A folder of a base model with an adapter merged into it."""
+
+from pathlib import Path
+
+from jaxmoe.interop.export_plan import (
+    exported_shards,
+    refuse_overlap,
+    rewritten_files,
+    side_files,
+    source_files,
+)
+from jaxmoe.interop.peft.merging import Merge
+from jaxmoe.interop.peft.reading import read_adapter
+from jaxmoe.interop.peft.today import today
+from jaxmoe.interop.source import open_source
+from jaxmoe.interop.storage.writer import FolderWriter
+
+
+def merge_folder(
+    base: str | Path, adapter: str | Path, folder: str | Path, *, overwrite: bool = False
+) -> tuple[int, list[str]]:
+    """Write a base model with an adapter merged in: the same files and tensors, in the same dtypes.
+
+    Weights of a quantised base are written in bfloat16. Tensors that the adapter does not change keep their bytes, and
+    every file beside them is copied. Memory is that of the adapter and of some pieces of a tensor.
+
+    Args:
+        base: folder or hub id of the model that the adapter was trained on.
+        adapter: folder that PEFT or `write_adapter` wrote.
+        folder: a new folder, or with `overwrite` an existing checkpoint that is replaced as a whole.
+        overwrite: replace it.
+
+    Returns:
+        How many tensors of the base changed, and its files that were left out (`jaxmoe.interop.export_plan.LEFT_OUT`).
+
+    Raises:
+        UserError: one of the two cannot be read, they do not fit each other, or the folder cannot be written.
+    """
+    source = open_source(base)
+    origin, _ = source.opened
+    refuse_overlap(origin, Path(folder))
+    refuse_overlap(Path(adapter), Path(folder))
+    model = today(source)
+    merge = Merge(read_adapter(adapter, model.anatomy), source, model.bindings)
+    shards = exported_shards(source, "none")
+    rewritten = rewritten_files(source, shards, "none")
+    copied, left_out = side_files(origin, source_files(source, "none") | rewritten.keys())
+    with FolderWriter(folder, overwrite=overwrite) as writer:
+        writer.check_room(sum(shard.file_bytes for shard in shards))
+        for shard in shards:
+            writer.shard(shard, merge.fetch)
+        for name, data in rewritten.items():
+            writer.file(name, data)
+        for name in copied:
+            writer.copy(origin / name, name)
+    return len(merge.touched), left_out
