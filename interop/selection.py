@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 
@@ -76,7 +76,7 @@ def select(source: Source, trainable: Sequence[str] | None, frozen: Sequence[str
     def trained(binding: Binding) -> bool:
         return is_trained([binding.source, *copies.get(binding.source, ())])
 
-    source = _regrouped(source, trained)
+    source = regrouped(source, _signatures(source.spec, source.bindings, trained))
     of_parameter = source.bindings.of_parameter
     mask = {
         name: declared.role != "constant" and trained(of_parameter[name][0])
@@ -126,13 +126,13 @@ def _nearest(pattern: re.Pattern[str], names: Sequence[str]) -> str:
     return f"; its tensors are called {', '.join(near)}"
 
 
-def _regrouped(source: Source, trained: Callable[[Binding], bool]) -> Source:
-    """Group layers anew by what they are and by what of them is trained.
+def regrouped(source: Source, signatures: Sequence[Hashable]) -> Source:
+    """Group layers anew by what they are and by what is done with them.
 
-    Raises:
-        UserError: a layer's part of a parameter would be trained in part.
+    Args:
+        source: the model.
+        signatures: of every layer, something that is equal where the same is done.
     """
-    signatures = _signatures(source.spec, source.bindings, trained)
     layers = list(zip(source.spec.layers, signatures, strict=True))
     groups = tuple(
         LayerGroup(tuple(layer for layer, _ in pattern), repeats) for pattern, repeats in repeated(layers)
@@ -147,7 +147,11 @@ def _regrouped(source: Source, trained: Callable[[Binding], bool]) -> Source:
 def _signatures(
     spec: ModelSpec, bindings: Bindings, trained: Callable[[Binding], bool]
 ) -> list[frozenset[str]]:
-    """Of every layer, the parameters that are trained."""
+    """Of every layer, the parameters that are trained.
+
+    Raises:
+        UserError: a layer's part of a parameter would be trained in part.
+    """
     found = []
     for layer in range(len(spec.layers)):
         group, place, repeat = spec.locate(layer)

@@ -10,6 +10,7 @@ from jaxmoe.errors import UserError, listed
 from jaxmoe.files import path_argument
 
 if TYPE_CHECKING:
+    from jaxmoe.run.exporting import Export
     from jaxmoe.run.folder import RunLayout
 
 
@@ -28,6 +29,11 @@ def main(argv: list[str]) -> None:
         help="write what the model's folder has quantised in bfloat16 (none), or as it has it (source); by default "
         "as the run's train.export_quantization says",
     )
+    parser.add_argument(
+        "--merged",
+        action="store_true",
+        help="of a run with an adapter: write the model with it merged in, and not the adapter",
+    )
     options = parser.parse_args(argv)
     run, folder = Path(options.run), Path(options.folder)
     # Imported only now, and the rest below: a mistake is reported without waiting for what it does not need.
@@ -42,11 +48,12 @@ def main(argv: list[str]) -> None:
     from jaxmoe.parallel.sharding import make_mesh
     from jaxmoe.run.assemble import assemble
     from jaxmoe.run.checkpoints import Checkpoints
-    from jaxmoe.run.data import tokenizer_files
-    from jaxmoe.run.model import export_model, open_model
+    from jaxmoe.run.exporting import export as write_export
+    from jaxmoe.run.model import open_model
     from jaxmoe.training.state import Saved
 
     config = recorded_config(layout.config).model_copy(update={"output_dir": str(run)})
+    what = _what(config, options.merged, options.quantization)
     checkpoints = Checkpoints(layout.checkpoints, None)
     step = checkpoints.latest() if options.step is None else options.step
     if step is None:
@@ -63,19 +70,35 @@ def main(argv: list[str]) -> None:
     saved, extra = checkpoints.restore(step, unread._replace(params=assembled.state.trainable))
     state = assembled.state._replace(frozen=assembled.frozen_weights())
     assembled.check_frozen(state.frozen, extra.get("frozen"))
-    left_out = export_model(
-        assembled.source,
-        state.restored(Saved(*saved)).params,
+    left_out = write_export(
+        assembled,
+        state.restored(Saved(*saved)),
+        what,
         folder,
-        dtype=assembled.dtype,
-        tokenizer_files=tokenizer_files(config),
         overwrite=options.overwrite,
-        quantization=options.quantization or config.train.export_quantization,
+        quantization=options.quantization,
     )
     checkpoints.close()
     print(f"{folder}: step {step} of {run}")
     if left_out:
         print(f"left out ({LEFT_OUT}): {listed(left_out, 20)}")
+
+
+def _what(config: RunConfig, merged: bool, quantization: str | None) -> "Export":
+    """What to export of a run.
+
+    Raises:
+        UserError: an option that does not go with it.
+    """
+    if config.adapter is None:
+        if merged:
+            raise UserError("--merged: the run has no adapter, expected a run with one: leave it out")
+        return "model"
+    if quantization == "source":
+        raise UserError(
+            "--quantization source: the run has an adapter, whose delta a narrow format would lose: leave it out"
+        )
+    return "merged" if merged or config.train.export == "merged" else "adapter"
 
 
 def _check_tokenizer(config: RunConfig, layout: "RunLayout") -> None:

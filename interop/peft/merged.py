@@ -1,5 +1,6 @@
 """A folder of a base model with an adapter merged into it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from jaxmoe.interop.export_plan import (
@@ -9,10 +10,11 @@ from jaxmoe.interop.export_plan import (
     side_files,
     source_files,
 )
+from jaxmoe.interop.peft.adapter import Adapter
 from jaxmoe.interop.peft.merging import Merge
 from jaxmoe.interop.peft.reading import read_adapter
-from jaxmoe.interop.peft.today import today
-from jaxmoe.interop.source import open_source
+from jaxmoe.interop.peft.today import Today, today
+from jaxmoe.interop.source import Source, open_source
 from jaxmoe.interop.storage.writer import FolderWriter
 
 
@@ -37,14 +39,37 @@ def merge_folder(
         UserError: one of the two cannot be read, they do not fit each other, or the folder cannot be written.
     """
     source = open_source(base)
-    origin, _ = source.opened
-    refuse_overlap(origin, Path(folder))
     refuse_overlap(Path(adapter), Path(folder))
     model = today(source)
-    merge = Merge(read_adapter(adapter, model.anatomy), source, model.bindings)
+    return write_merged(source, model, read_adapter(adapter, model.anatomy), folder, overwrite=overwrite)
+
+
+def write_merged(
+    source: Source,
+    model: Today,
+    adapter: Adapter,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    replaced_files: Mapping[str, Path | None] | None = None,
+) -> tuple[int, list[str]]:
+    """`merge_folder` of an open base and an adapter at hand.
+
+    Args:
+        source: the base.
+        model: the same in transformers.
+        adapter: of it.
+        folder, overwrite: as in `merge_folder`.
+        replaced_files: files that take the place of the base's of those names; None leaves a file out.
+    """
+    origin, _ = source.opened
+    refuse_overlap(origin, Path(folder))
+    merge = Merge(adapter, source, model.bindings)
     shards = exported_shards(source, "none")
     rewritten = rewritten_files(source, shards, "none")
-    copied, left_out = side_files(origin, source_files(source, "none") | rewritten.keys())
+    replaced = replaced_files or {}
+    known = source_files(source, "none") | rewritten.keys() | replaced.keys()
+    copied, left_out = side_files(origin, known)
     with FolderWriter(folder, overwrite=overwrite) as writer:
         writer.check_room(sum(shard.file_bytes for shard in shards))
         for shard in shards:
@@ -53,4 +78,7 @@ def merge_folder(
             writer.file(name, data)
         for name in copied:
             writer.copy(origin / name, name)
+        for name, path in replaced.items():
+            if path is not None:
+                writer.copy(path, name)
     return len(merge.touched), left_out

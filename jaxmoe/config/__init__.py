@@ -2,6 +2,7 @@
 
 from jaxmoe.config.run import RunConfig, load_config, recorded_config
 from jaxmoe.config.sections import (
+    AdapterConfig,
     BalanceConfig,
     DataConfig,
     MeshConfig,
@@ -13,6 +14,7 @@ from jaxmoe.config.sections import (
 )
 
 __all__ = [
+    "AdapterConfig",
     "BalanceConfig",
     "DataConfig",
     "MeshConfig",

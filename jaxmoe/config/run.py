@@ -18,6 +18,7 @@ from jaxmoe.config.errors import describe
 from jaxmoe.config.reading import apply_override, read_mapping
 from jaxmoe.config.sections import (
     MAX_TOKENS_PER_STEP,
+    AdapterConfig,
     BalanceConfig,
     DataConfig,
     Items,
@@ -41,6 +42,9 @@ class RunConfig(Section):
     model: ModelConfig = Field(description=ModelConfig.__doc__)
     data: DataConfig = Field(description=DataConfig.__doc__)
     optimizer: OptimizerConfig = Field(description=OptimizerConfig.__doc__)
+    adapter: AdapterConfig | None = Field(
+        default=None, description=f"{AdapterConfig.__doc__} null: none, the weights are trained."
+    )
     balance: BalanceConfig = Field(default=BalanceConfig(), description=BalanceConfig.__doc__)
     mesh: MeshConfig = Field(default=MeshConfig(), description=MeshConfig.__doc__)
     train: TrainConfig = Field(description=TrainConfig.__doc__)
@@ -85,6 +89,20 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.eval_every: found {train.eval_every}, but nothing to evaluate on; expected "
                 "data.eval_path or data.eval_fraction as well"
+            )
+        if self.adapter is None and isinstance(train.export, str):
+            raise ValueError(
+                f"train.export: found {train.export!r}, but the run has no adapter; expected true or false"
+            )
+        if self.adapter is not None and (self.trainable is not None or self.frozen):
+            key = "frozen" if self.trainable is None else "trainable"
+            raise ValueError(
+                f"{key}: found it beside adapter, which says what is trained; expected adapter.modules_to_save instead"
+            )
+        if train.export_quantization != "none" and self.adapter is not None:
+            raise ValueError(
+                f"train.export_quantization: found {train.export_quantization!r} beside adapter, whose delta a narrow "
+                "format would lose; expected 'none'"
             )
         if train.export_quantization != "none" and self.model.path is None:
             raise ValueError(

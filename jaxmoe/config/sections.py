@@ -250,6 +250,62 @@ class BalanceConfig(Section):
     z_loss: NotNegative = Field(default=0.0, description="Weight of the router z-loss.")
 
 
+class AdapterConfig(Section):
+    """Low-rank adapters (LoRA), trained instead of the weights. Names and rules are those of PEFT; ranks are per expert."""
+
+    kind: Literal["lora"] = Field(default="lora", description="Kind of adapter.")
+    path: PathText | None = Field(
+        default=None,
+        description="Folder of a PEFT adapter to go on with. It says all of the following but learning_rate_ratio.",
+    )
+    rank: Count = Field(default=16, description="Width between the two factors of a pair.")
+    alpha: Positive = Field(
+        default=32.0, description="The pair is multiplied by alpha / rank, with rslora by alpha / sqrt(rank)."
+    )
+    rslora: bool = Field(default=False, description="Scale by the root of the rank (arXiv 2312.03732).")
+    init: Literal["default", "gaussian", "orthogonal"] = Field(
+        default="default",
+        description="How the factors begin, as in PEFT: A uniform or gaussian and B zero, or both orthogonal.",
+    )
+    target_modules: Items[Text] | Text | None = Field(
+        default=None,
+        description="Linear layers and embeddings: a list of endings of names, a regular expression of whole names, or "
+        "all-linear (without routers and the output head).",
+    )
+    target_parameters: Items[Text] = Field(
+        default=(),
+        description="Endings of names of other parameters, such as mlp.experts.gate_up_proj and mlp.experts.down_proj.",
+    )
+    exclude_modules: Items[Text] | Text | None = Field(
+        default=None, description="What target_modules leaves out: endings, or a regular expression."
+    )
+    rank_pattern: dict[Text, Count] = Field(
+        default={}, description="Other ranks, by regular expressions of ends of names."
+    )
+    alpha_pattern: dict[Text, Positive] = Field(default={}, description="Other alphas, likewise.")
+    modules_to_save: Items[Text] = Field(
+        default=(), description="Endings of modules that are trained as a whole beside the adapters."
+    )
+    learning_rate_ratio: Annotated[Number, Field(ge=1)] = Field(
+        default=1.0, description="Learning rate of B over that of A (LoRA+, arXiv 2402.12354; 16 is common)."
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> "AdapterConfig":
+        given = self.model_fields_set - {"kind", "path", "learning_rate_ratio"}
+        own = sorted(name for name in given if getattr(self, name) != type(self).model_fields[name].default)
+        if self.path is not None and own:
+            raise ValueError(
+                f"found `path` and {own[0]}, which the adapter in that folder says itself; expected one of them"
+            )
+        if self.path is None and not (self.target_modules or self.target_parameters):
+            raise ValueError(
+                "found neither target_modules nor target_parameters, expected what to adapt, such as target_modules "
+                "all-linear and target_parameters [mlp.experts.gate_up_proj, mlp.experts.down_proj]"
+            )
+        return self
+
+
 class MeshConfig(Section):
     """Devices along each axis; their product is the number of devices."""
 
@@ -280,8 +336,10 @@ class TrainConfig(Section):
         default=None, description="Steps between evaluations. null: at the end only."
     )
     seed: Seed = Field(default=0, description="Seed of initial weights and of the order of the data.")
-    export: bool = Field(
-        default=True, description="Write the Hugging Face folder output_dir/export at the end."
+    export: bool | Literal["adapter", "merged", "both"] = Field(
+        default=True,
+        description="Write the Hugging Face folder output_dir/export at the end: the model, or of a run with `adapter` "
+        "a PEFT adapter. merged: the model with it merged in instead; both: that as well, as output_dir/merged.",
     )
     export_quantization: Literal["none", "source"] = Field(
         default="none",

@@ -9,7 +9,7 @@ import optax
 
 from jaxmoe.config import OptimizerConfig
 from jaxmoe.optim.muon import muon
-from jaxmoe.params import Role, named
+from jaxmoe.params import Role, is_none, named
 
 ROLES = get_args(Role)
 _LINEAR = ("matrix", "router", "embedding")
@@ -46,7 +46,9 @@ def schedule(config: OptimizerConfig, total_steps: int, peak: float | None = Non
     return learning_rate
 
 
-def build_optimizer(config: OptimizerConfig, roles: Any, total_steps: int) -> optax.GradientTransformation:
+def build_optimizer(
+    config: OptimizerConfig, roles: Any, total_steps: int, rates: Any = None
+) -> optax.GradientTransformation:
     """The optimiser of a run: global-norm clipping, then Muon or AdamW by role, each with its schedule.
 
     | role | ``name: adamw`` | ``name: muon`` | weight decay |
@@ -66,6 +68,7 @@ def build_optimizer(config: OptimizerConfig, roles: Any, total_steps: int) -> op
         roles: a tree of role names with the structure of the parameters (`jaxmoe.params.roles`). Where the
             optimiser is given None for a parameter, that one is frozen and has no state.
         total_steps: length of the run in optimiser steps, for the schedule.
+        rates: a tree like `roles` of factors on the learning rates; by default all are 1.
 
     Returns:
         A transformation whose `update` needs the parameters. Its `init` raises ValueError when the
@@ -95,7 +98,14 @@ def build_optimizer(config: OptimizerConfig, roles: Any, total_steps: int) -> op
         )
     labels = lambda params: _labels(config, roles, params)
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    return _in_float32(optax.chain(clip, optax.partition(transforms, labels)))
+    own_rates = optax.identity() if rates is None else _scale_by(rates)
+    return _in_float32(optax.chain(clip, optax.partition(transforms, labels), own_rates))
+
+
+def _scale_by(factors: Any) -> optax.GradientTransformation:
+    """Multiply every update by a factor of its own; both groups' last step is the learning rate, decay included."""
+    scale = lambda factor, update: None if update is None else factor * update
+    return optax.stateless(lambda updates, _: jax.tree.map(scale, factors, updates, is_leaf=is_none))
 
 
 def _adamw(

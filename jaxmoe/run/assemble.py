@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from jaxmoe.config import RunConfig
 from jaxmoe.errors import UserError
-from jaxmoe.interop.selection import select
+from jaxmoe.interop.adapting import Adapted, adapt
+from jaxmoe.interop.selection import Selection, select
 from jaxmoe.interop.source import Source, compute_dtype
 from jaxmoe.kernels.devices import Device, describe
 from jaxmoe.model.batch import Batch
@@ -31,7 +32,9 @@ class Assembled:
     Attributes:
         config: the run.
         source: the model, its layers grouped by what of them is trained.
+        declared: declarations of its parameters, low-rank pairs among them.
         mask: whether each parameter is trainable.
+        adapted: what has a low-rank pair; None where weights are trained.
         mesh: the devices.
         device: what kind they are; decides about attention's implementation, the experts' backend and peak rates.
         optimizer: of the trainable parameters.
@@ -41,7 +44,9 @@ class Assembled:
 
     config: RunConfig
     source: Source
+    declared: Tree
     mask: Tree
+    adapted: Adapted | None
     mesh: Mesh
     device: Device
     optimizer: optax.GradientTransformation
@@ -61,12 +66,12 @@ class Assembled:
     @property
     def dtypes(self) -> Tree:
         """In which each parameter is held."""
-        return stored_dtypes(self.spec.declared, self.mask, self.dtype)
+        return stored_dtypes(self.declared, self.mask, self.dtype)
 
     @functools.cached_property
     def state(self) -> TrainState:
         """Shapes, dtypes and shardings."""
-        return abstract_state(self.optimizer, self.spec.declared, self.mask, self.dtype, self.mesh)
+        return abstract_state(self.optimizer, self.declared, self.mask, self.dtype, self.mesh)
 
     @functools.cached_property
     def batch(self) -> Batch:
@@ -95,7 +100,7 @@ class Assembled:
     @functools.cached_property
     def initial_weights(self) -> InitialWeights:
         """Those that the run begins with."""
-        return InitialWeights(self.source, self.dtypes, self.mesh, self.config.train.seed)
+        return InitialWeights(self.source, self.dtypes, self.mesh, self.config.train.seed, self.adapted)
 
     def begin(self, weights: Tree) -> TrainState:
         """The state before the first step."""
@@ -106,7 +111,7 @@ class Assembled:
         wanted = split(self.dtypes, self.mask)[1]
         if not jax.tree.leaves(wanted):
             return self.state.frozen
-        return InitialWeights(self.source, wanted, self.mesh, self.config.train.seed).make()
+        return InitialWeights(self.source, wanted, self.mesh, self.config.train.seed, self.adapted).make()
 
     def check_frozen(self, frozen: Tree, expected: int | None) -> None:
         """Compare frozen weights with what they were at the start. In several processes all must call it.
@@ -148,22 +153,28 @@ def assemble(
         UserError: the model or its folder is malformed, patterns of trainable parameters match nothing, or the mesh
             does not divide the model or the batch.
     """
-    selection = select(
-        open_model(config.model) if source is None else source, config.trainable, config.frozen
-    )
-    declared = selection.source.spec.declared
+    source = open_model(config.model) if source is None else source
+    chosen: Adapted | Selection
+    if config.adapter is not None:
+        chosen = adapt(source, config.adapter)
+        declared, rates = chosen.declared, chosen.rates(config.adapter.learning_rate_ratio)
+    else:
+        chosen = select(source, config.trainable, config.frozen)
+        declared, rates = chosen.source.spec.declared, None
     shardings(declared, mesh)
     device = describe(mesh.devices.flat[0]) if device is None else device
     return Assembled(
         config=config,
-        source=selection.source,
-        mask=selection.mask,
+        source=chosen.source,
+        declared=declared,
+        mask=chosen.mask,
+        adapted=chosen if isinstance(chosen, Adapted) else None,
         mesh=mesh,
         device=device,
-        optimizer=build_optimizer(config.optimizer, roles(declared), config.train.steps),
+        optimizer=build_optimizer(config.optimizer, roles(declared), config.train.steps, rates),
         learning_rate=schedule(config.optimizer, config.train.steps),
         step_spec=StepSpec(
-            model=selection.source.spec,
+            model=chosen.source.spec,
             dtype=compute_dtype(config.model.dtype),
             remat=config.model.remat,
             aux_loss=config.balance.aux_loss,

@@ -68,6 +68,11 @@ class RunLayout:
         return self.path / "export"
 
     @property
+    def merged(self) -> Path:
+        """Folder of the model with the run's adapter merged in, beside the adapter itself in `export`."""
+        return self.path / "merged"
+
+    @property
     def tokenizer(self) -> Path:
         """Folder of a tokenizer that was made for the run."""
         return self.path / "tokenizer"
@@ -79,7 +84,7 @@ class RunLayout:
 
     def holds_run(self) -> bool:
         """Whether there is anything that training made; a start that failed leaves nothing of it."""
-        if self.metrics.exists() or self.export.exists():
+        if self.metrics.exists() or self.export.exists() or self.merged.exists():
             return True
         return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
 

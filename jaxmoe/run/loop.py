@@ -26,11 +26,11 @@ from jaxmoe.params import Tree, count
 from jaxmoe.run import memory
 from jaxmoe.run.assemble import Assembled, assemble
 from jaxmoe.run.checkpoints import Checkpoints, steps_in
-from jaxmoe.run.data import RunData, open_data, tokenizer_files
+from jaxmoe.run.data import RunData, open_data
 from jaxmoe.run.display import RunDisplay, show_table
+from jaxmoe.run.exporting import export, exports
 from jaxmoe.run.folder import RunFolder, RunLayout
 from jaxmoe.run.meter import Meter
-from jaxmoe.run.model import export_model
 from jaxmoe.run.programs import Programs
 from jaxmoe.training.balance import router_metrics
 from jaxmoe.training.state import Saved, TrainState, checksum, not_finite
@@ -316,23 +316,8 @@ class Trainer:
             rows["held-out bits per byte"] = f"{bits:.4f}"
             rows |= {f"  a {name} model of bytes": f"{value:.4f}" for name, value in baselines.items()}
         if config.train.export:
-            export = self.folder.layout.export
-            result = dataclasses.replace(result, export=export)
-            rows["export"] = str(export)
-            left_out = (
-                []
-                if processes.first(export.exists)
-                else export_model(
-                    self.assembled.source,
-                    state.params,
-                    export,
-                    dtype=self.assembled.dtype,
-                    tokenizer_files=tokenizer_files(config),
-                    quantization=config.train.export_quantization,
-                )
-            )
-            if left_out:
-                rows["not exported"] = f"{listed(left_out, 20)}: {LEFT_OUT}"
+            result = dataclasses.replace(result, export=self.folder.layout.export)
+            rows |= self._export(state)
         if config.sample is not None:
             rows["sample"] = config.sample.prompt + continue_text(
                 state.params,
@@ -348,10 +333,24 @@ class Trainer:
             show_table(f"{self.folder.path}: {config.train.steps} steps done", rows)
         return result
 
+    def _export(self, state: TrainState) -> dict[str, str]:
+        """Write what ``train.export`` asks for and is not there yet; returns what to tell of it."""
+        layout, rows = self.folder.layout, {}
+        left_out: list[str] = []
+        for what, folder in exports(self.config, layout).items():
+            rows["export" if folder == layout.export else "merged"] = str(folder)
+            if not processes.first(folder.exists):
+                left_out += export(self.assembled, state, what, folder)
+        if left_out:
+            rows["not exported"] = f"{listed(left_out, 20)}: {LEFT_OUT}"
+        return rows
+
     def _headline(self, done: int) -> str:
         spec, state, meter = self.assembled.spec, self.assembled.state, self.meter
         trained = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
         of_these = "" if trained == count(spec.declared) else f" ({trained:,} trained)"
+        if self.assembled.adapted is not None:
+            of_these = f" ({self.assembled.adapted.told()})"
         held = {"weights": state.params, "optimiser": state.opt_state}
         sizes = ", ".join(f"{decimal(_bytes(tree))} of {name}" for name, tree in held.items())
         return (

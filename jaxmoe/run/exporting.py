@@ -1,0 +1,75 @@
+"""What a run exports, and where to."""
+
+from pathlib import Path
+from typing import Literal
+
+from jaxmoe.config import RunConfig
+from jaxmoe.run.assemble import Assembled
+from jaxmoe.run.data import tokenizer_files
+from jaxmoe.run.folder import RunLayout
+from jaxmoe.run.model import export_adapter, export_merged, export_model
+from jaxmoe.training.state import TrainState
+
+Export = Literal["model", "adapter", "merged"]
+
+
+def exports(config: RunConfig, layout: RunLayout) -> dict[Export, Path]:
+    """The folders that a run leaves at its end, by what is in them."""
+    wanted = config.train.export
+    if not wanted:
+        return {}
+    if config.adapter is None:
+        return {"model": layout.export}
+    if wanted == "both":
+        return {"adapter": layout.export, "merged": layout.merged}
+    return {"merged" if wanted == "merged" else "adapter": layout.export}
+
+
+def export(
+    assembled: Assembled,
+    state: TrainState,
+    what: Export,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    quantization: str | None = None,
+) -> list[str]:
+    """Write one of them; returns files of the model's folder that were left out.
+
+    Every process calls it, the first one writes.
+
+    Args:
+        assembled: the run.
+        state: with its weights.
+        what: "model", or of a run with an adapter that one, or the model with it merged in.
+        folder: a new folder, or with `overwrite` one that is replaced.
+        overwrite: see `folder`.
+        quantization: of a "model"; by default what the run's config says.
+
+    Raises:
+        UserError: the folder is not empty or holds something else, the disk is full, or a value does not fit the
+            tensor's dtype.
+    """
+    config, adapted = assembled.config, assembled.adapted
+    if what == "model" or adapted is None:
+        return export_model(
+            assembled.source,
+            state.params,
+            folder,
+            dtype=assembled.dtype,
+            tokenizer_files=tokenizer_files(config),
+            overwrite=overwrite,
+            quantization=quantization or config.train.export_quantization,
+        )
+    if what == "adapter":
+        export_adapter(adapted, state.trainable, folder, base=config.model.path, overwrite=overwrite)
+        return []
+    return export_merged(
+        adapted,
+        state.trainable,
+        state.params,
+        folder,
+        dtype=assembled.dtype,
+        tokenizer_files=tokenizer_files(config),
+        overwrite=overwrite,
+    )

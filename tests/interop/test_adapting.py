@@ -1,0 +1,94 @@
+"""Adapters in our trees against PEFT on transformers' models: the same logits, and the same gradients of A and B."""
+
+import dataclasses
+
+import families
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import adapters, parity
+
+from jaxmoe.config import AdapterConfig
+from jaxmoe.interop.families import FAMILIES
+from jaxmoe.errors import UserError
+from jaxmoe.interop.adapting import adapt, base_of, named_pairs
+from jaxmoe.interop.loading import load_params
+from jaxmoe.interop.peft.reading import read_adapter
+from jaxmoe.interop.source import config_source, open_source
+from jaxmoe.model import decoder
+from jaxmoe.model.batch import make_batch
+from jaxmoe.params import joined, named, split
+
+pytestmark = pytest.mark.torch
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def targets_of(model) -> dict:
+    """Everything that PEFT can adapt of a family: linear layers, routers, experts."""
+    anatomy = adapters.anatomy_of(model)
+    modules = sorted({m.name.rpartition(".")[2] for m in anatomy.modules if m.kind == "linear" and not m.aside})
+    bare = [m.full(p) for m in anatomy.modules for p, s in m.parameters.items() if not m.aside and len(s) == 3]
+    routers = [m.full("weight") for m in anatomy.modules if m.kind == "router" and not m.aside]
+    return {"target_modules": modules, "target_parameters": [*bare, *routers]}
+
+
+def saved_model(name, folder):
+    """A model of a family, its folder, and the same under an adapter of PEFT with random factors, with its folder."""
+    model = families.torch_model(name)
+    anatomy = adapters.anatomy_of(model)
+    model.save_pretrained(folder / "base")
+    wrapped = adapters.adapted(model, r=3, lora_alpha=11, **targets_of(model))
+    return folder / "base", wrapped, adapters.save(wrapped, folder / "adapter"), anatomy
+
+
+def gradients(base, folder, tokens, cotangent):
+    """Logits, and the gradients of the factors as an adapter."""
+    adapted = adapt(open_source(base), AdapterConfig(path=str(folder)))
+    weights = adapted.begun(load_params(adapted.source, jnp.float32))
+    params = adapted.joined(weights, adapted.given_factors())
+    trainable, frozen = split(params, adapted.mask)
+
+    @jax.jit
+    def run(trainable, frozen):
+        def loss(trainable):
+            hidden, _ = decoder.hidden_states(
+                joined(trainable, frozen), adapted.source.spec, make_batch(tokens), dtype=jnp.float32
+            )
+            logits = decoder.logits(joined(trainable, frozen), adapted.source.spec, hidden)
+            return jnp.sum(logits * cotangent), logits
+
+        return jax.grad(loss, has_aux=True)(trainable)
+
+    grads, logits = run(trainable, frozen)
+    return logits, adapted.adapter(jax.tree.map(np.asarray, grads), None)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_and_gradients_are_those_of_peft(name, tmp_path):
+    import torch
+
+    base, wrapped, folder, anatomy = saved_model(name, tmp_path)
+    config = wrapped.base_model.model.config.get_text_config()
+    tokens = parity.tokens_of(config.vocab_size)
+    inputs = families.case_of(name).inputs({"input_ids": torch.from_numpy(tokens), "use_cache": False})
+    theirs = wrapped(**inputs).logits
+    cotangent = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(3))
+    (theirs * cotangent).sum().backward()
+    logits, ours = gradients(base, folder, tokens, cotangent.numpy())
+    scale = float(theirs.detach().abs().max())
+    np.testing.assert_allclose(logits, theirs.detach().numpy(), atol=1e-4 * scale, rtol=0)
+
+    with torch.no_grad():
+        for parameter_name, parameter in wrapped.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    expected = read_adapter(adapters.save(wrapped, tmp_path / "gradients"), anatomy)
+    assert ours.pairs.keys() == expected.pairs.keys()
+    for key, pair in expected.pairs.items():
+        for factor in ("a", "b"):
+            want = getattr(pair, factor)
+            np.testing.assert_allclose(
+                getattr(ours.pairs[key], factor), want, atol=1e-3 * np.abs(want).max() + 1e-6, rtol=0, err_msg=f"{key} {factor}"
+            )
