@@ -34,7 +34,6 @@ BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SCALES_PER_BLOCK = 256
 """Scales that share one, with double quantisation."""
 
-_RUN = 64
 _LEAST = np.float32(1e-38)  # scale of a last block that is shorter
 _LEAST_NORMAL = np.finfo(np.float32).tiny
 
@@ -44,14 +43,13 @@ _LEAST_NORMAL = np.finfo(np.float32).tiny
 class FourBit:
     """A tensor (…, o, i) in four bits, or several alike along axes before: a pytree of arrays, and what they mean.
 
-    Rows that are whole blocks are kept apart: codes (…, o, h) and scales (…, o, b). A tensor of other rows is kept as a
-    matrix of its blocks, codes (blocks, block / 2) and scales (blocks, 1), the last block filled up with zeros. A slice
-    of rows of the former is one of both arrays.
+    Rows that are whole blocks are kept apart: codes (…, o, b, block / 2) and scales (…, o, b), so that a slice of rows, or
+    of blocks of all rows, is one of both arrays. A tensor of other rows is kept as a row of its blocks, codes (b, block
+    / 2) and scales (b), the last block filled up with zeros.
 
-    Bytes go through a row in runs of 64 elements, or 32 where that is a block: in byte j of a run are element j, in the
-    high four bits, and element j + 32 (16), in the low ones. So either half of a run comes out of one operation on
-    neighbouring bytes, and 64 columns of the matrix are two slices of 32, as both a CPU's vectors and a tensor core want
-    it. bitsandbytes has elements 2 j and 2 j + 1 in a byte.
+    Byte j of a block has element j in the high four bits and element j + block / 2 in the low ones. So each half of a
+    block is made of neighbouring bytes by the same operations, which is what vectors of a CPU want, and, where a block is
+    64, gives a tensor core 32 columns at a time. (bitsandbytes has elements 2 j and 2 j + 1 in a byte.)
 
     Attributes:
         codes: uint8.
@@ -74,8 +72,8 @@ class FourBit:
     @property
     def stack(self) -> tuple[int, ...]:
         """Sizes of the axes before those of one tensor."""
-        axes = len(self.shape) if _has_whole_rows(self.shape, self.block) else 2
-        return self.codes.shape[: self.codes.ndim - axes]
+        axes = len(self.shape) if _has_whole_rows(self.shape, self.block) else 1
+        return self.absmax.shape[: self.absmax.ndim - axes]
 
 
 class Stored(NamedTuple):
@@ -119,28 +117,27 @@ def quantize(
     scaled = blocks * (np.float32(1) / divisor)[..., None]
     if short:  # bitsandbytes divides the last block, and gives it no scale of 0
         absmax = xp.concatenate([absmax[:-1], xp.maximum(absmax[-1:], _LEAST)])
-        scaled = xp.concatenate([scaled[:-1], blocks[-1:] / divisor[-1:, :, None]])
-    codes = _pack(nearest(scaled.reshape(*scaled.shape[:-2], -1), kind), block)
+        scaled = xp.concatenate([scaled[:-1], blocks[-1:] / divisor[-1:, None]])
+    half = block // 2
+    codes = (nearest(scaled[..., :half], kind) << 4) | nearest(scaled[..., half:], kind)
     if not nested:
         return FourBit(codes, absmax, None, None, kind, block, values.shape)
     offset = _mean(absmax.reshape(-1))
-    less = absmax.reshape(-1) - offset
-    scales, nested_absmax = _quantize_scales(less)
+    scales, nested_absmax = _quantize_scales(absmax.reshape(-1) - offset)
     return FourBit(codes, scales.reshape(absmax.shape), nested_absmax, offset, kind, block, values.shape)
 
 
 def dequantize(packed: FourBit, dtype: Any = jnp.bfloat16) -> Float[Array, "..."]:
     """The values of a tensor or of a stack of them, (…, *shape)."""
-    wide = plain(packed)
-    values = _decode(wide.codes, wide.absmax, packed.kind, packed.block, dtype)
-    if _has_whole_rows(packed.shape, packed.block):
-        return values
-    flat = values.reshape(*packed.stack, -1)[..., : math.prod(packed.shape)]
-    return flat.reshape(*packed.stack, *packed.shape)
+    stack, shape = packed.stack, packed.shape
+    values = _decode(packed.codes, plain(packed).absmax, packed.kind, dtype)
+    if not _has_whole_rows(shape, packed.block):
+        values = values.reshape(*stack, -1)[..., : math.prod(shape)]
+    return values.reshape(*stack, *shape)
 
 
 def dequantize_rows(packed: FourBit, start: Any, count: int, dtype: Any = jnp.bfloat16) -> Float[Array, "o i"]:
-    """Some rows of one tensor.
+    """Some rows of one tensor, of jax's arrays.
 
     Args:
         packed: one tensor, no stack. The axes before its last are counted as one: row e * o of (e, o, i) is the first of
@@ -150,25 +147,20 @@ def dequantize_rows(packed: FourBit, start: Any, count: int, dtype: Any = jnp.bf
         dtype: of the result.
     """
     columns, block = packed.shape[-1], packed.block
+    codes, absmax = packed.codes.reshape(-1, block // 2), packed.absmax.reshape(-1)
     whole = _has_whole_rows(packed.shape, block)
-    codes = packed.codes.reshape(-1, packed.codes.shape[-1])
-    absmax = packed.absmax.reshape(codes.shape[0], -1)
-    if whole:
-        first, held = start, count
-    else:  # blocks that have any of them
-        held = min(len(codes), (count * columns + block - 2) // block + 1)
-        first = jnp.minimum(start * columns // block, len(codes) - held)
-    codes, absmax = (jax.lax.dynamic_slice_in_dim(array, first, held, 0) for array in (codes, absmax))
+    # Of rows that are not whole blocks, as many blocks as have any of them wherever they begin.
+    held = count * columns // block if whole else (count * columns + block - 2) // block + 1
+    held = min(held, len(absmax))
+    first = jnp.minimum(start * columns // block, len(absmax) - held)
+    codes, absmax = (jax.lax.dynamic_slice_in_dim(array, first, held) for array in (codes, absmax))
     if packed.nested_absmax is not None:
-        at = first * absmax.shape[1] + jnp.arange(absmax.size)
-        absmax = _scales(
-            absmax, packed.nested_absmax[at // SCALES_PER_BLOCK].reshape(absmax.shape), packed.offset
-        )
-    values = _decode(codes, absmax, packed.kind, block, dtype)
-    if whole:
-        return values
-    inside = start * columns - first * block
-    return jax.lax.dynamic_slice_in_dim(values.reshape(-1), inside, count * columns).reshape(count, columns)
+        each = packed.nested_absmax[(first + jnp.arange(held)) // SCALES_PER_BLOCK]
+        absmax = _scales(absmax, each, packed.offset)
+    values = _decode(codes, absmax, packed.kind, dtype).reshape(-1)
+    if not whole:
+        values = jax.lax.dynamic_slice_in_dim(values, start * columns - first * block, count * columns)
+    return values.reshape(count, columns)
 
 
 def plain(packed: FourBit) -> FourBit:
@@ -200,13 +192,15 @@ def from_stored(stored: Stored, kind: str, block: int, shape: tuple[int, ...]) -
     if found != expected:
         raise ValueError(f"found stored arrays of shapes {found}, expected {expected} of a tensor {shape}")
     xp = namespace(stored.codes)
-    bytes_ = stored.codes.reshape(-1)
-    codes = xp.stack([bytes_ >> 4, bytes_ & 15], -1).reshape(-1)[:size]
-    codes = xp.pad(codes, (0, blocks * block - size), constant_values=ZERO[kind])
-    rows = shape if _has_whole_rows(shape, block) else (blocks, block)
-    absmax = stored.absmax.reshape(*rows[:-1], rows[-1] // block)
-    packed = _pack(codes.reshape(rows), block)
-    return FourBit(packed, absmax, stored.nested_absmax, stored.offset, kind, block, tuple(shape))
+    pairs = stored.codes.reshape(-1)
+    flat = xp.stack([pairs >> 4, pairs & 15], -1).reshape(-1)[:size]
+    flat = xp.pad(flat, (0, blocks * block - size), constant_values=ZERO[kind])
+    absmax = stored.absmax
+    if _has_whole_rows(shape, block):
+        absmax = absmax.reshape(*shape[:-1], -1)
+    halves = flat.reshape(*absmax.shape, 2, block // 2)
+    codes = (halves[..., 0, :] << 4) | halves[..., 1, :]
+    return FourBit(codes, absmax, stored.nested_absmax, stored.offset, kind, block, tuple(shape))
 
 
 def to_stored(packed: FourBit) -> Stored:
@@ -218,11 +212,10 @@ def to_stored(packed: FourBit) -> Stored:
     if packed.stack:
         raise ValueError(f"found a stack of {packed.stack} tensors, expected one")
     xp = namespace(packed.codes)
-    high, low = _halves(packed.codes, packed.block)
     size = math.prod(packed.shape)
-    codes = xp.concatenate([high, low], -1).reshape(-1)
-    codes = xp.pad(codes[:size], (0, size % 2), constant_values=ZERO[packed.kind])
-    pairs = (codes[::2] << 4) | codes[1::2]
+    flat = xp.concatenate([packed.codes >> 4, packed.codes & 15], -1).reshape(-1)
+    flat = xp.pad(flat[:size], (0, size % 2), constant_values=ZERO[packed.kind])
+    pairs = (flat[::2] << 4) | flat[1::2]
     return Stored(pairs.reshape(-1, 1), packed.absmax.reshape(-1), packed.nested_absmax, packed.offset)
 
 
@@ -240,34 +233,20 @@ def _has_whole_rows(shape: tuple[int, ...], block: int) -> bool:
 
 
 def _blocks(values: Array, block: int) -> tuple[Array, bool]:
-    """(…, b, block), or (blocks, 1, block) where blocks go through rows; and whether the last one was shorter."""
+    """(…, o, b, block), or (b, block) where blocks go through rows; and whether the last one was shorter."""
     shape, xp = values.shape, namespace(values)
     if _has_whole_rows(shape, block):
         return values.reshape(*shape[:-1], -1, block), False
     missing = -math.prod(shape) % block
-    return xp.pad(values.reshape(-1), (0, missing)).reshape(-1, 1, block), missing > 0
+    return xp.pad(values.reshape(-1), (0, missing)).reshape(-1, block), missing > 0
 
 
-def _pack(codes: Array, block: int) -> Array:
-    """Codes (…, i) → bytes (…, h)."""
-    run = min(block, _RUN)
-    runs = codes.reshape(*codes.shape[:-1], -1, 2, run // 2)
-    return ((runs[..., 0, :] << 4) | runs[..., 1, :]).reshape(*codes.shape[:-1], -1)
-
-
-def _halves(codes: Array, block: int) -> tuple[Array, Array]:
-    """Bytes (…, h) → codes of either half of each run, (…, b, block / run, run / 2)."""
-    run = min(block, _RUN)
-    runs = codes.reshape(*codes.shape[:-1], -1, block // run, run // 2)
-    return runs >> 4, runs & 15
-
-
-def _decode(codes: Array, absmax: Array, kind: str, block: int, dtype: Any) -> Array:
-    """Bytes (…, h) and float32 scales (…, b) → values (…, i)."""
-    xp = namespace(codes)
-    scales = absmax[..., None, None]
-    halves = [_bits(values_of(half, kind) * scales, dtype) for half in _halves(codes, block)]
-    return _of_bits(xp.concatenate(halves, -1), dtype).reshape(*codes.shape[:-1], -1)
+def _decode(codes: Array, absmax: Array, kind: str, dtype: Any) -> Array:
+    """Bytes (…, block / 2) and float32 scales (…) → values (…, block)."""
+    halves = [
+        _bits(values_of(half, kind) * absmax[..., None], dtype) for half in (codes >> 4, codes & 15)
+    ]
+    return _of_bits(namespace(codes).concatenate(halves, -1), dtype)
 
 
 def _bits(values: Array, dtype: Any) -> Array:
