@@ -1,18 +1,17 @@
 """bitsandbytes' 4 bits (nf4 and fp4, arXiv 2305.14314) and LLM.int8 (arXiv 2208.07339), as transformers stores them.
 
-4 bits: ``X`` (U8, n / 2 × 1, the first of two numbers in the high bits, or the same bytes in another dtype), ``X.absmax``
-(F32, one for each block of elements in row-major order, through the ends of rows), ``X.quant_map``, which repeats the
-values of the codes, and ``X.quant_state.bitsandbytes__nf4`` or ``…fp4`` (U8), a JSON object with the shape, the dtype and
-the size of blocks. With double quantisation ``X.absmax`` is U8: a scale is the value of its code in ``X.nested_quant_map``
-times that of ``X.nested_absmax`` for its block, plus the offset in the JSON object. ``X`` is a weight, also of an expert
-alone (unsloth), or experts in one tensor of three axes (``replace_parameter_4bit``, axolotl).
+4 bits: ``X`` (U8, n / 2 × 1, the first of two numbers in the high bits, or the same bytes in another dtype),
+``X.absmax`` (F32, one for each block of elements in row-major order, through the ends of rows), ``X.quant_map``, which
+repeats the values of the codes, and ``X.quant_state.bitsandbytes__nf4`` or ``…fp4`` (U8), a JSON object with the shape,
+the dtype and the size of blocks. With double quantisation ``X.absmax`` is U8: a scale is the value of its code in
+``X.nested_quant_map`` times that of ``X.nested_absmax`` for its block, plus the offset in the JSON object. ``X`` is a
+weight, also of an expert alone (unsloth), or experts in one tensor of three axes (``replace_parameter_4bit``, axolotl).
 
 int8: ``X.weight`` (I8, out × in), ``X.SCB`` (F32, out) and ``X.weight_format``: a number is code · SCB · (1 / 127).
 
 Codes and scales are multiplied in float32 and rounded once, to the dtype in the JSON object, of int8 to bfloat16.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, Self
@@ -139,7 +138,7 @@ def _int8(
         problems.append(f"tensor {form.name} is {form.dtype} {list(form.shape)}, expected one U8")
     elif form is not None and (value := int(stored.read(form.name).reshape(()))) != _ROWS_FORMAT:
         problems.append(
-            f"tensor {form.name} is {value}, expected {_ROWS_FORMAT}, for rows: save the model with a newer bitsandbytes"
+            f"tensor {form.name} is {value}, expected {_ROWS_FORMAT}, for rows; save the model with a newer version"
         )
     return tensor
 
@@ -164,7 +163,9 @@ def _four_bit(
     except ValueError as error:
         given, wrong = {}, f"cannot be read: {error}"
     if wrong is not None:
-        problems.append(f"tensor {state.name} {wrong}; download it again, or convert the checkpoint to bfloat16")
+        problems.append(
+            f"tensor {state.name} {wrong}; download it again, or convert the checkpoint to bfloat16"
+        )
         return None
     shape = tuple(given["shape"])
     per_number = 2 * DTYPES[codes.dtype].bits // 8
@@ -182,7 +183,9 @@ def _four_bit(
 def _read_state(stored: CheckpointFolder, state: TensorInfo) -> dict[str, Any]:
     """The JSON object of a tensor; ValueError for anything else."""
     if state.dtype != "U8" or state.nbytes > _MOST_BYTES:
-        raise ValueError(f"it is {state.dtype} of {state.nbytes:,} bytes, expected U8 of at most {_MOST_BYTES:,}")
+        raise ValueError(
+            f"it is {state.dtype} of {state.nbytes:,} bytes, expected U8 of at most {_MOST_BYTES:,}"
+        )
     given = loads_strict(stored.read(state.name).tobytes(), _MOST_VALUES)
     if not isinstance(given, dict):
         raise ValueError(f"it holds {quote(given)}, expected an object")

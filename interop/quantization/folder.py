@@ -30,7 +30,6 @@ from jaxmoe.interop.storage.format import Shard, dtype_name, new_shard
 from jaxmoe.interop.storage.reader import BUFFER_BYTES, CheckpointFolder
 from jaxmoe.interop.storage.slices import Box, finer_axes, pieces, runs
 
-
 TABLE_TOLERANCE = 1e-6
 """By which a table of values that a folder repeats may differ from the format's own."""
 
@@ -242,7 +241,7 @@ class QuantizedFolder:
         if tensor.repeats_only:
             raise UserError(
                 f"tensor {tensor.name}: its values changed, and its scales are quantised or shared by several rows, so "
-                "that it cannot be written again in part; export without quantization"
+                "it cannot be written again in part; export without quantization"
             )
         made = _anew(tensor, found, axes, values, was != now)
         return {part.tensor: _stored(part, made[part], words[part]) for part in tensor.parts}

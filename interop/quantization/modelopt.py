@@ -15,7 +15,6 @@ from jaxmoe.errors import UserError, quote
 from jaxmoe.interop.quantization.fp8 import CODES, fp8_tensor
 from jaxmoe.interop.quantization.nvfp4 import COLUMNS_PER_SCALE, SCALES, WHOLE, nvfp4_tensor
 from jaxmoe.interop.quantization.stored_form import QuantizedTensor, check_fields, found_parts, part_problems
-from jaxmoe.interop.storage.format import TensorInfo
 from jaxmoe.interop.storage.reader import CheckpointFolder
 
 _ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION")

@@ -17,7 +17,6 @@ from jaxmoe.interop.quantization.stored_form import (
     part_problems,
     there_twice,
 )
-from jaxmoe.interop.storage.format import TensorInfo
 from jaxmoe.interop.storage.reader import CheckpointFolder
 
 _BLOCKS, _SCALES = "_blocks", "_scales"

@@ -137,7 +137,7 @@ def nested_scales(
 
 
 def begun(part: Part, words: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
-    """Those of `read_words` whose first element is wanted: of rows that follow each other each is in one of the bands."""
+    """Those of `read_words` whose first element is wanted, so that each is in one of bands that follow each other."""
     if part.run is None:
         return words
     return words[1:] if _first(axes) % part.run else words

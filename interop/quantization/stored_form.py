@@ -1,9 +1,8 @@
 """How a quantised tensor lies in a folder: the stored tensors that it is made of, and what their numbers are for.
 
 Every format here is one formula. An element is the value of its code, less the zero point of its block if there are
-zero points, times the scale of its block, which a further scale of the whole tensor may multiply or divide, or which may
-be quantised itself. A
-`QuantizedTensor` says which stored tensor has which of these; a `Format` finds them by names, dtypes and shapes.
+zero points, times the scale of its block, which a further scale of the whole tensor may multiply or divide, or which
+may be quantised itself. A `QuantizedTensor` says which stored tensor has which of these; a `Format` finds them by names, dtypes and shapes.
 `jaxmoe.interop.quantization.folder` reads and writes them.
 
 Stored tensors have the matrix' rows and columns last, whatever the order of the axes in the unquantised tensor: (...,

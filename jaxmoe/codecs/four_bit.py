@@ -11,8 +11,8 @@ tensor is part of what a tensor is: experts quantised one by one have other valu
 double quantisation they do not, as long as no block has elements of two of them.
 
 In memory codes and scales are as a loop over rows wants them (`FourBit`); `from_stored` and `to_stored` take and give
-what bitsandbytes stores. All functions take jax's arrays, and numpy's. Bytes are those of bitsandbytes but for blocks whose
-magnitudes are below the normal float32 numbers, which XLA takes for 0.
+what bitsandbytes stores. All functions take jax's arrays, and numpy's. Bytes are those of bitsandbytes but for blocks
+whose magnitudes are below the normal float32 numbers, which XLA takes for 0.
 """
 
 import dataclasses
@@ -43,13 +43,13 @@ _LEAST_NORMAL = np.finfo(np.float32).tiny
 class FourBit:
     """A tensor (…, o, i) in four bits, or several alike along axes before: a pytree of arrays, and what they mean.
 
-    Rows that are whole blocks are kept apart: codes (…, o, b, block / 2) and scales (…, o, b), so that a slice of rows, or
-    of blocks of all rows, is one of both arrays. A tensor of other rows is kept as a row of its blocks, codes (b, block
-    / 2) and scales (b), the last block filled up with zeros.
+    Rows that are whole blocks are kept apart: codes (…, o, b, block / 2) and scales (…, o, b), so that a slice of rows,
+    or of blocks of all rows, is one of both arrays. A tensor of other rows is kept as a row of its blocks, codes (b,
+    block / 2) and scales (b), the last block filled up with zeros.
 
     Byte j of a block has element j in the high four bits and element j + block / 2 in the low ones. So each half of a
-    block is made of neighbouring bytes by the same operations, which is what vectors of a CPU want, and, where a block is
-    64, gives a tensor core 32 columns at a time. (bitsandbytes has elements 2 j and 2 j + 1 in a byte.)
+    block is made of neighbouring bytes by the same operations, which is what vectors of a CPU want, and, where a block
+    is 64, gives a tensor core 32 columns at a time. (bitsandbytes has elements 2 j and 2 j + 1 in a byte.)
 
     Attributes:
         codes: uint8.
@@ -136,12 +136,14 @@ def dequantize(packed: FourBit, dtype: Any = jnp.bfloat16) -> Float[Array, "..."
     return values.reshape(*stack, *shape)
 
 
-def dequantize_rows(packed: FourBit, start: Any, count: int, dtype: Any = jnp.bfloat16) -> Float[Array, "o i"]:
+def dequantize_rows(
+    packed: FourBit, start: Any, count: int, dtype: Any = jnp.bfloat16
+) -> Float[Array, "o i"]:
     """Some rows of one tensor, of jax's arrays.
 
     Args:
-        packed: one tensor, no stack. The axes before its last are counted as one: row e * o of (e, o, i) is the first of
-            the matrix e.
+        packed: one tensor, no stack. The axes before its last are counted as one: row e * o of (e, o, i) is the first
+            of the matrix e.
         start: the first row; may be traced.
         count: of rows.
         dtype: of the result.
@@ -154,7 +156,7 @@ def dequantize_rows(packed: FourBit, start: Any, count: int, dtype: Any = jnp.bf
     held = min(held, len(absmax))
     first = jnp.minimum(start * columns // block, len(absmax) - held)
     codes, absmax = (jax.lax.dynamic_slice_in_dim(array, first, held) for array in (codes, absmax))
-    if packed.nested_absmax is not None:
+    if packed.nested_absmax is not None and packed.offset is not None:
         each = packed.nested_absmax[(first + jnp.arange(held)) // SCALES_PER_BLOCK]
         absmax = _scales(absmax, each, packed.offset)
     values = _decode(codes, absmax, packed.kind, dtype).reshape(-1)
@@ -165,7 +167,7 @@ def dequantize_rows(packed: FourBit, start: Any, count: int, dtype: Any = jnp.bf
 
 def plain(packed: FourBit) -> FourBit:
     """The same without double quantisation: its scales are the values that the quantised ones stand for."""
-    if packed.nested_absmax is None:
+    if packed.nested_absmax is None or packed.offset is None:
         return packed
     xp = namespace(packed.absmax)
     stack, shape = packed.stack, packed.absmax.shape
@@ -243,9 +245,7 @@ def _blocks(values: Array, block: int) -> tuple[Array, bool]:
 
 def _decode(codes: Array, absmax: Array, kind: str, dtype: Any) -> Array:
     """Bytes (…, block / 2) and float32 scales (…) → values (…, block)."""
-    halves = [
-        _bits(values_of(half, kind) * absmax[..., None], dtype) for half in (codes >> 4, codes & 15)
-    ]
+    halves = [_bits(values_of(half, kind) * absmax[..., None], dtype) for half in (codes >> 4, codes & 15)]
     return _of_bits(namespace(codes).concatenate(halves, -1), dtype)
 
 

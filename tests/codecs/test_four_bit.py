@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 
 from jaxmoe.codecs import tables
-from jaxmoe.codecs.four_bit import Stored, dequantize, dequantize_rows, from_stored, plain, quantize, to_stored
+from jaxmoe.codecs.four_bit import (
+    Stored,
+    dequantize,
+    dequantize_rows,
+    from_stored,
+    plain,
+    quantize,
+    to_stored,
+)
 
 GIVEN = json.loads((Path(__file__).parent / "bitsandbytes.json").read_text())
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -109,7 +117,7 @@ def test_every_byte_of_bitsandbytes(place, case):
     assert (found.shape, found.dtype) == (tuple(shape), dtype)
     if case["name"] != THROUGH_ROWS:
         same(found, case["dequantized"])
-    # On a CPU its library begins blocks anew where rows are no whole ones; how it quantises, and what a GPU does, is this.
+    # On a CPU its library takes scales of other blocks where rows are no whole ones. Quantising, and GPUs, go by this.
     np.testing.assert_array_equal(found, flat_values(stored, kind, block, shape).astype(dtype))
 
 
@@ -164,7 +172,9 @@ def expected_codes(values, kind, block):
 
 @pytest.mark.once
 @pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32])
-@pytest.mark.parametrize(("block", "shape"), [(32, (5, 96)), (128, (3, 7, 256)), (512, (9, 130)), (4096, (3, 5000))])
+@pytest.mark.parametrize(
+    ("block", "shape"), [(32, (5, 96)), (128, (3, 7, 256)), (512, (9, 130)), (4096, (3, 5000))]
+)
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_the_nearest_value_of_any_block(kind, block, shape, dtype):
     values = np.random.default_rng(0).standard_normal(shape).astype(dtype)
@@ -175,7 +185,9 @@ def test_the_nearest_value_of_any_block(kind, block, shape, dtype):
     assert packed.codes.shape == (*packed.absmax.shape, block // 2)
     distance, absmax = expected_codes(values, kind, block)
     np.testing.assert_array_equal(packed.absmax.ravel(), absmax)
-    scaled = dequantize(packed, np.float32).astype(np.float64).ravel() / np.repeat(absmax, block)[: values.size]
+    scaled = (
+        dequantize(packed, np.float32).astype(np.float64).ravel() / np.repeat(absmax, block)[: values.size]
+    )
     error = np.abs(scaled - values.astype(np.float64).ravel() / np.repeat(absmax, block)[: values.size])
     assert (error <= distance.ravel()[: values.size] + 1e-6).all()
     assert error.max() > 0.1
@@ -184,7 +196,10 @@ def test_the_nearest_value_of_any_block(kind, block, shape, dtype):
 def test_jax_repeats_numpy():
     """Long sums of scales included, where the order of additions counts."""
     values = np.random.default_rng(0).standard_normal((211, 1088)).astype(np.float32) ** 3
-    ours, theirs = optimised(lambda x: quantize(x, nested=True), jnp.asarray(values)), quantize(values, nested=True)
+    ours, theirs = (
+        optimised(lambda x: quantize(x, nested=True), jnp.asarray(values)),
+        quantize(values, nested=True),
+    )
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     for dtype in (BF16, np.float16, np.float32):
         found = optimised(lambda one, dtype=dtype: dequantize(one, dtype), ours)
@@ -212,7 +227,9 @@ def test_experts_one_by_one(nested, columns):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize(("shape", "block"), [((3, 10, 192), 64), ((7, 3, 160), 64), ((90, 96), 64), ((5, 1088), 32)])
+@pytest.mark.parametrize(
+    ("shape", "block"), [((3, 10, 192), 64), ((7, 3, 160), 64), ((90, 96), 64), ((5, 1088), 32)]
+)
 def test_rows_in_a_loop(shape, block, nested):
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     packed = arrays(jnp.asarray, quantize(values, "nf4", block, nested))
@@ -232,7 +249,9 @@ def test_rows_in_a_loop(shape, block, nested):
 def test_slices_of_rows_and_blocks_are_those_of_the_arrays():
     values = np.random.default_rng(0).standard_normal((12, 320)).astype(BF16)
     packed, whole = quantize(values), dequantize(quantize(values))
-    part = dataclasses.replace(packed, codes=packed.codes[2:7, 1:3], absmax=packed.absmax[2:7, 1:3], shape=(5, 128))
+    part = dataclasses.replace(
+        packed, codes=packed.codes[2:7, 1:3], absmax=packed.absmax[2:7, 1:3], shape=(5, 128)
+    )
     np.testing.assert_array_equal(dequantize(part), whole[2:7, 64:192])
 
 
@@ -258,7 +277,9 @@ def test_refusals(unchecked):
     with pytest.raises(TypeError, match="values of float64, expected bfloat16, float16 or float32"):
         quantize(values.astype(np.float64))
     stored = to_stored(quantize(values))
-    with pytest.raises(ValueError, match=r"\[\(96, 1\), \(3,\)\], expected \[\(128, 1\), \(4,\)\] of a tensor"):
+    with pytest.raises(
+        ValueError, match=r"\[\(96, 1\), \(3,\)\], expected \[\(128, 1\), \(4,\)\] of a tensor"
+    ):
         from_stored(stored, "nf4", 64, (4, 64))
     stacked = jax.vmap(quantize)(jnp.ones((2, 3, 64)))
     with pytest.raises(ValueError, match=r"a stack of \(2,\) tensors, expected one"):
