@@ -221,8 +221,8 @@ class QuantizedFolder:
             The numbers to store by the name of their tensor.
 
         Raises:
-            UserError: a value that changed is not finite, or too large for the dtype of the scales, or the format cannot
-                have it.
+            UserError: a value that changed is not finite, too large for the dtype of the scales, or of a tensor that
+                cannot be written in part.
         """
         shape = tensor.stored_shape
         axes = [Axis((size,), (part,), size) for size, part in zip(shape, band, strict=True)]

@@ -291,9 +291,7 @@ def test_damaged_four_bits(tmp_path, what):
     ],
 )
 def test_damaged_int8(tmp_path, given, message):
-    parts = {
-        name: array for name, array in (packed.bnb8(np.random.default_rng(0), (12, 30))[0] | given).items()
-    }
+    parts = packed.bnb8(np.random.default_rng(0), (12, 30))[0] | given
     _, found = opened(tmp_path, {name: array for name, array in parts.items() if array is not None})
     with pytest.raises(UserError, match=message):
         problems.raise_problems(tmp_path, found)
