@@ -2,8 +2,8 @@
 
 Every format here is one formula. An element is the value of its code, less the zero point of its block if there are
 zero points, times the scale of its block, which a further scale of the whole tensor may multiply or divide, or which
-may be quantised itself. A `QuantizedTensor` says which stored tensor has which of these; a `Format` finds them by names,
-dtypes and shapes. `jaxmoe.interop.quantization.folder` reads and writes them.
+may be quantised itself. A `QuantizedTensor` says which stored tensor has which of these; a `Format` finds them by
+names, dtypes and shapes. `jaxmoe.interop.quantization.folder` reads and writes them.
 
 Stored tensors have the matrix' rows and columns last, whatever the order of the axes in the unquantised tensor: (...,
 rows, columns). So a matrix that is stored transposed has the axes (out, in), and rows along in.

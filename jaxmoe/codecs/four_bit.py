@@ -117,7 +117,9 @@ def quantize(
     scaled = blocks * (np.float32(1) / divisor)[..., None]
     if short:  # bitsandbytes divides the last block, and gives it no scale of 0
         absmax = xp.concatenate([absmax[:-1], xp.maximum(absmax[-1:], _LEAST)])
-        scaled = xp.concatenate([scaled[:-1], blocks[-1:] / divisor[-1:, None]])
+        # Where one number divides many, XLA takes the reciprocal, too.
+        each = divisor[-1:, None] + 0 * blocks[-1:]
+        scaled = xp.concatenate([scaled[:-1], blocks[-1:] / each])
     half = block // 2
     codes = (nearest(scaled[..., :half], kind) << 4) | nearest(scaled[..., half:], kind)
     if not nested:

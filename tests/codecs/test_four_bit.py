@@ -284,3 +284,26 @@ def test_refusals(unchecked):
     stacked = jax.vmap(quantize)(jnp.ones((2, 3, 64)))
     with pytest.raises(ValueError, match=r"a stack of \(2,\) tensors, expected one"):
         to_stored(stacked)
+
+
+def near_a_middle(whole):
+    """A scale and a number of which x * (1 / scale) and x / scale, in float32, lie on two sides of a middle."""
+    middle = (tables.VALUES["nf4"][9] + tables.VALUES["nf4"][10]) / 2
+    scales = np.random.default_rng(0).uniform(0.5, 1, 4096).astype(np.float32)
+    for number in (middle * scales, np.nextafter(middle * scales, np.float32(2))):
+        divided, multiplied = number / scales > middle, number * (np.float32(1) / scales) > middle
+        for place in np.flatnonzero(divided != multiplied):
+            return scales[place], number[place], 9 + (multiplied if whole else divided)[place]
+    raise AssertionError("no such number")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_last_block_that_is_shorter_is_divided(place, whole):
+    """Other blocks are multiplied by the reciprocal, as in bitsandbytes."""
+    run, make = PLACES[place]
+    scale, number, code = near_a_middle(whole)
+    values = np.zeros((3, 64 if whole else 30), np.float32)
+    values[-1, -2:] = scale, number
+    codes = to_stored(run(quantize, make(values))).codes
+    assert int(np.asarray(codes)[-1, 0]) == 15 * 16 + code

@@ -284,7 +284,7 @@ def test_damaged_four_bits(tmp_path, what):
         ),
         (
             {"weight_format": np.array(2, np.uint8)},
-            "a.weight_format is 2, expected 0, for rows: save the model with",
+            "a.weight_format is 2, expected 0, for rows; save the model with",
         ),
         ({"weight_format": np.zeros(2, np.uint8)}, r"a.weight_format is U8 \[2\], expected one U8"),
         ({"weight": np.ones(30, np.int8)}, r"a.weight has shape \[30\], expected a matrix of int8"),
