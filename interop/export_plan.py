@@ -102,7 +102,7 @@ def rewritten_files(source: Source, shards: Sequence[Shard], quantization: str) 
     if isinstance(files, QuantizedFolder) and quantization == "none":
         config = {name: value for name, value in source.raw.items() if name != FIELD}
         spellings = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
-        config |= dict.fromkeys(spellings, "bfloat16")
+        config |= dict.fromkeys(spellings, files.dtype)
         rewritten["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     if stored.index is not None and (
         tuple(shards) != stored.shards or not isinstance(stored.index.get("metadata"), dict)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
+from jaxmoe.codecs import int8_rows, tables
+
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 _E2M1 = np.dtype(ml_dtypes.float4_e2m1fn)
@@ -202,6 +204,48 @@ class Integers:
         if self.signed:
             codes = (codes - self._middle) & top
         return Encoded(codes.astype(np.uint8), rounded, zeros.astype(np.uint8) if self.zeros else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeBook:
+    """The 16 values of bitsandbytes' nf4 or fp4 (`jaxmoe.codecs`); the scale is the block's largest magnitude."""
+
+    kind: str
+
+    @property
+    def values(self) -> np.ndarray:
+        """See `Arithmetic`."""
+        return tables.VALUES[self.kind]
+
+    def factors(self, scales: np.ndarray) -> np.ndarray:
+        """See `Arithmetic`."""
+        return scales
+
+    def encode(self, values: np.ndarray, blocks: Blocks, scales: np.dtype) -> Encoded:
+        """See `Arithmetic`. A number that is as near to two values gets the lower one, as in bitsandbytes."""
+        largest = blocks.reduce(np.maximum, np.abs(values)).astype(scales)
+        reciprocal = np.float32(1) / np.maximum(largest, np.float32(SMALLEST_NORMAL))
+        return Encoded(tables.nearest(values * blocks.spread(reciprocal), self.kind), largest)
+
+
+@dataclasses.dataclass(frozen=True)
+class LLMInt8:
+    """The int8 rows of bitsandbytes (`jaxmoe.codecs.int8_rows`); the scale is the row's largest magnitude."""
+
+    values = Integers(8, signed=True).values
+
+    def factors(self, scales: np.ndarray) -> np.ndarray:
+        """See `Arithmetic`."""
+        return scales
+
+    def encode(self, values: np.ndarray, blocks: Blocks, scales: np.dtype) -> Encoded:
+        """See `Arithmetic`. Numbers are rounded to float16 first, as in bitsandbytes."""
+        with np.errstate(over="ignore"):
+            wide = values.astype(np.float16).astype(np.float32)
+        largest = blocks.reduce(np.maximum, np.abs(wide)).astype(scales)
+        with np.errstate(invalid="ignore"):
+            codes = np.rint(wide * blocks.spread(int8_rows.TOP / np.where(largest > 0, largest, 1)))
+        return Encoded(np.nan_to_num(codes).astype(np.int8).view(np.uint8), largest)
 
 
 def _positive(scales: np.ndarray, dtype: Any) -> np.ndarray:

@@ -13,6 +13,7 @@ from jaxmoe.interop.quantization.arithmetic import Integers
 from jaxmoe.interop.quantization.qweight import check_config, find_qweights, group_size
 from jaxmoe.interop.quantization.stored_form import COLUMNS, Packing, Part, QuantizedTensor
 from jaxmoe.interop.storage.format import TensorInfo
+from jaxmoe.interop.storage.reader import CheckpointFolder
 
 _BITS = 4
 _PACKING = Packing((0, 16, 4, 20, 8, 24, 12, 28), _BITS, COLUMNS)
@@ -52,10 +53,10 @@ class AWQ:
         return cls(group_size(given, where), given.get("zero_point") is False)
 
     def find(
-        self, tensors: Mapping[str, TensorInfo], problems: list[str]
+        self, stored: CheckpointFolder, problems: list[str]
     ) -> tuple[list[QuantizedTensor], frozenset[str]]:
         """See `Format`."""
-        return find_qweights(tensors, problems, self._described)
+        return find_qweights(stored.tensors, problems, self._described)
 
     def _described(self, codes: TensorInfo, stem: str) -> QuantizedTensor:
         rows, words = codes.shape

@@ -36,6 +36,7 @@ from jaxmoe.interop.quantization.stored_form import (
     there_twice,
 )
 from jaxmoe.interop.storage.format import TensorInfo
+from jaxmoe.interop.storage.reader import CheckpointFolder
 
 _FORMATS = (
     "pack-quantized",
@@ -196,9 +197,10 @@ class CompressedTensors:
         return cls(tuple(dict.fromkeys(schemes)))
 
     def find(
-        self, tensors: Mapping[str, TensorInfo], problems: list[str]
+        self, stored: CheckpointFolder, problems: list[str]
     ) -> tuple[list[QuantizedTensor], frozenset[str]]:
         """See `Format`."""
+        tensors = stored.tensors
         found: list[QuantizedTensor] = []
         hidden = {name for name in tensors if name.endswith(_INERT)}
         for name, info in tensors.items():

@@ -7,6 +7,7 @@ from typing import Any
 from jaxmoe.errors import UserError, quote
 from jaxmoe.files import read_bytes
 from jaxmoe.interop.quantization.awq import AWQ
+from jaxmoe.interop.quantization.bitsandbytes import BitsAndBytes
 from jaxmoe.interop.quantization.compressed_tensors import CompressedTensors
 from jaxmoe.interop.quantization.fp8 import FP8Weights
 from jaxmoe.interop.quantization.gptq import GPTQ
@@ -29,6 +30,7 @@ _FORMATS: Mapping[str, Callable[[Mapping[str, Any], str], Format]] = {
     "modelopt": Modelopt.from_config,
     "awq": AWQ.from_config,
     "gptq": GPTQ.from_config,
+    "bitsandbytes": BitsAndBytes.from_config,
 }
 
 
@@ -54,6 +56,8 @@ def split_config(
     if not isinstance(given, dict):
         raise UserError(f"{where} = {quote(given)}: expected an object with a quant_method")
     method = given.get("quant_method")
+    if method is None and (given.get("load_in_4bit") or given.get("load_in_8bit")):
+        method = "bitsandbytes"  # the only one when there was no such field
     if method not in list(_FORMATS):
         raise UserError(
             f"{where}.quant_method = {quote(method)} is not supported; supported: {', '.join(_FORMATS)}. "

@@ -1,4 +1,4 @@
-"""Quantised checkpoint folders, seen as if they were stored in bfloat16, and written again as they are stored.
+"""Quantised checkpoint folders, seen as if they were not, and written again as they are stored.
 
 A `QuantizedFolder` presents each quantised tensor in it as one ordinary tensor, so that conversion rules, sharded
 loading and export need not know.
@@ -10,19 +10,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jaxmoe.errors import UserError
 from jaxmoe.interop.quantization.arithmetic import Blocks
-from jaxmoe.interop.quantization.parts import Axis, numbers, pack, places, read_words, spread
-from jaxmoe.interop.quantization.stored_form import ROWS, Format, Part, QuantizedTensor
+from jaxmoe.interop.quantization.parts import (
+    Axis,
+    begun,
+    nested_scales,
+    numbers,
+    pack,
+    places,
+    read_words,
+    spread,
+)
+from jaxmoe.interop.quantization.stored_form import BF16, ROWS, Format, Part, QuantizedTensor
 from jaxmoe.interop.rules import Binding
 from jaxmoe.interop.storage.format import Shard, dtype_name, new_shard
 from jaxmoe.interop.storage.reader import BUFFER_BYTES, CheckpointFolder
 from jaxmoe.interop.storage.slices import Box, finer_axes, pieces, runs
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
+TABLE_TOLERANCE = 1e-6
+"""By which a table of values that a folder repeats may differ from the format's own."""
 
 
 class QuantizedFolder:
@@ -39,7 +48,7 @@ class QuantizedFolder:
         """Find the quantised tensors of a folder; what is damaged is appended to `problems`."""
         self.stored = stored
         damage: list[str] = []
-        found, self._hidden = format.find(stored.tensors, damage)
+        found, self._hidden = format.find(stored, damage)
         if not found and not damage:
             dtypes = sorted({info.dtype for info in stored.tensors.values()})
             damage.append(
@@ -55,6 +64,12 @@ class QuantizedFolder:
         self._last: tuple[Any, list[Axis], list[np.ndarray]] | None = None
 
     @property
+    def dtype(self) -> str:
+        """Name of the dtype of all quantised tensors, "bfloat16" where they differ."""
+        dtypes = {tensor.dtype for tensor in self.quantized.values()}
+        return (dtypes.pop() if len(dtypes) == 1 else BF16).name
+
+    @property
     def bytes_read(self) -> int:
         """Bytes of tensor data read so far."""
         return self.stored.bytes_read
@@ -66,7 +81,7 @@ class QuantizedFolder:
         tensor = self.quantized[name]
         lengths = [len(range(*part.indices(size))) for part, size in zip(box, sizes, strict=True)]
         if 0 in lengths:
-            return np.empty(lengths, BF16)
+            return np.empty(lengths, tensor.dtype)
         finer = finer_axes(tensor.shape, sizes)
         order = [axis for logical in tensor.order for axis in finer[logical]]
         wanted = [
@@ -79,13 +94,24 @@ class QuantizedFolder:
     def _read(self, tensor: QuantizedTensor, wanted: Sequence[Axis]) -> np.ndarray:
         """What is wanted of a tensor on its axes as they are stored."""
         self._check_shape(tensor)
+        self._check_table(tensor)
         wanted = self._grouped(tensor, wanted)
         held, words = self._words(tensor, wanted)
         found = {
             part: numbers(part, part_words, held, wanted)
             for part, part_words in zip(tensor.parts, words, strict=True)
         }
-        return _decode(tensor, found, wanted)
+        return _decode(tensor, self._wide(tensor, found, wanted), wanted)
+
+    def _wide(
+        self, tensor: QuantizedTensor, found: dict[Part, np.ndarray], wanted: Sequence[Axis]
+    ) -> dict[Part, np.ndarray]:
+        """What was found of a tensor, with scales in float32 where they are quantised."""
+        if tensor.nested is None:
+            return found
+        codes, nested = found[tensor.scales], tensor.nested
+        factors = nested_scales(tensor.scales, codes, nested.part, found[nested.part], wanted)
+        return found | {tensor.scales: self.stored.read(nested.table)[codes] * factors + nested.offset}
 
     def _words(
         self, tensor: QuantizedTensor, wanted: Sequence[Axis]
@@ -141,6 +167,18 @@ class QuantizedFolder:
                 f"{tensor.codes.tensor} and {tensor.scales.tensor} have that shape"
             )
 
+    def _check_table(self, tensor: QuantizedTensor) -> None:
+        if tensor.table is None:
+            return
+        says, expected = self.stored.read(tensor.table), tensor.arithmetic.values
+        wrong = np.flatnonzero(~(np.abs(says - expected) <= TABLE_TOLERANCE))
+        if len(wrong):
+            code = wrong[0]
+            raise UserError(
+                f"tensor {tensor.table} gives code {code} the value {says[code]:.6g}, expected {expected[code]:.6g}; "
+                "download it again, or convert the checkpoint to bfloat16"
+            )
+
     def iter_bytes(self, name: str, chunk: int = BUFFER_BYTES) -> Iterator[bytearray]:
         """See `CheckpointFolder.iter_bytes`."""
         if name in self.quantized:
@@ -149,7 +187,7 @@ class QuantizedFolder:
 
     def _chunks(self, tensor: QuantizedTensor, chunk: int) -> Iterator[bytearray]:
         whole = [slice(0, size) for size in tensor.shape]
-        for box in pieces(whole, max(1, chunk // BF16.itemsize)):
+        for box in pieces(whole, max(1, chunk // tensor.dtype.itemsize)):
             yield bytearray(self.read_box(tensor.name, tensor.shape, box).tobytes())
 
     def part_of(self, name: str) -> QuantizedTensor | None:
@@ -172,7 +210,7 @@ class QuantizedFolder:
                 yield (*place, slice(start, min(start + height, rows)), slice(0, columns))
 
     def requantize(self, tensor: QuantizedTensor, band: Box, values: np.ndarray) -> dict[str, np.ndarray]:
-        """What is stored of a band: the source's own for every block whose values are the source's in bfloat16.
+        """What is stored of a band: the source's own for every block whose values are the source's in its dtype.
 
         Args:
             tensor: the tensor.
@@ -183,19 +221,28 @@ class QuantizedFolder:
             The numbers to store by the name of their tensor.
 
         Raises:
-            UserError: a value that changed is not finite, or too large for the dtype of the scales.
+            UserError: a value that changed is not finite, too large for the dtype of the scales, or of a tensor that
+                cannot be written in part.
         """
         shape = tensor.stored_shape
         axes = [Axis((size,), (part,), size) for size, part in zip(shape, band, strict=True)]
         axes = self._grouped(tensor, axes)
         words = {part: read_words(self.stored, part, axes) for part in tensor.parts}
         found = {part: numbers(part, one, axes, axes) for part, one in words.items()}
-        before = _decode(tensor, found, axes).reshape(values.shape)
+        before = _decode(tensor, self._wide(tensor, found, axes), axes).reshape(values.shape)
         with np.errstate(over="ignore", invalid="ignore"):
             # By way of the dtype of training, which may have rounded what was read.
-            was, now = (array.astype(BF16).view(np.uint16) for array in (before.astype(values.dtype), values))
+            was, now = (
+                array.astype(tensor.dtype).view(f"u{tensor.dtype.itemsize}")
+                for array in (before.astype(values.dtype), values)
+            )
         if not (was != now).any():
-            return {part.tensor: one for part, one in words.items()}
+            return {part.tensor: begun(part, one, axes) for part, one in words.items()}
+        if tensor.repeats_only:
+            raise UserError(
+                f"tensor {tensor.name}: its values changed, and its scales are quantised or shared by several rows, so "
+                "it cannot be written again in part; export without quantization"
+            )
         made = _anew(tensor, found, axes, values, was != now)
         return {part.tensor: _stored(part, made[part], words[part]) for part in tensor.parts}
 
@@ -208,12 +255,12 @@ class QuantizedFolder:
             if info.name not in self._hidden:
                 there.append((info.name, info.dtype, info.shape))
             elif tensor is not None and info.name == tensor.codes.tensor:
-                there.append((tensor.name, dtype_name(BF16), tensor.shape))
+                there.append((tensor.name, dtype_name(tensor.dtype), tensor.shape))
         return new_shard(shard.file, there, shard.metadata)
 
 
 def _decode(tensor: QuantizedTensor, found: Mapping[Part, np.ndarray], wanted: Sequence[Axis]) -> np.ndarray:
-    """Codes and scales → bfloat16."""
+    """Codes and scales → the tensor's dtype."""
     values = tensor.arithmetic.values[found[tensor.codes].view(np.uint8)]
     if tensor.zeros is not None:
         values -= spread(tensor.zeros, found[tensor.zeros], wanted)
@@ -222,7 +269,9 @@ def _decode(tensor: QuantizedTensor, found: Mapping[Part, np.ndarray], wanted: S
         factors = tensor.whole.applied(factors, found[tensor.whole.part])
     with np.errstate(over="ignore", invalid="ignore"):
         values *= spread(tensor.scales, factors, wanted)
-        return values.astype(BF16)
+        if tensor.unit is not None:
+            values *= tensor.unit
+        return values.astype(tensor.dtype)
 
 
 def _anew(

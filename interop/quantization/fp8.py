@@ -22,6 +22,7 @@ from jaxmoe.interop.quantization.stored_form import (
     same_but_ones,
 )
 from jaxmoe.interop.storage.format import TensorInfo
+from jaxmoe.interop.storage.reader import CheckpointFolder
 
 CODES = "F8_E4M3"
 SCALES = ("F32", "BF16", "F8_E8M0")
@@ -81,9 +82,10 @@ class FP8Weights:
         return cls(None if block is None else (block[0], block[1]), given.get("scale_fmt") == "ue8m0")
 
     def find(
-        self, tensors: Mapping[str, TensorInfo], problems: list[str]
+        self, stored: CheckpointFolder, problems: list[str]
     ) -> tuple[list[QuantizedTensor], frozenset[str]]:
         """See `Format`."""
+        tensors = stored.tensors
         endings = _ENDINGS[:1] if self.block is not None else _ENDINGS
         found, hidden = [], {name for name in tensors if name.endswith(_INERT)}
         for name, info in tensors.items():

@@ -20,6 +20,7 @@ from jaxmoe.interop.quantization.stored_form import (
     packed,
 )
 from jaxmoe.interop.storage.format import TensorInfo
+from jaxmoe.interop.storage.reader import CheckpointFolder
 
 _VERSIONS = ("gptq", "gptq_v2", None)
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
@@ -65,10 +66,10 @@ class GPTQ:
         return cls(given["bits"], group_size(given, where), symmetric, version == "gptq")
 
     def find(
-        self, tensors: Mapping[str, TensorInfo], problems: list[str]
+        self, stored: CheckpointFolder, problems: list[str]
     ) -> tuple[list[QuantizedTensor], frozenset[str]]:
         """See `Format`."""
-        return find_qweights(tensors, problems, self._described)
+        return find_qweights(stored.tensors, problems, self._described)
 
     def _described(self, codes: TensorInfo, stem: str) -> QuantizedTensor:
         along_rows = packed(32, self.bits, ROWS)

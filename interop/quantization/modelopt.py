@@ -15,7 +15,7 @@ from jaxmoe.errors import UserError, quote
 from jaxmoe.interop.quantization.fp8 import CODES, fp8_tensor
 from jaxmoe.interop.quantization.nvfp4 import COLUMNS_PER_SCALE, SCALES, WHOLE, nvfp4_tensor
 from jaxmoe.interop.quantization.stored_form import QuantizedTensor, check_fields, found_parts, part_problems
-from jaxmoe.interop.storage.format import TensorInfo
+from jaxmoe.interop.storage.reader import CheckpointFolder
 
 _ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION")
 _INERT = (".input_scale", ".k_scale", ".v_scale")
@@ -64,9 +64,10 @@ class Modelopt:
         return cls()
 
     def find(
-        self, tensors: Mapping[str, TensorInfo], problems: list[str]
+        self, stored: CheckpointFolder, problems: list[str]
     ) -> tuple[list[QuantizedTensor], frozenset[str]]:
         """See `Format`."""
+        tensors = stored.tensors
         found: list[QuantizedTensor] = []
         hidden = {name for name in tensors if name.endswith(_INERT)}
         for name, info in tensors.items():

@@ -17,7 +17,7 @@ from jaxmoe.interop.quantization.stored_form import (
     part_problems,
     there_twice,
 )
-from jaxmoe.interop.storage.format import TensorInfo
+from jaxmoe.interop.storage.reader import CheckpointFolder
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _COLUMNS = 32
@@ -41,9 +41,10 @@ class MXFP4Experts:
         return cls()
 
     def find(
-        self, tensors: Mapping[str, TensorInfo], problems: list[str]
+        self, stored: CheckpointFolder, problems: list[str]
     ) -> tuple[list[QuantizedTensor], frozenset[str]]:
         """See `Format`."""
+        tensors = stored.tensors
         found, hidden = [], set()
         for name, info in tensors.items():
             if name.endswith(_SCALES):

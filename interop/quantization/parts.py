@@ -49,7 +49,11 @@ class Axis:
 
 
 def read_words(stored: CheckpointFolder, part: Part, axes: Sequence[Axis]) -> np.ndarray:
-    """The stored numbers that have what is wanted, one axis each."""
+    """The stored numbers that have what is wanted, one axis each; of a part with a `run` those on its one axis."""
+    if part.run is not None:
+        first, last = _run_range(part.run, axes)
+        length = part.stored([axis.length for axis in axes])
+        return stored.read_box(part.tensor, length, [slice(first, last)])
     sizes: list[int] = []
     box: list[slice] = []
     lengths: list[int] = []
@@ -82,6 +86,8 @@ def numbers(part: Part, words: np.ndarray, held: Sequence[Axis], wanted: Sequenc
         Along an axis with one for each index those wanted; along others all from the first to the last, to be spread
         by `places`.
     """
+    if part.run is not None:
+        return words
     chosen: list[np.ndarray | None] = []
     for number, (has, wants) in enumerate(zip(held, wanted, strict=True), -len(held)):
         step, count = part.grain(number)
@@ -111,10 +117,53 @@ def places(part: Part, wanted: Sequence[Axis]) -> list[np.ndarray]:
 
 def spread(part: Part, found: np.ndarray, wanted: Sequence[Axis]) -> np.ndarray:
     """Repeat what `numbers` found of a part for every wanted index, or leave it to broadcasting where there is one."""
+    if part.run is not None:
+        return found[_flat(wanted) // part.run - _run_range(part.run, wanted)[0]]
     for axis, index in enumerate(places(part, wanted)):
         if found.shape[axis] > 1 and not _is_all(index, found.shape[axis]):
             found = found.take(index, axis)
     return found
+
+
+def nested_scales(
+    scales: Part, codes: np.ndarray, nested: Part, factors: np.ndarray, wanted: Sequence[Axis]
+) -> np.ndarray:
+    """Of each of the quantised scales that `numbers` found, the one of the `factors` found that it goes with."""
+    assert scales.run is not None
+    assert nested.run is not None
+    first = _run_range(scales.run, wanted)[0]
+    of = (first + np.arange(len(codes))) // (nested.run // scales.run)
+    return factors[of - _run_range(nested.run, wanted)[0]]
+
+
+def begun(part: Part, words: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
+    """Those of `read_words` whose first element is wanted, so that each is in one of bands that follow each other."""
+    if part.run is None:
+        return words
+    return words[1:] if _first(axes) % part.run else words
+
+
+def _first(axes: Sequence[Axis]) -> int:
+    place = 0
+    for axis in axes:
+        place = place * axis.length + int(axis.at[0])
+    return place
+
+
+def _flat(axes: Sequence[Axis]) -> np.ndarray:
+    """The places of what is wanted in row-major order."""
+    places = np.zeros((), np.int64)
+    for axis in axes:
+        places = places[..., None] * axis.length + axis.at
+    return places
+
+
+def _run_range(run: int, axes: Sequence[Axis]) -> tuple[int, int]:
+    """From where to where stored numbers that serve runs of elements have what is wanted."""
+    last = 0
+    for axis in axes:
+        last = last * axis.length + int(axis.at[-1])
+    return _first(axes) // run, last // run + 1
 
 
 def _range(part: Part, number: int, axis: Axis) -> tuple[int, int]:

@@ -1,9 +1,9 @@
 """How a quantised tensor lies in a folder: the stored tensors that it is made of, and what their numbers are for.
 
 Every format here is one formula. An element is the value of its code, less the zero point of its block if there are
-zero points, times the scale of its block, which a further scale of the whole tensor may multiply or divide. A
-`QuantizedTensor` says which stored tensor has which of these; a `Format` finds them by names, dtypes and shapes.
-`jaxmoe.interop.quantization.folder` reads and writes them.
+zero points, times the scale of its block, which a further scale of the whole tensor may multiply or divide, or which
+may be quantised itself. A `QuantizedTensor` says which stored tensor has which of these; a `Format` finds them by
+names, dtypes and shapes. `jaxmoe.interop.quantization.folder` reads and writes them.
 
 Stored tensors have the matrix' rows and columns last, whatever the order of the axes in the unquantised tensor: (...,
 rows, columns). So a matrix that is stored transposed has the axes (out, in), and rows along in.
@@ -14,13 +14,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from jaxmoe.errors import UserError, quote
 from jaxmoe.interop.quantization.arithmetic import SMALLEST_NORMAL, Arithmetic
 from jaxmoe.interop.storage.format import TensorInfo
+from jaxmoe.interop.storage.reader import CheckpointFolder
 
 ROWS, COLUMNS = -2, -1
+BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +57,16 @@ class Part:
         step: rows and columns of elements that share one of its integers or floats.
         packing: where several of them lie in one stored number.
         fold: the stored columns are two axes, of which the last has this length.
+        run: so many elements share one, in row-major order and across the ends of rows; `step` then says nothing.
+        flat: all of it is stored as one axis.
     """
 
     tensor: str
     step: tuple[int, int] = (1, 1)
     packing: Packing | None = None
     fold: int = 1
+    run: int | None = None
+    flat: bool = False
 
     def grain(self, axis: int) -> tuple[int, int]:
         """Elements along an axis that share an integer or float, and how many of those a stored number has."""
@@ -70,11 +77,14 @@ class Part:
 
     def stored(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the stored tensor for elements of `shape`, its columns as one axis."""
+        if self.run is not None:
+            return (math.ceil(math.prod(shape) / self.run),)
         grains = (self.grain(axis) for axis in range(-len(shape), 0))
-        return tuple(
+        sizes = tuple(
             math.ceil(math.ceil(size / step) / count)
             for size, (step, count) in zip(shape, grains, strict=True)
         )
+        return (math.prod(sizes),) if self.flat else sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +116,21 @@ class Whole:
 
 
 @dataclasses.dataclass(frozen=True)
+class Nested:
+    """How scales are quantised themselves, that are stored in the order of their blocks.
+
+    Attributes:
+        part: float32, what their values are multiplied by.
+        table: name of a stored tensor that has the values of their codes.
+        offset: is added then.
+    """
+
+    part: Part
+    table: str
+    offset: np.float32
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
     """A quantised tensor.
 
@@ -122,6 +147,10 @@ class QuantizedTensor:
             follow each other.
         groups_axis: `ROWS` or `COLUMNS`.
         declared: name of a stored tensor that repeats `shape`, or None.
+        nested: how scales are quantised, or None.
+        unit: what products of codes and scales are multiplied by, in float32, or None.
+        table: name of a stored tensor that repeats the values of codes, or None.
+        dtype: of the tensor without quantisation.
     """
 
     name: str
@@ -135,6 +164,10 @@ class QuantizedTensor:
     groups: str | None = None
     groups_axis: int = COLUMNS
     declared: str | None = None
+    nested: Nested | None = None
+    unit: np.float32 | None = None
+    table: str | None = None
+    dtype: np.dtype = BF16
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -145,18 +178,27 @@ class QuantizedTensor:
     def parts(self) -> tuple[Part, ...]:
         """The stored tensors whose content follows from that of the tensor."""
         whole = None if self.whole is None else self.whole.part
-        return tuple(part for part in (self.codes, self.scales, self.zeros, whole) if part is not None)
+        nested = None if self.nested is None else self.nested.part
+        return tuple(
+            part for part in (self.codes, self.scales, self.zeros, whole, nested) if part is not None
+        )
 
     @property
     def names(self) -> frozenset[str]:
         """All stored tensors."""
-        others = (name for name in (self.groups, self.declared) if name is not None)
+        tables = (self.table, None if self.nested is None else self.nested.table)
+        others = (name for name in (self.groups, self.declared, *tables) if name is not None)
         return frozenset((*(part.tensor for part in self.parts), *others))
 
     @property
     def transposed(self) -> bool:
         """Whether elements that follow each other in the tensor lie in different stored rows."""
         return self.order[-1] != len(self.order) - 1
+
+    @property
+    def repeats_only(self) -> bool:
+        """Whether a part of it cannot be quantised anew: a scale serves several rows, or other blocks' scales."""
+        return any(part.run is not None for part in self.parts)
 
     @property
     def height(self) -> int:
@@ -172,7 +214,7 @@ class Format(Protocol):
         """What a folder has in this format, for a message."""
 
     def find(
-        self, tensors: Mapping[str, TensorInfo], problems: list[str]
+        self, stored: CheckpointFolder, problems: list[str]
     ) -> tuple[list[QuantizedTensor], frozenset[str]]:
         """The quantised tensors of a folder, and the names of all stored ones that have no place without quantisation.
 

@@ -5,6 +5,7 @@ of the names, and the bfloat16 values that this stands for. `FORMATS` has them w
 """
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -155,6 +156,64 @@ def gptq(
     return stored, _transposed((codes - zeros[of]) * scales.astype(np.float64)[of])
 
 
+NF4 = """
+    -1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022823334
+    -0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224
+    0.44070982933044434 0.5626170039176941 0.7229568362236023 1.0
+"""
+BOOKS = {
+    "nf4": np.array(NF4.split(), np.float32),
+    "fp4": np.array([s * v / 192 for s in (1, -1) for v in (0, 1, 128, 192, 64, 96, 32, 48)], np.float32),
+}
+
+
+def bnb4(
+    random: np.random.Generator,
+    shape: tuple[int, ...],
+    *,
+    kind: str = "nf4",
+    block: int = 64,
+    nested: bool = False,
+    dtype: str = "bfloat16",
+    storage: Any = np.uint8,
+    name: str = "weight",
+) -> Made:
+    """bitsandbytes: elements in row-major order, two to a byte, the first in the high bits; blocks through rows."""
+    size = int(np.prod(shape))
+    codes = random.integers(0, 16, size)
+    blocks = -(-size // block)
+    state = {"quant_type": kind, "blocksize": block, "dtype": dtype, "shape": shape}
+    absmax = scales_of(random, (blocks,), np.float32)
+    stored = {
+        name: (codes[::2] * 16 + codes[1::2]).astype(np.uint8).view(storage)[:, None],
+        f"{name}.absmax": absmax,
+        f"{name}.quant_map": BOOKS[kind],
+    }
+    if nested:
+        scale_codes = random.integers(0, 256, blocks, np.uint8)
+        table = np.sort(random.uniform(-1, 1, 256)).astype(np.float32)
+        each = scales_of(random, (-(-blocks // 256),), np.float32)
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.0302734375}
+        absmax = table[scale_codes] * each[np.arange(blocks) // 256] + np.float32(0.0302734375)
+        stored |= {
+            f"{name}.absmax": scale_codes,
+            f"{name}.nested_absmax": each,
+            f"{name}.nested_quant_map": table,
+        }
+    said = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    values = BOOKS[kind][codes] * absmax[np.arange(size) // block]
+    given = {"bfloat16": to_bf16, "float16": np.float16, "float32": np.float32}[dtype](values)
+    return stored | {f"{name}.quant_state.bitsandbytes__{kind}": said}, given.reshape(shape)
+
+
+def bnb8(random: np.random.Generator, shape: tuple[int, int]) -> Made:
+    """bitsandbytes' LLM.int8."""
+    codes = random.integers(-127, 128, shape, np.int8)
+    scales = scales_of(random, shape[:1], np.float32)
+    stored = {"weight": codes, "SCB": scales, "weight_format": np.array(0, np.uint8)}
+    return stored, to_bf16(codes * scales[:, None] * np.float32(7.874015718698502e-3))
+
+
 def _transposed(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(to_bf16(values).T)
 
@@ -197,6 +256,25 @@ def _modelopt_config(algorithm: str) -> dict[str, Any]:
         "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
         "producer": {"name": "modelopt", "version": "0.33.0"},
     }
+
+
+def bnb_config(bits: int, **fields: Any) -> dict[str, Any]:
+    usual = {
+        "_load_in_4bit": bits == 4,
+        "_load_in_8bit": bits == 8,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": bits == 4,
+        "load_in_8bit": bits == 8,
+        "quant_method": "bitsandbytes",
+    }
+    return usual | fields
 
 
 _ACTIVATION = {"input_scale": np.array(0.5, np.float32)}
@@ -286,4 +364,14 @@ FORMATS: Mapping[str, Kind] = {
         functools.partial(gptq, less_one=False), _gptq_config(checkpoint_format="gptq_v2", format="gptq_v2")
     ),
     "gptq of 8 bits": Kind(functools.partial(gptq, bits=8, group=10**6), _gptq_config(bits=8, group_size=-1)),
+    "nf4": Kind(bnb4, bnb_config(4)),
+    "nf4 in rows of blocks": Kind(functools.partial(bnb4, block=32), bnb_config(4)),
+    "nf4 with double quantisation": Kind(
+        functools.partial(bnb4, block=32, nested=True), bnb_config(4, bnb_4bit_use_double_quant=True)
+    ),
+    "fp4 in float32": Kind(
+        functools.partial(bnb4, kind="fp4", storage=np.float32),
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": "float32"},
+    ),
+    "llm.int8": Kind(bnb8, bnb_config(8)),
 }

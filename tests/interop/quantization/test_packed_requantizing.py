@@ -31,8 +31,11 @@ ENDINGS = {
     "gptq": ("qweight", "scales", "qzeros"),
     "gptq in any order": ("qweight", "scales", "qzeros"),
     "gptq of 8 bits": ("qweight", "scales", "qzeros"),
+    "nf4 in rows of blocks": ("weight", "weight.absmax"),
+    "llm.int8": ("weight", "SCB"),
 }
 STEPS = {"fp8": 2.0**-4, "float": 2.0**-4, "nvfp4": 2.0**-2, "mxfp4": 2.0**-2, "int8": 1 / 127, "int4": 1 / 7}
+STEPS["nf4 in"] = 0.304
 """Largest error over the largest number of a block; by default that of four bits, half of 1/15 of the range."""
 
 
@@ -68,12 +71,12 @@ def test_blocks_that_changed(folders, monkeypatch, kind, piece):
     others = made != before  # only what shares a scale with a number that changed: in a group, a row, or all
     if kind != "modelopt fp8":
         assert not np.delete(others, ROW, 0).any()
-    if kind in ("int4", "int4 with zero points", "awq", "gptq", "mxfp4"):
+    if kind in ("int4", "int4 with zero points", "awq", "gptq", "mxfp4", "nf4 in rows of blocks"):
         assert not others[ROW, :32].any()
         assert not others[ROW, 64:].any()
     step = next((size for name, size in STEPS.items() if name in kind), 2 / 15)
     error, size = np.abs(made - wanted), np.abs(wanted)
-    if kind not in ("modelopt fp8", "fp8 per row", "int8"):
+    if kind not in ("modelopt fp8", "fp8 per row", "int8", "llm.int8"):
         size, error = size[ROW, 32:64], error[ROW, 32:64]
         if kind.endswith("any order"):
             size = np.abs(wanted[ROW])

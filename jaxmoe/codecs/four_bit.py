@@ -1,0 +1,303 @@
+"""nf4 and fp4 (arXiv 2305.14314): four bits a weight, and a float32 scale for each block of the tensor's elements.
+
+The elements of a tensor in row-major order are cut into blocks, of 64 by default. The scale is the block's largest
+magnitude, and an element's code that of the nearest value to what it is of the scale:
+
+    absmax = max |x|        code = nearest(x * (1 / absmax))        x ≈ value[code] * absmax
+
+in float32, rounded once to the dtype that is asked for. With double quantisation the scales are quantised in turn: less
+the mean of all scales of the tensor, in blocks of 256, to the 8 bits of `tables.DYNAMIC`. So which elements make up one
+tensor is part of what a tensor is: experts quantised one by one have other values than all of a layer as one. Without
+double quantisation they do not, as long as no block has elements of two of them.
+
+In memory codes and scales are as a loop over rows wants them (`FourBit`); `from_stored` and `to_stored` take and give
+what bitsandbytes stores. All functions take jax's arrays, and numpy's. Bytes are those of bitsandbytes but for blocks
+whose magnitudes are below the normal float32 numbers, which XLA takes for 0.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxmoe.codecs.tables import DYNAMIC, VALUES, ZERO, namespace, nearest, nearest_dynamic, values_of
+
+Array = jax.Array | np.ndarray
+"""Of jax or of numpy."""
+
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Sizes of blocks."""
+SCALES_PER_BLOCK = 256
+"""Scales that share one, with double quantisation."""
+
+_LEAST = np.float32(1e-38)  # scale of a last block that is shorter
+_LEAST_NORMAL = np.finfo(np.float32).tiny
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FourBit:
+    """A tensor (…, o, i) in four bits, or several alike along axes before: a pytree of arrays, and what they mean.
+
+    Rows that are whole blocks are kept apart: codes (…, o, b, block / 2) and scales (…, o, b), so that a slice of rows,
+    or of blocks of all rows, is one of both arrays. A tensor of other rows is kept as a row of its blocks, codes (b,
+    block / 2) and scales (b), the last block filled up with zeros.
+
+    Byte j of a block has element j in the high four bits and element j + block / 2 in the low ones. So each half of a
+    block is made of neighbouring bytes by the same operations, which is what vectors of a CPU want, and, where a block
+    is 64, gives a tensor core 32 columns at a time. (bitsandbytes has elements 2 j and 2 j + 1 in a byte.)
+
+    Attributes:
+        codes: uint8.
+        absmax: float32 scales, or with double quantisation their codes in `tables.DYNAMIC`, uint8.
+        nested_absmax: with double quantisation float32, one for 256 scales in row-major order.
+        offset: with it float32, the mean of all scales.
+        kind: "nf4" or "fp4".
+        block: elements that share a scale.
+        shape: of one tensor. Axes before it are of several tensors, each with an offset of its own.
+    """
+
+    codes: Array
+    absmax: Array
+    nested_absmax: Array | None
+    offset: Array | None
+    kind: str = dataclasses.field(metadata={"static": True})
+    block: int = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the axes before those of one tensor."""
+        axes = len(self.shape) if _has_whole_rows(self.shape, self.block) else 1
+        return self.absmax.shape[: self.absmax.ndim - axes]
+
+
+class Stored(NamedTuple):
+    """What bitsandbytes stores of one tensor of n elements.
+
+    Attributes:
+        codes: uint8 (ceil(n / 2), 1), the first of two elements in the high four bits.
+        absmax: float32 (ceil(n / block)), or with double quantisation uint8.
+        nested_absmax: with it float32 (ceil(blocks / 256)).
+        offset: with it float32 ().
+    """
+
+    codes: Array
+    absmax: Array
+    nested_absmax: Array | None = None
+    offset: Array | None = None
+
+
+def quantize(
+    values: Float[Array, "..."], kind: str = "nf4", block: int = 64, nested: bool = False
+) -> FourBit:
+    """Quantise one tensor; ``jax.vmap(quantize)`` each of a stack.
+
+    Args:
+        values: (…, i), finite, of bfloat16, float16 or float32.
+        kind: "nf4" or "fp4".
+        block: one of `BLOCKS`.
+        nested: quantise the scales, too.
+
+    Raises:
+        ValueError: another kind or block, or a tensor without elements.
+        TypeError: another dtype.
+    """
+    _check(kind, block, values.shape)
+    if values.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise TypeError(f"found values of {values.dtype}, expected bfloat16, float16 or float32")
+    xp = namespace(values)
+    blocks, short = _blocks(values.astype(xp.float32), block)
+    absmax = xp.abs(blocks).max(-1)
+    divisor = xp.maximum(absmax, _LEAST_NORMAL)
+    scaled = blocks * (np.float32(1) / divisor)[..., None]
+    if short:  # bitsandbytes divides the last block, and gives it no scale of 0
+        absmax = xp.concatenate([absmax[:-1], xp.maximum(absmax[-1:], _LEAST)])
+        # Where one number divides many, XLA takes the reciprocal, too.
+        each = divisor[-1:, None] + 0 * blocks[-1:]
+        scaled = xp.concatenate([scaled[:-1], blocks[-1:] / each])
+    half = block // 2
+    codes = (nearest(scaled[..., :half], kind) << 4) | nearest(scaled[..., half:], kind)
+    if not nested:
+        return FourBit(codes, absmax, None, None, kind, block, values.shape)
+    offset = _mean(absmax.reshape(-1))
+    scales, nested_absmax = _quantize_scales(absmax.reshape(-1) - offset)
+    return FourBit(codes, scales.reshape(absmax.shape), nested_absmax, offset, kind, block, values.shape)
+
+
+def dequantize(packed: FourBit, dtype: Any = jnp.bfloat16) -> Float[Array, "..."]:
+    """The values of a tensor or of a stack of them, (…, *shape)."""
+    stack, shape = packed.stack, packed.shape
+    values = _decode(packed.codes, plain(packed).absmax, packed.kind, dtype)
+    if not _has_whole_rows(shape, packed.block):
+        values = values.reshape(*stack, -1)[..., : math.prod(shape)]
+    return values.reshape(*stack, *shape)
+
+
+def dequantize_rows(
+    packed: FourBit, start: Any, count: int, dtype: Any = jnp.bfloat16
+) -> Float[Array, "o i"]:
+    """Some rows of one tensor, of jax's arrays.
+
+    Args:
+        packed: one tensor, no stack. The axes before its last are counted as one: row e * o of (e, o, i) is the first
+            of the matrix e.
+        start: the first row; may be traced.
+        count: of rows.
+        dtype: of the result.
+    """
+    columns, block = packed.shape[-1], packed.block
+    codes, absmax = packed.codes.reshape(-1, block // 2), packed.absmax.reshape(-1)
+    whole = _has_whole_rows(packed.shape, block)
+    # Of rows that are not whole blocks, as many blocks as have any of them wherever they begin.
+    held = count * columns // block if whole else (count * columns + block - 2) // block + 1
+    held = min(held, len(absmax))
+    first = jnp.minimum(start * columns // block, len(absmax) - held)
+    codes, absmax = (jax.lax.dynamic_slice_in_dim(array, first, held) for array in (codes, absmax))
+    if packed.nested_absmax is not None and packed.offset is not None:
+        each = packed.nested_absmax[(first + jnp.arange(held)) // SCALES_PER_BLOCK]
+        absmax = _scales(absmax, each, packed.offset)
+    values = _decode(codes, absmax, packed.kind, dtype).reshape(-1)
+    if not whole:
+        values = jax.lax.dynamic_slice_in_dim(values, start * columns - first * block, count * columns)
+    return values.reshape(count, columns)
+
+
+def plain(packed: FourBit) -> FourBit:
+    """The same without double quantisation: its scales are the values that the quantised ones stand for."""
+    if packed.nested_absmax is None or packed.offset is None:
+        return packed
+    xp = namespace(packed.absmax)
+    stack, shape = packed.stack, packed.absmax.shape
+    flat = packed.absmax.reshape(*stack, -1)
+    each = xp.repeat(packed.nested_absmax, SCALES_PER_BLOCK, -1)[..., : flat.shape[-1]]
+    absmax = _scales(flat, each, packed.offset[..., None]).reshape(shape)
+    return dataclasses.replace(packed, absmax=absmax, nested_absmax=None, offset=None)
+
+
+def from_stored(stored: Stored, kind: str, block: int, shape: tuple[int, ...]) -> FourBit:
+    """What bitsandbytes stores of one tensor, as a loop wants it: the same codes and scales, no value computed.
+
+    Raises:
+        ValueError: another kind or block than there are, or arrays that are not those of `shape`.
+    """
+    _check(kind, block, shape)
+    size = math.prod(shape)
+    blocks = -(-size // block)
+    expected = [(-(-size // 2), 1), (blocks,)]
+    found = [tuple(stored.codes.shape), tuple(stored.absmax.shape)]
+    if stored.nested_absmax is not None:
+        expected.append((-(-blocks // SCALES_PER_BLOCK),))
+        found.append(tuple(stored.nested_absmax.shape))
+    if found != expected:
+        raise ValueError(f"found stored arrays of shapes {found}, expected {expected} of a tensor {shape}")
+    xp = namespace(stored.codes)
+    pairs = stored.codes.reshape(-1)
+    flat = xp.stack([pairs >> 4, pairs & 15], -1).reshape(-1)[:size]
+    flat = xp.pad(flat, (0, blocks * block - size), constant_values=ZERO[kind])
+    absmax = stored.absmax
+    if _has_whole_rows(shape, block):
+        absmax = absmax.reshape(*shape[:-1], -1)
+    halves = flat.reshape(*absmax.shape, 2, block // 2)
+    codes = (halves[..., 0, :] << 4) | halves[..., 1, :]
+    return FourBit(codes, absmax, stored.nested_absmax, stored.offset, kind, block, tuple(shape))
+
+
+def to_stored(packed: FourBit) -> Stored:
+    """What bitsandbytes stores of one tensor.
+
+    Raises:
+        ValueError: it is a stack of several.
+    """
+    if packed.stack:
+        raise ValueError(f"found a stack of {packed.stack} tensors, expected one")
+    xp = namespace(packed.codes)
+    size = math.prod(packed.shape)
+    flat = xp.concatenate([packed.codes >> 4, packed.codes & 15], -1).reshape(-1)
+    flat = xp.pad(flat[:size], (0, size % 2), constant_values=ZERO[packed.kind])
+    pairs = (flat[::2] << 4) | flat[1::2]
+    return Stored(pairs.reshape(-1, 1), packed.absmax.reshape(-1), packed.nested_absmax, packed.offset)
+
+
+def _check(kind: str, block: int, shape: tuple[int, ...]) -> None:
+    if kind not in VALUES:
+        raise ValueError(f"kind is {kind!r}, expected {' or '.join(map(repr, VALUES))}")
+    if block not in BLOCKS:
+        raise ValueError(f"block is {block}, expected one of {', '.join(map(str, BLOCKS))}")
+    if not shape or 0 in shape:
+        raise ValueError(f"found a tensor of shape {tuple(shape)}, expected one with elements")
+
+
+def _has_whole_rows(shape: tuple[int, ...], block: int) -> bool:
+    return shape[-1] % block == 0
+
+
+def _blocks(values: Array, block: int) -> tuple[Array, bool]:
+    """(…, o, b, block), or (b, block) where blocks go through rows; and whether the last one was shorter."""
+    shape, xp = values.shape, namespace(values)
+    if _has_whole_rows(shape, block):
+        return values.reshape(*shape[:-1], -1, block), False
+    missing = -math.prod(shape) % block
+    return xp.pad(values.reshape(-1), (0, missing)).reshape(-1, block), missing > 0
+
+
+def _decode(codes: Array, absmax: Array, kind: str, dtype: Any) -> Array:
+    """Bytes (…, block / 2) and float32 scales (…) → values (…, block)."""
+    halves = [_bits(values_of(half, kind) * absmax[..., None], dtype) for half in (codes >> 4, codes & 15)]
+    return _of_bits(namespace(codes).concatenate(halves, -1), dtype)
+
+
+def _bits(values: Array, dtype: Any) -> Array:
+    """Float32 → `dtype`, of bfloat16 as uint16.
+
+    XLA rounds to bfloat16 by way of a test for NaN that costs a CPU more than all the rest; there is none here.
+    """
+    if namespace(values) is np or dtype != jnp.bfloat16:
+        return values.astype(dtype)
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(jnp.uint16)  # to nearest, ties to even
+
+
+def _of_bits(bits: Array, dtype: Any) -> Array:
+    return jax.lax.bitcast_convert_type(bits, dtype) if bits.dtype == jnp.uint16 else bits
+
+
+def _quantize_scales(less: Array) -> tuple[Array, Array]:
+    """Scales less their mean, (n) → codes (n) and one float32 for 256 of them."""
+    xp, count = namespace(less), less.shape[0]
+    blocks = xp.pad(less, (0, -count % SCALES_PER_BLOCK)).reshape(-1, SCALES_PER_BLOCK)
+    absmax = xp.abs(blocks).max(-1)
+    there = absmax > 0
+    codes = nearest_dynamic(blocks * (np.float32(1) / xp.where(there, absmax, 1))[:, None])
+    return xp.where(there[:, None], codes, xp.uint8(0)).reshape(-1)[:count], absmax
+
+
+def _scales(codes: Array, nested_absmax: Array, offset: Array) -> Array:
+    """Codes of scales, with what each is multiplied by → scales, float32."""
+    xp = namespace(codes)
+    products = xp.asarray(DYNAMIC)[codes] * nested_absmax
+    if xp is np:
+        return products + offset
+    # XLA rounds a product with a sum once. It does not where bits lie between that it does not know: the sign, 0 here.
+    sign = jax.lax.bitcast_convert_type(nested_absmax, jnp.uint32) >> 31
+    bits = jax.lax.bitcast_convert_type(products, jnp.uint32) ^ sign
+    return jax.lax.bitcast_convert_type(bits, jnp.float32) + offset
+
+
+def _mean(values: Array) -> Array:
+    """Of float32 (n), by pairs, with what each sum loses kept: the same in any place, off by one bit at most."""
+    xp, count = namespace(values), values.shape[0]
+    lost = xp.zeros_like(values)
+    while values.shape[0] > 1:
+        values, lost = (xp.pad(array, (0, array.shape[0] % 2)) for array in (values, lost))
+        one, other = values[::2], values[1::2]
+        values = one + other
+        got = values - one
+        lost = lost[::2] + lost[1::2] + ((one - (values - got)) + (other - got))
+    # What XLA does not know while it compiles it divides by; otherwise it would multiply by the reciprocal.
+    unknown = np.float32(count) + 0 * values[0]
+    return (values[0] + lost[0]) / unknown
