@@ -1,7 +1,5 @@
 """Adapters in our trees against PEFT on transformers' models: the same logits, and the same gradients of A and B."""
 
-import dataclasses
-
 import families
 import jax
 import jax.numpy as jnp
@@ -11,27 +9,28 @@ from helpers import adapters, parity
 
 from jaxmoe.config import AdapterConfig
 from jaxmoe.interop.families import FAMILIES
-from jaxmoe.errors import UserError
-from jaxmoe.interop.adapting import adapt, base_of, named_pairs
+from jaxmoe.interop.adapting import adapt
 from jaxmoe.interop.loading import load_params
 from jaxmoe.interop.peft.reading import read_adapter
-from jaxmoe.interop.source import config_source, open_source
+from jaxmoe.interop.peft.today import today
+from jaxmoe.interop.source import open_source
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import make_batch
-from jaxmoe.params import joined, named, split
+from jaxmoe.params import joined, split
 
 pytestmark = pytest.mark.torch
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
-def targets_of(model) -> dict:
-    """Everything that PEFT can adapt of a family: linear layers, routers, experts."""
-    anatomy = adapters.anatomy_of(model)
-    modules = sorted({m.name.rpartition(".")[2] for m in anatomy.modules if m.kind == "linear" and not m.aside})
-    bare = [m.full(p) for m in anatomy.modules for p, s in m.parameters.items() if not m.aside and len(s) == 3]
-    routers = [m.full("weight") for m in anatomy.modules if m.kind == "router" and not m.aside]
-    return {"target_modules": modules, "target_parameters": [*bare, *routers]}
+def targets_of(base) -> dict:
+    """Everything that PEFT can adapt of a language model: linear layers, routers, experts."""
+    source = open_source(base)
+    modules = today(source).anatomy.modules
+    linear = [m.name for m in modules if m.kind == "linear"]
+    bare = [m.full(p) for m in modules for p, shape in m.parameters.items() if len(shape) == 3]
+    routers = [m.full("weight") for m in modules if m.kind == "router"]
+    return {"target_modules": linear, "target_parameters": [*bare, *routers]}
 
 
 def saved_model(name, folder):
@@ -39,7 +38,7 @@ def saved_model(name, folder):
     model = families.torch_model(name)
     anatomy = adapters.anatomy_of(model)
     model.save_pretrained(folder / "base")
-    wrapped = adapters.adapted(model, r=3, lora_alpha=11, **targets_of(model))
+    wrapped = adapters.adapted(model, r=3, lora_alpha=2, **targets_of(folder / "base"))
     return folder / "base", wrapped, adapters.save(wrapped, folder / "adapter"), anatomy
 
 

@@ -68,34 +68,28 @@ def test_what_is_not_adapted_keeps_its_bytes(finished, workspace):
     assert changed
     adapted = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "mlp.gate.weight")
     assert all(any(part in name for part in adapted) for name in changed)
-    own = [name for name in before if any(part in name for part in adapted) and "layers.0." in name]
+    own = [name for name in before if any(part in name for part in adapted) and "layers.1." in name]
     assert changed.issuperset(own)
 
 
 @pytest.mark.torch
 def test_peft_computes_what_was_trained(finished, workspace):
-    """The export under PEFT, merged by PEFT, and our merged folder give the same logits."""
+    """PEFT loads the export, and merges it into the numbers of our merged folder."""
     import torch
     import transformers
 
-    def base(path):
-        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    from jaxmoe.interop.torch_bridge import to_numpy
 
-    tokens = torch.from_numpy(np.random.default_rng(0).integers(3, 90, (2, 19)))
-    wrapped = adapters.load(base(workspace / "model"), finished[0] / "export")
-    with torch.no_grad():
-        plain = base(workspace / "model")(tokens).logits.numpy()
-        theirs = wrapped(tokens).logits.numpy()
-    assert np.abs(theirs - plain).max() > 0.02
-    from jaxmoe.interop.pretrained import from_pretrained
+    def load(path):
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
 
-    # In bfloat16 on disk, as the base is: merging rounds.
-    ours = np.asarray(from_pretrained(finished[0] / "merged", dtype="float32")(tokens.numpy()))
-    assert np.abs(ours - theirs).max() < 0.2 * np.abs(theirs - plain).max()
-    with adapters.quiet(), torch.no_grad():
-        bfloat = adapters.load(base(workspace / "model").to(torch.bfloat16), finished[0] / "export")
-        merged = bfloat.merge_and_unload().to(torch.float32)(tokens).logits.numpy()
-    np.testing.assert_allclose(ours, merged, atol=1e-4 * np.abs(merged).max())
+    wrapped = adapters.load(load(workspace / "model"), finished[0] / "export")
+    with adapters.quiet():
+        theirs = wrapped.merge_and_unload().state_dict()
+    ours = load(finished[0] / "merged").state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(to_numpy(ours[name]), to_numpy(value), err_msg=name)
 
 
 def test_resume_is_exact(finished, workspace, tmp_path, monkeypatch):
@@ -106,13 +100,12 @@ def test_resume_is_exact(finished, workspace, tmp_path, monkeypatch):
         assert (tmp_path / "run" / name).read_bytes() == (finished[0] / name).read_bytes()
 
 
-def test_checkpoints_hold_only_what_trains(finished, workspace):
-    def size(folder):
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-    base = sum(path.stat().st_size for path in (workspace / "model").glob("*.safetensors"))
-    trained = (finished[0] / "export" / "adapter_model.safetensors").stat().st_size
-    assert size(finished[0] / "checkpoints" / "6") < 3.5 * trained + 20_000 < 4 * base
+def test_checkpoints_hold_only_what_trains(finished):
+    metadata = json.loads((finished[0] / "checkpoints" / "6" / "state" / "_METADATA").read_text())
+    names = [name for name in metadata["tree_metadata"] if "opt_state" not in name]
+    assert any("'a'" in name for name in names)
+    assert any("'b'" in name for name in names)
+    assert not any("'base'" in name or "norm" in name for name in names), names
 
 
 def test_export_command(finished, tmp_path, capfd):
@@ -135,17 +128,23 @@ def test_going_on_with_an_adapter(finished, workspace, tmp_path):
     after = load_file(tmp_path / "run" / "export" / "adapter_model.safetensors")
     assert before.keys() == after.keys()
     for name, array in before.items():
-        assert np.abs(after[name] - array).max() < 0.5 * np.abs(array).max(), name
+        assert np.corrcoef(after[name].ravel(), array.ravel())[0, 1] > 0.8, name
 
 
-def test_merged_export_of_random_weights(workspace, tmp_path):
-    from helpers import tiny
-
+def test_merged_export_of_random_weights(workspace, tmp_path, capfd):
+    """Without a folder to follow: the same numbers as the adapter on the export of the weights that it began with."""
     raw = json.loads((workspace / "model" / "config.json").read_text())
     changes = {"model": {"config": raw, "dtype": "float32"}, "data__tokenizer": str(workspace / "model")}
-    loop.run(config_of(workspace, tmp_path / "run", **changes, train__steps=1, train__export="merged"))
-    assert (tmp_path / "run" / "export" / "config.json").exists()
-    del tiny
+    changes |= {"train__steps": 2, "train__export": "both"}
+    loop.run(config_of(workspace, tmp_path / "run", **changes))
+    frozen = {"optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0, "train__export": True, "adapter": None}
+    loop.run(config_of(workspace, tmp_path / "base", **(changes | frozen)))
+    assert cli(["merge", *(str(tmp_path / name) for name in ("base/export", "run/export", "merged"))]) == 0
+    capfd.readouterr()
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("run/merged", "merged"))
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_allclose(ours[name], array, atol=1e-6, err_msg=name)
 
 
 REFUSED = [
