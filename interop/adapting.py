@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.config import AdapterConfig
+from jaxmoe.config import AdapterConfig, QuantizationConfig
 from jaxmoe.errors import UserError, listed
 from jaxmoe.interop.peft.adapter import Adapter
 from jaxmoe.interop.peft.adapter import LowRank as Pair
@@ -25,6 +25,7 @@ from jaxmoe.interop.peft.config import parse_adapter_config
 from jaxmoe.interop.peft.matching import match
 from jaxmoe.interop.peft.reading import read_adapter
 from jaxmoe.interop.peft.today import Today, today
+from jaxmoe.interop.quantizing import Form, forms_of
 from jaxmoe.interop.rules import Binding
 from jaxmoe.interop.selection import regrouped
 from jaxmoe.interop.source import Source
@@ -53,6 +54,7 @@ class Adapted:
         saved: names of the parameters that are trained as a whole.
         given: the adapter that training begins with, or None for a new one.
         init: how the factors of a new one begin, see `jaxmoe.config.AdapterConfig`.
+        forms: of the frozen parameters that are held in few bits, by our names.
     """
 
     source: Source
@@ -61,31 +63,44 @@ class Adapted:
     saved: frozenset[str]
     given: Adapter | None
     init: str
+    forms: Mapping[str, Form] = dataclasses.field(default_factory=dict)
 
     @property
     def declared(self) -> Tree:
-        """`ModelSpec.declared` with a `LowRank` in the place of every adapted parameter."""
-        return self._with_pairs(lambda _, declared, places: _declared_pair(declared, places))
+        """`ModelSpec.declared` with a `LowRank` in the place of every adapted parameter, and packed bases."""
+
+        def base(name: str, declared: Param) -> Any:
+            return self.forms[name].packed if name in self.forms else declared
+
+        return self._with_pairs(
+            lambda name, declared, places: dataclasses.replace(
+                _declared_pair(declared, places), base=base(name, declared)
+            ),
+            base,
+        )
 
     @property
     def mask(self) -> Tree:
         """What is trained, a tree like `declared`."""
         saved = {self.model.bindings[name].target for name in self.saved}
+        def base(name: str, trained: bool) -> Any:
+            return jax.tree.map(lambda _: False, self.forms[name].packed) if name in self.forms else trained
+
         return self._with_pairs(
-            lambda _, declared, places: LowRank(False, True, True, places[0].width.scale),
-            lambda name: name in saved,
+            lambda name, _, places: LowRank(base(name, False), True, True, places[0].width.scale),
+            lambda name, _: base(name, name in saved),
         )
 
     def rates(self, ratio: float) -> Tree | None:
         """Factors on the learning rate, a tree like `declared`: `ratio` for every B; None where all are 1."""
         if ratio == 1.0:
             return None
-        return self._with_pairs(
-            lambda _, declared, places: LowRank(1.0, 1.0, ratio, places[0].width.scale), lambda _: 1.0
-        )
+        ones = jax.tree.map(lambda _: 1.0, self.declared)
+        raised = lambda one: dataclasses.replace(one, b=ratio) if _is_pair(one) else one
+        return jax.tree.map(raised, ones, is_leaf=_is_pair)
 
-    def _with_pairs(self, pair: Any, other: Any = None) -> Tree:
-        """`pair` of (name, declaration, places) for each adapted parameter; of the others `other` of their name."""
+    def _with_pairs(self, pair: Any, other: Any) -> Tree:
+        """`pair` of (name, declaration, places) for each adapted parameter; of the others `other` of both first."""
         spec = self.source.spec
         leaves = []
         for name, declared in named(spec.declared):
@@ -93,7 +108,7 @@ class Adapted:
             if places:
                 leaves.append(pair(name, declared, places))
             else:
-                leaves.append(declared if other is None else other(name))
+                leaves.append(other(name, declared))
         return jax.tree.unflatten(jax.tree.structure(spec.declared), leaves)
 
     @property
@@ -296,7 +311,9 @@ class Place:
         return at[:-1], at
 
 
-def adapt(source: Source, config: AdapterConfig) -> Adapted:
+def adapt(
+    source: Source, config: AdapterConfig, quantization: QuantizationConfig | None = None
+) -> Adapted:
     """What an adapter's config, or the adapter that it names, adapts of a model.
 
     Raises:
@@ -326,6 +343,12 @@ def adapt(source: Source, config: AdapterConfig) -> Adapted:
         model = today(layered)
     adapted = Adapted(layered, model, widths, saved, given, config.init)
     raise_problems(where, list(_uneven(adapted)))
+    if quantization is not None:
+        whole = {model.bindings[name].target for name in saved}
+        forms = forms_of(layered.spec.declared, model, quantization)
+        adapted = dataclasses.replace(
+            adapted, forms={name: form for name, form in forms.items() if name not in whole}
+        )
     return adapted
 
 

@@ -61,6 +61,7 @@ class Param:
             step changes it).
         num_heads: N, where a dimension is made of query heads, each of which stays whole on one device.
         float32: kept in float32 whatever the model computes in.
+        stored: dtype of what is no number of the model but a code or a scale of several; None for all others.
     """
 
     dims: str
@@ -69,6 +70,7 @@ class Param:
     role: Role
     num_heads: int | None = None
     float32: bool = False
+    stored: str | None = None
 
     @property
     def size(self) -> int:
@@ -77,7 +79,7 @@ class Param:
 
     def dtype(self, others: Any) -> Any:
         """The dtype that it has in a model of dtype `others`."""
-        return jnp.dtype("float32" if self.float32 else others)
+        return jnp.dtype(self.stored or ("float32" if self.float32 else others))
 
 
 def param(
@@ -157,12 +159,6 @@ def initializer(tree: Tree, std: float, dtype: Any, shardings: Tree | None = Non
         shardings: an optional tree of the same structure; each device then makes only its own shard.
     """
 
-    def draw(key: jax.Array, index: int, declared: Param, dtype: Any) -> jax.Array:
-        if declared.init == "normal":
-            values = std * jax.random.normal(jax.random.fold_in(key, index), declared.shape)
-            return values.astype(dtype)
-        return jnp.full(declared.shape, 1.0 if declared.init == "ones" else 0.0, dtype)
-
     leaves, structure = jax.tree.flatten(tree)
     kinds = jax.tree.leaves(dtypes(tree, dtype), is_leaf=is_none)
     if shardings is not None:
@@ -176,9 +172,16 @@ def initializer(tree: Tree, std: float, dtype: Any, shardings: Tree | None = Non
 
     def draw_all(key: jax.Array) -> Tree:
         drawn = [
-            None if kind is None else draw(key, index, leaf, kind)
+            None if kind is None else draw_param(key, index, leaf, std).astype(kind)
             for index, (leaf, kind) in enumerate(zip(leaves, kinds, strict=True))
         ]
         return jax.tree.unflatten(structure, drawn)
 
     return jax.jit(draw_all, out_shardings=shardings)
+
+
+def draw_param(key: jax.Array, index: int, declared: Param, std: float) -> jax.Array:
+    """Random float32 values of the parameter number `index`, as `initializer` draws them."""
+    if declared.init == "normal":
+        return std * jax.random.normal(jax.random.fold_in(key, index), declared.shape)
+    return jnp.full(declared.shape, 1.0 if declared.init == "ones" else 0.0, jnp.float32)

@@ -94,6 +94,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.export: found {train.export!r}, but the run has no adapter; expected true or false"
             )
+        if self.adapter is None and self.model.quantization is not None:
+            raise ValueError(
+                "model.quantization: found it without adapter, but weights in few bits cannot be trained; expected null, "
+                "or an adapter"
+            )
         if self.adapter is not None and (self.trainable is not None or self.frozen):
             key = "frozen" if self.trainable is None else "trainable"
             raise ValueError(

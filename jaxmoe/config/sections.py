@@ -100,6 +100,20 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class QuantizationConfig(Section):
+    """Frozen weights in few bits under adapters (QLoRA), as bitsandbytes has them."""
+
+    kind: Literal["nf4", "fp4", "int8"] = Field(
+        default="nf4", description="nf4 and fp4: 4 bits and a scale per block; int8: 8 bits and a scale per row."
+    )
+    double_quant: bool = Field(
+        default=False, description="Quantise the scales too: 4.13 bits a weight instead of 4.5."
+    )
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
+        default=64, description="Weights that share a scale, of nf4 and fp4."
+    )
+
+
 class ModelConfig(Section):
     """Which model, and in which precision it computes."""
 
@@ -119,11 +133,29 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="Dtype that the forward and backward pass compute in."
     )
+    quantization: (
+        Annotated[
+            Annotated[Literal["nf4", "fp4", "int8"], Tag("path")]
+            | Annotated[QuantizationConfig, Tag("mapping")],
+            Discriminator(_kind),
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="Hold the frozen weights of experts and linear layers in few bits: nf4, fp4 or int8, or a mapping "
+        "with `kind`, `double_quant` and `block_size`. Only beside `adapter`. null: in dtype.",
+    )
     remat: bool = Field(
         default=True,
         description="Gradient checkpointing: keep each layer's input only and recompute the rest in the "
         "backward pass.",
     )
+
+    @property
+    def packing(self) -> QuantizationConfig | None:
+        """`quantization` in full."""
+        short = self.quantization
+        return QuantizationConfig(kind=short) if isinstance(short, str) else short
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelConfig":

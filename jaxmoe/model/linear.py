@@ -14,10 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxmoe.codecs import FourBit, Int8Rows, unpack
 from jaxmoe.model.embedding import rows_of
 
 Weight = Any
-"""A `jax.Array`, a `LowRank` or a `BlockScaled`."""
+"""A `jax.Array`, a `LowRank`, a `BlockScaled`, or what `jaxmoe.codecs` packs."""
+
+PACKED = (FourBit, Int8Rows)
+"""Weights in few bits, of which an array can be made and nothing else. They have no gradient."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("base", "a", "b"), meta_fields=("scale",))
@@ -76,6 +80,8 @@ def dense(weight: Weight, dtype: Any) -> jax.Array:
         out, width = weight.shape[-2:]
         codes = jax.lax.stop_gradient(weight.codes).astype(jnp.float32)
         return (codes * jax.lax.stop_gradient(scales[..., :out, :width])).astype(dtype)
+    if isinstance(weight, PACKED):
+        return unpack(jax.lax.stop_gradient(weight), dtype)
     return weight.astype(dtype)
 
 
@@ -84,7 +90,7 @@ def in_dtype(weight: Weight, dtype: Any) -> Weight:
     if isinstance(weight, LowRank):
         cast = dataclasses.replace(weight, a=weight.a.astype(dtype), b=weight.b.astype(dtype))
         return dataclasses.replace(cast, base=in_dtype(weight.base, dtype))
-    return weight if isinstance(weight, BlockScaled) else weight.astype(dtype)
+    return weight if isinstance(weight, (BlockScaled, *PACKED)) else weight.astype(dtype)
 
 
 def part(weight: Weight, index: int) -> Weight:

@@ -77,7 +77,7 @@ def build_optimizer(
     Raises:
         ValueError: a parameter has no role or an unknown one.
     """
-    unknown = [f"{name}: {role!r}" for name, role in _named_with_none(roles) if role not in ROLES]
+    unknown = [f"{name}: {role!r}" for name, role in named(roles) if role not in ROLES]
     if unknown:
         raise ValueError(f"unknown roles, expected one of {ROLES}: {'; '.join(unknown)}")
     adam_peak = config.adam_learning_rate
@@ -155,8 +155,3 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
         return inner.update(cast(updates), state, None if params is None else cast(params))
 
     return optax.GradientTransformation(lambda params: inner.init(cast(params)), update)
-
-
-def _named_with_none(roles: Any) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_flatten_with_path(roles, is_leaf=lambda leaf: leaf is None)[0]
-    return [(jax.tree_util.keystr(path), role) for path, role in leaves]

@@ -156,7 +156,7 @@ def assemble(
     source = open_model(config.model) if source is None else source
     chosen: Adapted | Selection
     if config.adapter is not None:
-        chosen = adapt(source, config.adapter)
+        chosen = adapt(source, config.adapter, config.model.packing)
         declared, rates = chosen.declared, chosen.rates(config.adapter.learning_rate_ratio)
     else:
         chosen = select(source, config.trainable, config.frozen)

@@ -15,13 +15,14 @@ from jaxmoe.interop.export_plan import exported_shards
 from jaxmoe.interop.loading import load_params
 from jaxmoe.interop.peft.merged import write_merged
 from jaxmoe.interop.peft.writing import write_adapter
+from jaxmoe.interop.quantizing import Form, load_packed
 from jaxmoe.interop.saving import write_folder
 from jaxmoe.interop.source import Source, config_source, open_source
 from jaxmoe.interop.storage.writer import FolderWriter
-from jaxmoe.model.linear import LowRank, dense
+from jaxmoe.model.linear import PACKED, LowRank, dense
 from jaxmoe.parallel import processes
 from jaxmoe.parallel.sharding import shardings
-from jaxmoe.params import Tree, count, initializer
+from jaxmoe.params import Param, Tree, count, draw_param, initializer, named
 
 
 def open_model(config: ModelConfig) -> Source:
@@ -49,9 +50,12 @@ class InitialWeights:
     ) -> None:
         self._source, self._dtypes, self._mesh, self._seed = source, dtypes, mesh, seed
         self._adapted = adapted
-        self._base = base_of(dtypes)
+        base = base_of(dtypes)
+        is_packed = lambda leaf: isinstance(leaf, PACKED)
+        self._plain = jax.tree.map(lambda leaf: None if is_packed(leaf) else leaf, base, is_leaf=is_packed)
+        self._packed = {} if adapted is None else self._wanted_forms(adapted, base)
         declared = source.spec.declared
-        self._draw = initializer(declared, source.spec.init_std, self._base, shardings(declared, mesh))
+        self._draw = initializer(declared, source.spec.init_std, self._plain, shardings(declared, mesh))
 
     def compile(self) -> None:
         """What draws them, which `make` then finds compiled."""
@@ -61,12 +65,48 @@ class InitialWeights:
     def make(self) -> Tree:
         """Read or draw them."""
         if self._source.folder is not None:
-            weights = load_params(self._source, self._base, self._mesh)
+            weights = load_params(self._source, self._plain, self._mesh)
         else:
             weights = self._draw(jax.random.key(self._seed))
         if self._adapted is None:
             return weights
-        return self._with_pairs(self._adapted, self._adapted.begun(weights))
+        weights = self._with_packed(self._adapted, self._adapted.begun(weights))
+        return self._with_pairs(self._adapted, weights)
+
+    @staticmethod
+    def _wanted_forms(adapted: Adapted, base: Tree) -> dict[str, Form]:
+        structure = jax.tree.structure(adapted.source.spec.declared)
+        names = [name for name, _ in named(adapted.source.spec.declared)]
+        leaves = dict(zip(names, structure.flatten_up_to(base), strict=True))
+        return {name: form for name, form in adapted.forms.items() if jax.tree.leaves(leaves[name])}
+
+    def _with_packed(self, adapted: Adapted, weights: Tree) -> Tree:
+        """Weights with those that are held in few bits, read and quantised or drawn and quantised."""
+        if not self._packed:
+            return weights
+        declared = adapted.source.spec.declared
+        structure = jax.tree.structure(declared)
+        placements = structure.flatten_up_to(base_of(shardings(adapted.declared, self._mesh)))
+        leaves = structure.flatten_up_to(weights)
+        for index, (name, parameter) in enumerate(named(declared)):
+            form, where = self._packed.get(name), placements[index]
+            if form is None:
+                continue
+            if self._source.folder is not None:
+                _, files = self._source.opened
+                parts = self._source.bindings.of_parameter[name]
+                leaves[index] = load_packed(files, form, parts, where)
+            else:
+                leaves[index] = self._drawn(form, parameter, index, where)
+        return jax.tree.unflatten(structure, leaves)
+
+    def _drawn(self, form: Form, parameter: Param, index: int, where: Any) -> Any:
+        """A packed parameter as `initializer` draws it."""
+
+        def draw(key: jax.Array) -> Any:
+            return form.quantize(draw_param(key, index, parameter, self._source.spec.init_std))
+
+        return jax.jit(draw, out_shardings=where)(jax.random.key(self._seed))
 
     def _with_pairs(self, adapted: Adapted, weights: Tree) -> Tree:
         """Weights with the factors of the adapter, as far as they are wanted."""

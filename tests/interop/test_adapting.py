@@ -71,8 +71,10 @@ def test_logits_and_gradients_are_those_of_peft(name, tmp_path):
     base, wrapped, folder, anatomy = saved_model(name, tmp_path)
     config = wrapped.base_model.model.config.get_text_config()
     tokens = parity.tokens_of(config.vocab_size)
-    inputs = families.case_of(name).inputs({"input_ids": torch.from_numpy(tokens), "use_cache": False})
-    theirs = wrapped(**inputs).logits
+    case = families.case_of(name)
+    positions = torch.arange(tokens.shape[1]).expand(*tokens.shape)
+    arguments = {"input_ids": torch.from_numpy(tokens), "position_ids": positions, "use_cache": False}
+    theirs = case.text(wrapped.base_model.model)(**case.inputs(arguments)).logits
     cotangent = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(3))
     (theirs * cotangent).sum().backward()
     logits, ours = gradients(base, folder, tokens, cotangent.numpy())

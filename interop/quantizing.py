@@ -1,0 +1,176 @@
+"""Frozen weights in few bits: which of a model's are held so, and how they get there while they are read.
+
+bitsandbytes quantises one tensor at a time. Here such a tensor is one matrix of transformers' model: a linear layer's, or
+one expert's, gate and up together. With double quantisation the scales of a tensor depend on one another, so that what
+was one tensor is part of what a base is; `Form` says it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.codecs import FourBit, Int8Rows, four_bit, int8_rows
+from jaxmoe.config import QuantizationConfig
+from jaxmoe.interop.loading import TensorReader
+from jaxmoe.interop.peft.today import Today
+from jaxmoe.interop.rules import Binding
+from jaxmoe.params import Param, Tree, named
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How one of our parameters is held.
+
+    Attributes:
+        declared: the parameter itself.
+        kind: "nf4", "fp4" or "int8".
+        block: elements that share a scale.
+        double: scales are quantised too.
+        stack: letters of which each index has a tensor of its own, such as "LE"; the others are of one tensor.
+    """
+
+    declared: Param
+    kind: str
+    block: int
+    double: bool
+    stack: str
+
+    @property
+    def tensor(self) -> str:
+        """Letters of one quantised tensor."""
+        return self.declared.dims[len(self.stack) :]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one quantised tensor."""
+        return self.declared.shape[len(self.stack) :]
+
+    @property
+    def packed(self) -> FourBit | Int8Rows:
+        """Declarations of what it is made of."""
+        stack, sizes = self.stack, self.declared.shape[: len(self.stack)]
+        like = jax.eval_shape(self._quantize, jax.ShapeDtypeStruct(self.shape, jnp.float32))
+
+        def declare(array: jax.ShapeDtypeStruct) -> Param:
+            # Rows that are whole blocks keep the letters of the tensor, its last one counting blocks.
+            own = self.tensor[: array.ndim] if array.shape[: len(self.shape) - 1] == self.shape[:-1] else ""
+            own += "." * (array.ndim - len(own))
+            return Param(stack + own, (*sizes, *array.shape), "zeros", self.declared.role, stored=array.dtype.name)
+
+        return jax.tree.map(declare, like)
+
+    def _quantize(self, values: Any) -> FourBit | Int8Rows:
+        if self.kind == "int8":
+            return int8_rows.quantize(values)
+        return four_bit.quantize(values, self.kind, self.block, self.double)
+
+    def quantize(self, weight: jax.Array) -> FourBit | Int8Rows:
+        """A whole parameter, tensor by tensor."""
+        quantize = self._quantize
+        for _ in self.stack:
+            quantize = jax.vmap(quantize)
+        return quantize(weight)
+
+    def quantizer(self) -> Any:
+        """`quantize` of one tensor, jitted."""
+        return jax.jit(self._quantize)
+
+
+def forms_of(declared: Tree, model: Today, config: QuantizationConfig) -> dict[str, Form]:
+    """What of a model is held in few bits: matrices of layers, but for routers and gates of one number per token.
+
+    Norms, embeddings, the output head and filters of convolutions are none.
+
+    Args:
+        declared: its parameters.
+        model: the same in transformers, which says what one tensor is.
+        config: of the run.
+    """
+    parts: dict[str, Binding] = {}
+    for binding in model.bindings.values():
+        parts.setdefault(binding.target, binding)
+    forms = {}
+    for name, parameter in named(declared):
+        if parameter.role == "matrix" and name.startswith("groups.") and "J" not in parameter.dims:
+            binding = parts[name]
+            batch = {letter for group in binding.axes[:-2] for letter in group} | binding.index.keys()
+            stack = "".join(letter for letter in parameter.dims if letter in batch)
+            if parameter.dims.startswith(stack):
+                forms[name] = Form(parameter, config.kind, config.block_size, config.double_quant, stack)
+    return forms
+
+
+def load_packed(
+    reader: TensorReader, form: Form, parts: Sequence[Binding], placements: FourBit | Int8Rows
+) -> FourBit | Int8Rows:
+    """Read one parameter, tensor by tensor: no more of it is ever there in full precision than one quantised tensor.
+
+    Args:
+        reader: of the checkpoint.
+        form: of the parameter.
+        parts: tensors of the checkpoint that together hold it.
+        placements: shardings of the packed arrays.
+    """
+    quantize = form.quantizer()
+    declared = form.packed
+    buffers = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.stored), declared)
+    for index in _wanted(form, declared, placements):
+        values = _one(reader, form, parts, index)
+        packed = jax.device_get(quantize(values))
+        for buffer, own in zip(jax.tree.leaves(buffers), jax.tree.leaves(packed), strict=True):
+            buffer[index] = own
+
+    def place(buffer: np.ndarray, where: Any) -> jax.Array:
+        return jax.make_array_from_callback(buffer.shape, where, lambda at: buffer[at]).block_until_ready()
+
+    return jax.tree.map(place, buffers, placements)
+
+
+def _wanted(form: Form, declared: Any, placements: Any) -> Iterator[tuple[int, ...]]:
+    """Indices of the quantised tensors of which this process's devices hold anything."""
+    leaf, where = jax.tree.leaves(declared)[0], jax.tree.leaves(placements)[0]
+    axes = len(form.stack)
+    seen = np.zeros(leaf.shape[:axes], bool)
+    for at in where.addressable_devices_indices_map(leaf.shape).values():
+        seen[at[:axes]] = True
+    yield from (tuple(map(int, index)) for index in np.argwhere(seen))
+
+
+def _one(
+    reader: TensorReader, form: Form, parts: Sequence[Binding], index: tuple[int, ...]
+) -> np.ndarray:
+    """The values of one quantised tensor, in the dtype that the checkpoint has."""
+    fixed = dict(zip(form.stack, index, strict=True))
+    values: np.ndarray | None = None
+    for part in parts:
+        held = part.held
+        if any(not held[letter].start <= i < held[letter].stop for letter, i in fixed.items()):
+            continue
+        box = [
+            slice(fixed[letter] - held[letter].start, fixed[letter] - held[letter].start + 1)
+            if letter in fixed
+            else slice(0, size)
+            for letter, size in zip(part.letters, part.sizes, strict=True)
+        ]
+        read = reader.read_box(part.source, part.sizes, box)
+        if values is None:
+            values = np.empty(form.shape, read.dtype)
+        free = [letter for letter in form.tensor if letter in part.letters]
+        order = [part.letters.index(letter) for letter in part.letters if letter in fixed]
+        order += [part.letters.index(letter) for letter in free]
+        inside = read.transpose(order).reshape([held[x].stop - held[x].start for x in free])
+        at = tuple(part.index.get(letter, held[letter]) for letter in form.tensor)
+        values[at] = inside
+    assert values is not None
+    return values
+
+
+def packed_bytes(forms: Mapping[str, Form]) -> int:
+    """Of all packed arrays."""
+    leaves = jax.tree.leaves([form.packed for form in forms.values()])
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.stored).itemsize for leaf in leaves)
