@@ -116,7 +116,13 @@ def is_weight(leaf):
     return isinstance(leaf, LowRank | BlockScaled)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
+# Of whole models, which take long to optimise; `test_decoder` has them optimised.
+whole_model = functools.partial(
+    jax.jit, static_argnames="spec", compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
+@whole_model
 def loss_and_gradients(params, batch, *, spec):
     def loss(params):
         hidden, stats = decoder.hidden_states(params, spec, batch, dtype=jnp.float32)
@@ -203,7 +209,7 @@ def test_a_model_of_quantised_weights_is_that_of_their_arrays(on_mesh):
     codes = jax.tree.map(quantised, spec.declared, model.pure_params())
     arrays = jax.tree.map(functools.partial(dense, dtype=jnp.float32), codes, is_leaf=is_weight)
 
-    @functools.partial(jax.jit, static_argnames="spec")
+    @whole_model
     def outcome(bases, pairs, batch, spec):
         def loss(pairs):
             params = jax.tree.map(
