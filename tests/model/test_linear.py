@@ -4,14 +4,12 @@ import contextlib
 import dataclasses
 import functools
 
-import families
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import parity
+from helpers import drawn, parity
 
-from jaxmoe.interop.pretrained import from_config
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import learning_batch
 from jaxmoe.model.linear import (
@@ -93,8 +91,7 @@ def test_the_sum_of_a_low_rank_weight_is_never_formed():
     assert shapes.count((OUT, IN)) == 1, "the base's own gradient, and nothing else of its shape"
 
 
-def model_of(family):
-    return from_config(families.config_json(family), "float32", seed=3)
+model_of = functools.cache(functools.partial(drawn.model_of, seed=3))
 
 
 def with_pairs(params, declared):
