@@ -113,7 +113,7 @@ def is_weight(leaf):
     return isinstance(leaf, LowRank | BlockScaled)
 
 
-# Of whole models, which take long to optimise; `test_decoder` has them optimised.
+# Whole models take long to optimise. Here they never are; `test_decoder` has those of plain arrays optimised.
 whole_model = functools.partial(
     jax.jit, static_argnames="spec", compiler_options={"xla_backend_optimization_level": 0}
 )
