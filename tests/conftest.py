@@ -26,8 +26,11 @@ SECONDS_WORTH_A_LIST = 20
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# LLVM's optimiser takes half of the time of all tests. The pass on the newest jax, which has no torch, runs it.
-UNOPTIMISED = ["--xla_backend_optimization_level=0"] if HAS_TORCH else []
+# LLVM's optimiser takes half of the time of all tests, and MLIR's emitters of fusions half of what is left. The pass on
+# the newest jax, which has no torch, compiles what computes as it is compiled for users: `OPTIMISED`.
+UNOPTIMISED = (
+    ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"] if HAS_TORCH else []
+)
 # Eight devices take turns on few cores: XLA's 40 seconds for all of them to reach a collective are not enough
 # on a busy machine, and it then aborts the process.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -55,11 +58,29 @@ STRICT = True
 
 if STRICT:
     os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # also of the commands that tests start
-    importlib.import_module("helpers.strict")
-    jaxtyping.install_import_hook("jaxmoe", "helpers.strict.checked")
+    importlib.import_module("helpers.strict").install()
+
+TESTS = Path(__file__).parent
+OPTIMISED = ("kernels", "model", "training", "optim", "parallel", "test_train.py")
+"""Tests that the optimiser's numbers matter to. Others are of what is read, written, refused or put together."""
 
 MOST_MAPPINGS = 30_000
 """Of memory in a process: Linux allows 65,530, each compiled function takes some, and XLA crashes without."""
+
+
+def optimise(on: bool) -> None:
+    """From now on in this process. What was compiled otherwise is forgotten, so that no test depends on others."""
+    import jax
+
+    if jax.config.read("jax_disable_most_optimizations") == on:
+        jax.config.update("jax_disable_most_optimizations", not on)
+        jax.clear_caches()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if not HAS_TORCH:
+        optimise(item.path.relative_to(TESTS).parts[0] in OPTIMISED)
 
 
 @pytest.fixture(autouse=True)

@@ -3,13 +3,12 @@
 import dataclasses
 import functools
 
-import families
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import drawn
 
-from jaxmoe.interop.pretrained import from_config
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import make_batch
 from jaxmoe.model.feed_forward.moe import MoESpec
@@ -24,8 +23,7 @@ def hidden_states(params, batch, key=None, *, spec, dtype=jnp.float32):
     return decoder.hidden_states(params, spec, batch, dtype=dtype, key=key)
 
 
-def model_of(family, **overrides):
-    return from_config(families.config_json(family, **overrides), "float32", seed=3)
+model_of = functools.partial(drawn.model_of, seed=3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,14 +4,12 @@ import contextlib
 import dataclasses
 import functools
 
-import families
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import parity
+from helpers import drawn, parity
 
-from jaxmoe.interop.pretrained import from_config
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import learning_batch
 from jaxmoe.model.linear import (
@@ -93,8 +91,7 @@ def test_the_sum_of_a_low_rank_weight_is_never_formed():
     assert shapes.count((OUT, IN)) == 1, "the base's own gradient, and nothing else of its shape"
 
 
-def model_of(family):
-    return from_config(families.config_json(family), "float32", seed=3)
+model_of = functools.cache(functools.partial(drawn.model_of, seed=3))
 
 
 def with_pairs(params, declared):
@@ -116,7 +113,13 @@ def is_weight(leaf):
     return isinstance(leaf, LowRank | BlockScaled)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
+# Whole models take long to optimise. Here they never are; `test_decoder` has those of plain arrays optimised.
+whole_model = functools.partial(
+    jax.jit, static_argnames="spec", compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
+@whole_model
 def loss_and_gradients(params, batch, *, spec):
     def loss(params):
         hidden, stats = decoder.hidden_states(params, spec, batch, dtype=jnp.float32)
@@ -203,7 +206,7 @@ def test_a_model_of_quantised_weights_is_that_of_their_arrays(on_mesh):
     codes = jax.tree.map(quantised, spec.declared, model.pure_params())
     arrays = jax.tree.map(functools.partial(dense, dtype=jnp.float32), codes, is_leaf=is_weight)
 
-    @functools.partial(jax.jit, static_argnames="spec")
+    @whole_model
     def outcome(bases, pairs, batch, spec):
         def loss(pairs):
             params = jax.tree.map(

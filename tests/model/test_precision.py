@@ -1,15 +1,14 @@
 """A model in float32 multiplies in float32, also where the device's default is less."""
 
-import families
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import drawn
 from jax.lax import Precision
 from jax.sharding import AxisType, Mesh
 
-from jaxmoe.interop.pretrained import from_config
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import learning_batch
 from jaxmoe.model.feed_forward.router import RouterSpec, route, router_stats
@@ -36,7 +35,7 @@ def is_exact(precision):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_float32_steps_are_float32(family):
-    model = from_config(families.config_json(family), "float32", seed=1)
+    model = drawn.model_of(family, seed=1)
     spec = StepSpec(model.spec, jnp.dtype("float32"), True, aux_loss=0.1, z_loss=0.1)
     mesh = Mesh(
         np.array(jax.devices()[:1]).reshape(1, 1, 1, 1),
@@ -74,7 +73,7 @@ def test_bfloat16_steps_keep_the_device_default_but_for_the_router():
 
 
 def test_a_precision_that_the_user_set_stays():
-    model = from_config(families.config_json("mixtral"), "float32", seed=1)
+    model = drawn.model_of("mixtral", seed=1)
 
     def logits(hidden):
         return decoder.logits(model.pure_params(), model.spec, hidden)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import drawn
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxmoe import UserError, params
@@ -68,7 +69,7 @@ def micro_batches(tokens, positions, segments):
 
 def trained(mesh, steps=2, name="muon"):
     """Weights and metrics after some steps of a tiny model, from the same start on any mesh."""
-    model = from_config(families.config_json("qwen3_moe"), "float32", seed=5)
+    model = drawn.model_of("qwen3_moe", seed=5)
     spec = model.spec
     config = OptimizerConfig(name=name, learning_rate=0.01, warmup_steps=1)
     optimizer = build_optimizer(config, params.roles(spec.declared), 10)
@@ -115,7 +116,7 @@ def test_sharded_step_equals_unsharded(shape, alone):
 
 def test_accumulation_changes_only_rounding():
     """Two micro-batches of 4 and one batch of 8 rows, with unequal numbers of targets in each."""
-    model = from_config(families.config_json("mixtral"), "float32", seed=6)
+    model = drawn.model_of("mixtral", seed=6)
     spec = StepSpec(model.spec, jnp.dtype("float32"), False, aux_loss=0.0, z_loss=0.02)
     sgd = optax.sgd(1.0)
     rng = np.random.default_rng(1)
@@ -139,7 +140,7 @@ def test_accumulation_changes_only_rounding():
 
 def test_padded_rows_need_no_mask(monkeypatch):
     """Documents from the start of their rows: the same step without a mask of documents."""
-    model = from_config(families.config_json("qwen3_moe"), "float32", seed=7)
+    model = drawn.model_of("qwen3_moe", seed=7)
     rng = np.random.default_rng(2)
     tokens = rng.integers(0, 104, (2, 3, 15)).astype(np.int32)
     segments = np.ones_like(tokens)
