@@ -148,6 +148,9 @@ def linear(
         out = linear(x, weight.base, precision=precision, out_dtype=out_dtype) + low * jnp.asarray(
             weight.scale, low.dtype
         )
+    elif isinstance(weight, PACKED):
+        # Multiplied out again in the backward pass, not kept for it.
+        out = jax.checkpoint(lambda x, weight: product(x, dense(weight, x.dtype)))(x, weight)
     else:
         out = product(x, dense(weight, x.dtype))
     return out if bias is None else add_bias(out, bias.astype(out.dtype))

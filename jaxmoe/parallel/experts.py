@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.kernels.devices import Device
 from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, expert_mlp
+from jaxmoe.kernels.expert_mlp.operands import is_packed, shape_of
 from jaxmoe.model.linear import LowRank, dense
-from jaxmoe.parallel.sharding import BATCH_AXES, current_mesh, spec_of
+from jaxmoe.parallel.sharding import BATCH_AXES, axis_size, current_mesh, spec_of
 from jaxmoe.params import Tree
 
 _LETTERS = {"gate_up": "EGF.", "down": "E.F", "gate_up_bias": "EGF", "down_bias": "E."}
@@ -51,7 +52,7 @@ def experts_on_mesh(
     mesh = current_mesh()
     if mesh is None:
         return expert_mlp(x_RD, experts, experts_RK, weights_RK, activation=activation, device=device)
-    num_experts = experts.down.shape[0]
+    num_experts = shape_of(experts.down)[0]
 
     def local(experts: Experts, x_RD: jax.Array, experts_RK: jax.Array, weights_RK: jax.Array) -> jax.Array:
         gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
@@ -65,7 +66,7 @@ def experts_on_mesh(
             gather(weights_RK),
             activation=activation,
             num_experts=num_experts,
-            first=jax.lax.axis_index("expert") * experts.down.shape[0],
+            first=jax.lax.axis_index("expert") * shape_of(experts.down)[0],
             device=device,
         )
         wide_RD = jax.lax.psum(partial_RD.astype(jnp.float32), "tensor")
@@ -103,7 +104,9 @@ def _operands(params: Tree, dtype: Any) -> Experts:
                 a = a[:, 0]
             pairs |= {f"{name}_a": a, f"{name}_b": weight.b * jnp.asarray(weight.scale, weight.b.dtype)}
             weight = weight.base
-        arrays[name] = dense(weight, dtype)
+        # Slices of the hidden width would cut blocks of what is packed.
+        whole = is_packed(weight) and axis_size("tensor") == 1
+        arrays[name] = weight if whole else dense(weight, dtype)
     return Experts(**arrays, lora=Lora(**pairs))
 
 
@@ -116,4 +119,8 @@ def _specs(experts: Experts, axes: tuple[str, ...]) -> Experts:
 
     lora = Lora(**chosen(experts.lora._asdict(), pairs))
     own = {name: value for name, value in experts._asdict().items() if name != "lora"}
-    return Experts(**chosen(own, _LETTERS), lora=lora)
+    specs = chosen(own, _LETTERS)
+    for name in ("gate_up", "down"):
+        if is_packed(own[name]):  # gathered along the model width as bytes
+            specs[name] = jax.tree.map(lambda array: spec_of("E" + "." * (array.ndim - 1), axes), own[name])
+    return Experts(**specs, lora=lora)

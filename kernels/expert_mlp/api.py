@@ -19,7 +19,7 @@ from jaxmoe.kernels.expert_mlp.activations import Activation
 from jaxmoe.kernels.expert_mlp.contract import Decided, Grads, Options, OtherDevice
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch, make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic import backend as mosaic
-from jaxmoe.kernels.expert_mlp.operands import Experts
+from jaxmoe.kernels.expert_mlp.operands import Experts, is_packed, shape_of, unpacked
 from jaxmoe.kernels.logs import log_once
 
 _logger = logging.getLogger(__name__)
@@ -73,12 +73,18 @@ def expert_mlp(
     _check_operands(x, experts, chosen, weights, activation)
     if backend == "reference":
         return reference.expert_mlp(
-            x, experts, chosen, weights, activation=activation, lora_scale=lora_scale, first=first
+            x,
+            unpacked(experts, x.dtype),
+            chosen,
+            weights,
+            activation=activation,
+            lora_scale=lora_scale,
+            first=first,
         )
     if backend is not None and backend not in _BACKENDS:
         known = ", ".join(sorted([*_BACKENDS, "reference"]))
         raise ValueError(f"backend is {backend!r}; expected one of {known}, or None to choose one")
-    held = experts.down.shape[0]
+    held = shape_of(experts.down)[0]
     dispatch = make_dispatch(chosen, held if num_experts is None else num_experts, first, held)
     candidates = tuple(_BACKENDS) if backend is None else (backend,)
     options = Options(activation, lora_scale, device or device_at_hand())
@@ -107,7 +113,11 @@ def _forward(
 ) -> tuple[jax.Array, Any]:
     is_primal = lambda leaf: isinstance(leaf, CustomVJPPrimal)
     marked = Grads(x, weights, experts)
-    wanted = jax.tree.map(lambda leaf: leaf.perturbed, marked, is_leaf=is_primal)
+    wanted = jax.tree.map(
+        lambda leaf: False if is_packed(leaf) else leaf.perturbed,
+        marked,
+        is_leaf=lambda leaf: is_primal(leaf) or is_packed(leaf),
+    )
     operands, dispatch = jax.tree.map(lambda leaf: leaf.value, (marked, dispatch), is_leaf=is_primal)
     kept = (operands.x, operands.experts, operands.weights, dispatch)
     name, (out, saved) = _first_forward(options, candidates, *kept, save=True)
@@ -149,15 +159,16 @@ def _first_forward(
 def _check_operands(
     x: jax.Array, experts: Experts, chosen: jax.Array, weights: jax.Array, activation: Activation
 ) -> None:
-    if x.ndim != 2 or experts.gate_up.ndim != 4 or experts.down.ndim != 3:
+    gate_up, down = shape_of(experts.gate_up), shape_of(experts.down)
+    if x.ndim != 2 or len(gate_up) != 4 or len(down) != 3:
         raise ValueError(
-            f"x is {x.shape}, gate_up {experts.gate_up.shape}, down {experts.down.shape}; expected (tokens, width), "
+            f"x is {x.shape}, gate_up {gate_up}, down {down}; expected (tokens, width), "
             "(experts, parts, hidden, width) and (experts, width, hidden)"
         )
-    (_, width), (held, parts, hidden, _) = x.shape, experts.gate_up.shape
+    (_, width), (held, parts, hidden, _) = x.shape, gate_up
     if parts != activation.parts:
         raise ValueError(
-            f"gate_up {experts.gate_up.shape} has {parts} parts; expected {activation.parts} for {activation.name}"
+            f"gate_up {gate_up} has {parts} parts; expected {activation.parts} for {activation.name}"
         )
     if chosen.ndim != 2 or chosen.shape != weights.shape or chosen.shape[0] != x.shape[0]:
         raise ValueError(
@@ -185,9 +196,9 @@ def _check_operands(
         array = arrays[name]
         if array is None:
             continue
-        if array.shape != shape:
-            raise ValueError(f"{name} is {array.shape}; expected {shape} beside x {x.shape}")
-        if array.dtype != x.dtype:
+        if (found := shape_of(array)) != shape:
+            raise ValueError(f"{name} is {found}; expected {shape} beside x {x.shape}")
+        if not is_packed(array) and array.dtype != x.dtype:
             raise TypeError(
                 f"{name} is {array.dtype} and x is {x.dtype}; expected the same: cast one with astype"
             )

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from jaxmoe.codecs import FourBit, Int8Rows, unpack
+
 Leaf = Any
 """An array; or what stands for one: its gradient, its shape, or whether its gradient is wanted."""
 
@@ -27,6 +29,8 @@ class Lora(NamedTuple):
 class Experts(NamedTuple):
     """Parameters of the experts held here, all in the dtype of the activations.
 
+    Both matrices may be packed in few bits (`jaxmoe.codecs`), one tensor for each expert; then they have no gradient.
+
     Attributes:
         gate_up: (E, G, F, D).
         down: (E, D, F).
@@ -40,3 +44,23 @@ class Experts(NamedTuple):
     gate_up_bias: Leaf = None
     down_bias: Leaf = None
     lora: Lora = Lora()
+
+
+def is_packed(weight: Any) -> bool:
+    """Whether a matrix is packed in few bits."""
+    return isinstance(weight, FourBit | Int8Rows)
+
+
+def shape_of(weight: Any) -> tuple[int, ...]:
+    """Of all experts' matrices, packed or not."""
+    return (*weight.stack, *weight.shape) if isinstance(weight, FourBit) else _codes(weight).shape
+
+
+def _codes(weight: Any) -> Any:
+    return weight.codes if isinstance(weight, Int8Rows) else weight
+
+
+def unpacked(experts: Experts, dtype: Any) -> Experts:
+    """With both matrices as arrays."""
+    wide = lambda weight: unpack(weight, dtype) if is_packed(weight) else weight
+    return experts._replace(gate_up=wide(experts.gate_up), down=wide(experts.down))

@@ -7,6 +7,7 @@ the backward pass wants.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jax import lax
 
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch, gather_sum
-from jaxmoe.kernels.expert_mlp.operands import Experts, Lora
+from jaxmoe.kernels.expert_mlp.operands import Experts, Lora, is_packed, shape_of, unpacked
 from jaxmoe.kernels.expert_mlp.row_blocks import Block, RowBlocks, choose_row_blocks, fold_blocks, fold_groups
 
 _FLOAT32 = jnp.float32
@@ -53,12 +54,13 @@ def forward(
     save: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The layer's output (R, D), and with `save` the pre-activation (S, f), S ≥ Z, that `backward` wants."""
+    hidden = math.prod(shape_of(experts.gate_up)[1:-1])
     experts = _flat(experts)
-    blocks = choose_row_blocks(dispatch.order.size, experts.down.shape[0])
+    blocks = choose_row_blocks(dispatch.order.size, dispatch.group_sizes.size)
     token_S = _tokens(dispatch, blocks)
 
     def add_expert(expert: jax.Array, start: jax.Array, end: jax.Array, state: Any) -> Any:
-        own = _of(experts, expert)
+        own = _of(experts, expert, x_RD.dtype)
 
         def add_block(state: Any, block: Block) -> Any:
             y_SD, pre_Sf = state
@@ -74,7 +76,7 @@ def forward(
 
     # zeros_like also takes over the mesh axes that x varies over inside shard_map: a loop's carry must.
     y_SD = jnp.zeros_like(x_RD, shape=(token_S.size, x_RD.shape[1]))
-    pre_Sf = jnp.zeros_like(x_RD, shape=(token_S.size, experts.gate_up.shape[1])) if save else None
+    pre_Sf = jnp.zeros_like(x_RD, shape=(token_S.size, hidden)) if save else None
     y_SD, pre_Sf = fold_groups(add_expert, (y_SD, pre_Sf), dispatch.group_sizes)
     return gather_sum(y_SD, dispatch, weights_RK), pre_Sf
 
@@ -92,12 +94,12 @@ def backward(
 ) -> Grads:
     """Gradients of whatever is true in `wanted`; None for the rest."""
     flat = _flat(experts)
-    blocks = choose_row_blocks(dispatch.order.size, flat.down.shape[0])
+    blocks = choose_row_blocks(dispatch.order.size, dispatch.group_sizes.size)
     token_S = _tokens(dispatch, blocks)
     weight_S = _padded(weights_RK.reshape(-1)[dispatch.order].astype(_FLOAT32), blocks)
 
     def add_expert(expert: jax.Array, start: jax.Array, end: jax.Array, state: Any) -> Any:
-        own = _of(flat, expert)
+        own = _of(flat, expert, x_RD.dtype)
         dexperts, dx_SD, dweights_S = state
         totals = jax.tree.map(
             lambda whole: jnp.zeros_like(whole, shape=whole.shape[1:], dtype=_FLOAT32), dexperts
@@ -272,12 +274,14 @@ def _padded(x_Z: jax.Array, blocks: RowBlocks) -> jax.Array:
 
 
 def _flat(experts: Experts) -> Experts:
-    """With gate and up as one matrix: (E, f, D), (E, f), (E, f, r)."""
-    join = lambda x: None if x is None else x.reshape(x.shape[0], -1, *x.shape[3:])
+    """With gate and up as one matrix: (E, f, D), (E, f), (E, f, r); what is packed stays so."""
+    join = lambda x: x if x is None or is_packed(x) else x.reshape(x.shape[0], -1, *x.shape[3:])
     lora = experts.lora._replace(gate_up_b=join(experts.lora.gate_up_b))
     return experts._replace(gate_up=join(experts.gate_up), gate_up_bias=join(experts.gate_up_bias), lora=lora)
 
 
-def _of(experts: Experts, expert: jax.Array) -> Experts:
-    """The arrays of one expert."""
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, expert, keepdims=False), experts)
+def _of(experts: Experts, expert: jax.Array, dtype: Any) -> Experts:
+    """The arrays of one expert, in `dtype`: of what is packed, no other expert is ever unpacked."""
+    own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, expert, keepdims=False), experts)
+    own = unpacked(own, dtype)
+    return own._replace(gate_up=own.gate_up.reshape(-1, own.gate_up.shape[-1]))

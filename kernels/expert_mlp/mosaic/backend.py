@@ -11,7 +11,7 @@ import jax
 from jaxmoe.kernels.devices import Device
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options, OtherDevice
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch
-from jaxmoe.kernels.expert_mlp.operands import Experts
+from jaxmoe.kernels.expert_mlp.operands import Experts, unpacked
 from jaxmoe.kernels.expert_mlp.tuning.measured import measured_on
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def forward(
         NotImplementedError: the kernels were not found right there yet, or cannot take the operands.
     """
     kernels = kernels_for(options.device)
-    return kernels.forward(options, x_RD, experts, weights_RK, dispatch, save=save)
+    return kernels.forward(options, x_RD, unpacked(experts, x_RD.dtype), weights_RK, dispatch, save=save)
 
 
 def backward(
@@ -49,7 +49,8 @@ def backward(
 ) -> Grads:
     """`Mosaic.backward` for the device of the options."""
     kernels = kernels_for(options.device)
-    return kernels.backward(options, x_RD, experts, weights_RK, dispatch, pre_pf, dout_RD, wanted)
+    wide = unpacked(experts, x_RD.dtype)
+    return kernels.backward(options, x_RD, wide, weights_RK, dispatch, pre_pf, dout_RD, wanted)
 
 
 def kernels_for(device: Device) -> "Mosaic":
