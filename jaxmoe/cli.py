@@ -92,7 +92,7 @@ def _dispatch(arguments: list[str]) -> int | None:
 
 
 def _leave_torch_out() -> None:
-    """Have transformers do without torch, which no command uses: it imports torch where that is installed, for a second.
+    """Have transformers do without torch, which no command uses and whose import takes a second.
 
     The rest of the process sees no torch either, so that this is for processes that are a command's own.
     """

@@ -316,7 +316,9 @@ def test_a_command_does_not_import_torch(tmp_path, command):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
     arguments = ["inspect"] * (command == "jaxmoe") + [str(tmp_path / "config.json")]
     told = "import atexit, sys; atexit.register(lambda: print(*sys.modules if sys.modules['torch'] else [], 'end'))"
-    told += f"; import runpy; sys.argv = ['', *{arguments!r}]; runpy.run_module({command!r}, run_name='__main__')"
+    told += (
+        f"; import runpy; sys.argv = ['', *{arguments!r}]; runpy.run_module({command!r}, run_name='__main__')"
+    )
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "qwen3_moe" in done.stdout
