@@ -12,11 +12,12 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from jaxmoe.errors import UserError, out_of_memory, shortened
 from jaxmoe.notices import Notices
 from jaxmoe.signals import ENDINGS, Signals
+from jaxmoe.torchless import leave_torch_out
 
 COMMANDS: dict[str, str] = {
     "train": "jaxmoe.train",
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def script() -> NoReturn:
     """The console script ``jaxmoe``."""
-    _leave_torch_out()
+    leave_torch_out()
     _end(main())
 
 
@@ -66,7 +67,7 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
 
     For the bottom of a command's module: ``if __name__ == "__main__": run_command(main)``.
     """
-    _leave_torch_out()
+    leave_torch_out()
     _end(_exit_code(lambda: main(sys.argv[1:])))
 
 
@@ -89,15 +90,6 @@ def _dispatch(arguments: list[str]) -> int | None:
         raise UserError(f"unknown command {command!r}, {remedy}")
     # Imported only now: a typing mistake is told at once, without waiting for jax.
     return importlib.import_module(COMMANDS[command]).main(rest)
-
-
-def _leave_torch_out() -> None:
-    """Have transformers do without torch, which no command uses and whose import takes a second.
-
-    The rest of the process sees no torch either, so that this is for processes that are a command's own.
-    """
-    absent: Any = None
-    sys.modules.setdefault("torch", absent)
 
 
 def _end(code: int) -> NoReturn:
