@@ -23,6 +23,15 @@ def test_sums_by_index(rows, used):
     assert not got[np.bincount(index, minlength=43) == 0].any()
 
 
+def test_memory_grows_with_the_rows_alone():
+    def largest(rows):
+        shapes = [jax.ShapeDtypeStruct((rows, 2), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)]
+        jaxpr = jax.make_jaxpr(lambda rows, index: sums_by_index(rows, index, 43))(*shapes)
+        return max(out.aval.size for equation in jaxpr.eqns for out in equation.outvars)
+
+    assert largest(2**16) == 16 * largest(2**12)
+
+
 def test_gradient_needs_no_scatter_and_is_the_same_on_a_mesh():
     rng = np.random.default_rng(0)
     table = rng.standard_normal((24, 8)).astype(np.float32)
