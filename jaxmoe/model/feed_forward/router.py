@@ -235,7 +235,7 @@ def _chosen_scores(
 ) -> jax.Array:
     """Those of the chosen experts (R, K), not yet renormalised."""
     scores_RE = _scores(spec, logits_RE)
-    if spec.groups is not None and spec.groups.weigh_masked:
+    if kept_RE is not None and spec.groups is not None and spec.groups.weigh_masked:
         scores_RE = jnp.where(kept_RE, scores_RE, 0.0)
     chosen_RK = _picked(spec.num_experts, scores_RE, experts_RK)
     if spec.score == "logits":
