@@ -157,10 +157,9 @@ def initializer(tree: Tree, std: float, dtype: Any, shardings: Tree | None = Non
         shardings: an optional tree of the same structure; each device then makes only its own shard.
     """
 
-    def draw(key: jax.Array, index: int, declared: Param, dtype: Any) -> jax.Array:
+    def draw(key: jax.Array, declared: Param, dtype: Any) -> jax.Array:
         if declared.init == "normal":
-            values = std * jax.random.normal(jax.random.fold_in(key, index), declared.shape)
-            return values.astype(dtype)
+            return (std * jax.random.normal(key, declared.shape)).astype(dtype)
         return jnp.full(declared.shape, 1.0 if declared.init == "ones" else 0.0, dtype)
 
     leaves, structure = jax.tree.flatten(tree)
@@ -175,8 +174,10 @@ def initializer(tree: Tree, std: float, dtype: Any, shardings: Tree | None = Non
         )
 
     def draw_all(key: jax.Array) -> Tree:
+        # All at once: XLA would compile each fold by itself, for a sixth of a second.
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(leaves)))
         drawn = [
-            None if kind is None else draw(key, index, leaf, kind)
+            None if kind is None else draw(keys[index], leaf, kind)
             for index, (leaf, kind) in enumerate(zip(leaves, kinds, strict=True))
         ]
         return jax.tree.unflatten(structure, drawn)
