@@ -4,9 +4,15 @@
 
 XLA's CUDA plugin and cuDNN have to be on the PYTHONPATH and ptxas on the PATH; .ci/compile-recipes sees to that. The
 step is the one that the run takes, with cuDNN's attention and our kernels for experts; nothing is allocated or run.
+
+    PYTHONPATH=$(.ci/cuda-compiler .venv/bin/python) .venv/bin/python benchmarks/recipe_memory.py --counts
+
+counts what the quickstart's step has between its products, compiled for one H200 and for the CPU at hand (no cuDNN is
+needed): figures that show what a change to it saves on both, however busy the machine is.
 """
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -21,6 +27,7 @@ os.environ |= {
 }
 
 import jax
+import optax
 from common import print_table, write_results
 from jax.experimental import topologies
 
@@ -41,6 +48,12 @@ CALLS = {
 """Custom calls in the compiled program; a layer of a scan is in it once."""
 
 
+def described(count: int) -> Any:
+    """H200s that are not there."""
+    topology = f"1x{max(1, count // PER_NODE)}x{min(count, PER_NODE)}"
+    return topologies.get_topology_desc("", "cuda", target_config=TARGET, topology=topology).devices
+
+
 def measure(recipe: Path) -> dict[str, Any]:
     """GB per GPU of one recipe's training step, as XLA plans it."""
     config = load_config(recipe)
@@ -48,10 +61,7 @@ def measure(recipe: Path) -> dict[str, Any]:
     if model is None:
         sys.exit(f"error: {recipe}: configs/published.json has no model {config.model.path!r}: add it there")
     count = config.mesh.batch_shards * config.mesh.tensor
-    described = topologies.get_topology_desc(
-        "", "cuda", target_config=TARGET, topology=f"1x{max(1, count // PER_NODE)}x{min(count, PER_NODE)}"
-    ).devices
-    mesh = make_mesh(**config.mesh.model_dump(), devices=described)
+    mesh = make_mesh(**config.mesh.model_dump(), devices=described(count))
     assembled = assemble(config, mesh, source=config_source(model.config))
     start = time.perf_counter()
     compiled = assembled.lower().compile()
@@ -73,13 +83,104 @@ def measure(recipe: Path) -> dict[str, Any]:
     }
 
 
+LARGE = 2**20
+"""Bytes of the smallest array that counts."""
+
+_SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?[\])}]) ([a-z][\w-]*)\((.*)$")
+_VIEWS = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
+"""Operations that move nothing themselves."""
+
+
+def instructions(text: str) -> dict[str, list[tuple[str, str, str, str]]]:
+    """Name, shape, operation and operands of the instructions of each computation in a program that is not fused."""
+    fused = set(re.findall(r" fusion\(.*calls=%?([\w.-]+)", text))
+    fused |= set(re.findall(r" (?!call\()[\w-]+\(.*to_apply=%?([\w.-]+)", text))
+    found: dict[str, list[tuple[str, str, str, str]]] = {}
+    name = ""
+    for line in text.splitlines():
+        if not line.startswith(" ") and line.rstrip().endswith("{"):
+            name = line.removeprefix("ENTRY ").split()[0].removeprefix("%")
+        elif name not in fused and (instruction := _INSTRUCTION.match(line)):
+            found.setdefault(name, []).append(instruction.groups())
+    return found
+
+
+def array_bytes(shape: str) -> int:
+    """Of large arrays alone, those of a tuple added up."""
+    total = 0
+    for dtype, sizes in _SHAPE.findall(shape):
+        size = math.prod(int(n) for n in sizes.split(",") if n)
+        size *= 1 if dtype == "pred" else int(re.sub(r"\D", "", dtype.replace("bf", ""))) // 8
+        total += size if size >= LARGE else 0
+    return total
+
+
+def moved_bytes(text: str) -> tuple[int, int]:
+    """Kernels that read or write large arrays, and the bytes of these, each operand and result once."""
+    kernels, moved = 0, 0
+    for of_one in instructions(text).values():
+        shapes = {name: shape for name, shape, _, _ in of_one}
+        for _, shape, operation, rest in of_one:
+            operands = {name for name in re.findall(r"%([\w.-]+)", rest.split("), ")[0]) if name in shapes}
+            size = array_bytes(shape) + sum(array_bytes(shapes[name]) for name in operands)
+            if operation not in _VIEWS and size:
+                kernels, moved = kernels + 1, moved + size
+    return kernels, moved
+
+
+def count_optimizer(assembled: Any) -> dict[str, Any]:
+    """Clipping and the update by themselves: kernels that touch large arrays, and passes over all parameters."""
+    state = assembled.state
+
+    def update(weights: Any, opt_state: Any, grads: Any) -> Any:
+        updates, opt_state = assembled.optimizer.update(grads, opt_state, weights)
+        return optax.apply_updates(weights, updates), opt_state
+
+    lowered = jax.jit(update, donate_argnums=(0, 1)).lower(state.trainable, state.opt_state, state.trainable)
+    kernels, moved = moved_bytes(lowered.compile().as_text())
+    whole = sum(
+        array_bytes(f"f32[{','.join(map(str, leaf.shape))}]") for leaf in jax.tree.leaves(state.trainable)
+    )
+    large = sum(leaf.size * 4 >= LARGE for leaf in jax.tree.leaves(state.trainable))
+    return {"kernels per parameter": kernels / large, "passes over memory": moved / whole}
+
+
+def count(target: str) -> dict[str, Any]:
+    """What a step of the quickstart has beside its products; with AdamW, whose update is element by element."""
+    config = load_config(None, ["optimizer.name=adamw"])
+    assembled = assemble(config, make_mesh(devices=described(1) if target == "H200" else jax.devices()[:1]))
+    compiled = assembled.lower().compile()
+    text = compiled.as_text()
+    lines = [line for of_one in instructions(text).values() for line in of_one]
+    copies = [array_bytes(shape) for _, shape, operation, _ in lines if operation == "copy"]
+    return {
+        "compiled for": target,
+        **count_optimizer(assembled),
+        "kernels": sum(operation not in _VIEWS for _, _, operation, _ in lines),
+        "large copies": sum(size > 0 for size in copies),
+        "of them, MB": sum(copies) / 1e6,
+        "sorts": len(re.findall(r" sort\(", text)),
+        "scatters": len(re.findall(r" scatter\(", text)),
+        "temporaries, MB": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+    }
+
+
 def main() -> None:
     """The benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", nargs="*", type=Path, default=RECIPES)
+    parser.add_argument(
+        "--counts", action="store_true", help="of the quickstart's step instead, also on a CPU"
+    )
     options = parser.parse_args()
+    if options.counts:
+        rows = [count(target) for target in ("H200", "CPU")]
+        print_table(rows)
+        print(write_results("step_counts", rows, model="quickstart", optimizer="adamw"))
+        return
     rows = [measure(recipe) for recipe in options.recipe]
     print_table(rows)
     if options.recipe == RECIPES:

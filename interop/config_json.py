@@ -18,8 +18,11 @@ from typing import Any
 # Without torch, transformers says on stderr at import that its models will be missing; ours are not its.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging as transformers_logging
+from jaxmoe.torchless import importing_transformers
+
+with importing_transformers():
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.utils import logging as transformers_logging
 
 from jaxmoe.errors import UserError, first_line, listed, quote, shortened
 from jaxmoe.files import read_text

@@ -1,8 +1,6 @@
 """``python -m jaxmoe`` is the console script ``jaxmoe``."""
 
-import sys
-
-from jaxmoe.cli import main
+from jaxmoe.cli import script
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

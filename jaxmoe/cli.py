@@ -17,6 +17,7 @@ from typing import NoReturn
 from jaxmoe.errors import UserError, out_of_memory, shortened
 from jaxmoe.notices import Notices
 from jaxmoe.signals import ENDINGS, Signals
+from jaxmoe.torchless import leave_torch_out
 
 COMMANDS: dict[str, str] = {
     "train": "jaxmoe.train",
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def script() -> NoReturn:
     """The console script ``jaxmoe``."""
+    leave_torch_out()
     _end(main())
 
 
@@ -67,6 +69,7 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
 
     For the bottom of a command's module: ``if __name__ == "__main__": run_command(main)``.
     """
+    leave_torch_out()
     _end(_exit_code(lambda: main(sys.argv[1:])))
 
 

@@ -171,8 +171,10 @@ def initializer(tree: Tree, std: float, dtype: Any, shardings: Tree | None = Non
         )
 
     def draw_all(key: jax.Array) -> Tree:
+        # All at once: XLA would compile each fold by itself, for a sixth of a second.
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(leaves)))
         drawn = [
-            None if kind is None else draw_param(key, index, leaf, std).astype(kind)
+            None if kind is None else draw_param(keys[index], leaf, std).astype(kind)
             for index, (leaf, kind) in enumerate(zip(leaves, kinds, strict=True))
         ]
         return jax.tree.unflatten(structure, drawn)
@@ -180,8 +182,8 @@ def initializer(tree: Tree, std: float, dtype: Any, shardings: Tree | None = Non
     return jax.jit(draw_all, out_shardings=shardings)
 
 
-def draw_param(key: jax.Array, index: int, declared: Param, std: float) -> jax.Array:
-    """Random float32 values of the parameter number `index`, as `initializer` draws them."""
+def draw_param(key: jax.Array, declared: Param, std: float) -> jax.Array:
+    """Random float32 values of a parameter by its own key, as `initializer` draws them."""
     if declared.init == "normal":
-        return std * jax.random.normal(jax.random.fold_in(key, index), declared.shape)
+        return std * jax.random.normal(key, declared.shape)
     return jnp.full(declared.shape, 1.0 if declared.init == "ones" else 0.0, jnp.float32)

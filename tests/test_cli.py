@@ -1,3 +1,4 @@
+import json
 import logging
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from helpers import tiny
 
-from jaxmoe import cli, notices, signals
+from jaxmoe import cli, notices, signals, torchless
 from jaxmoe.errors import UserError
 
 
@@ -284,7 +285,9 @@ def test_without_a_command_the_usage_goes_to_stderr(capsys):
 
 def test_run_command_ends_the_process(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "a", "b"])
-    monkeypatch.setattr(cli, "_THREADS_SECONDS", 1e6)  # the process is that of the tests, and goes on
+    # The process is that of the tests, and goes on.
+    monkeypatch.setattr(cli, "_THREADS_SECONDS", 1e6)
+    monkeypatch.setattr(torchless, "_left_out", False)
     for action, code in (
         (lambda _: None, 0),
         (lambda argv: len(argv), 2),
@@ -304,6 +307,22 @@ def test_as_a_module_in_a_process_of_its_own():
     wrong = subprocess.run([*program, "exprot"], capture_output=True, text=True)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "error: unknown command 'exprot', did you mean export?\n"
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("command", ["jaxmoe.inspect", "jaxmoe"])
+def test_a_command_does_not_import_torch(tmp_path, command):
+    """transformers would where it is installed, and takes a second longer."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    arguments = ["inspect"] * (command == "jaxmoe") + [str(tmp_path / "config.json")]
+    told = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules))"
+    told += (
+        f"; import runpy; sys.argv = ['', *{arguments!r}]; runpy.run_module({command!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "qwen3_moe" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 HEAVY = (

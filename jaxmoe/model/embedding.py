@@ -5,6 +5,7 @@ that those of one index lie together, and what is summed depends on their values
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,23 +55,52 @@ def sums_by_index(
 
     A nan or an infinity in a row may make other sums nan.
     """
-    count, width = rows_RD.shape
-    # To whole blocks, with rows of an index that nobody asks for.
-    filling = -count % _BLOCK
-    index_R = jnp.pad(index_R, (0, filling), constant_values=vocabulary)
-    sorted_R, order_R = jax.lax.sort_key_val(index_R, jnp.arange(count + filling, dtype=jnp.int32))
-    x_RD = rows_RD.astype(jnp.float32)[jnp.minimum(order_R, count - 1)]
-    blocks, ids = x_RD.reshape(-1, _BLOCK, width), sorted_R.reshape(-1, _BLOCK)
-    same = (ids[:, :, None] == ids[:, None, :]).astype(jnp.float32)
-    within = jnp.einsum("bij,bjd->bid", same, blocks, precision="highest")
-
-    # An index may begin in blocks before, where it is then the last one.
-    place = jnp.arange(len(ids))
-    before = (ids[:, :1] == ids[None, :, -1]) & (place[:, None] > place[None, :])
-    earlier = jnp.matmul(before.astype(jnp.float32), within[:, -1], precision="highest")
-    sums = within + jnp.where((ids == ids[:, :1])[..., None], earlier[:, None], 0.0)
-    # In the last row of an index is all of it.
+    count = len(rows_RD)
+    sorted_R, order_R = jax.lax.sort_key_val(index_R, jnp.arange(count, dtype=jnp.int32))
+    blocks = _in_blocks(sorted_R, rows_RD.astype(jnp.float32)[order_R])
+    # At the last row of an index is all of it.
     end_V = jnp.searchsorted(sorted_R, jnp.arange(vocabulary, dtype=sorted_R.dtype), side="right")
     last_V = jnp.maximum(end_V - 1, 0)
     there = sorted_R[last_V] == jnp.arange(vocabulary)
-    return jnp.where(there[:, None], sums.reshape(-1, width)[last_V], 0.0)
+    place = (last_V // _BLOCK, last_V % _BLOCK)
+    begun = blocks.ids[place] == blocks.ids[place[0], 0]
+    sums_VD = blocks.within[place] + jnp.where(begun[:, None], blocks.earlier[place[0]], 0.0)
+    return jnp.where(there[:, None], sums_VD, 0.0)
+
+
+class _Blocks(NamedTuple):
+    """Sorted rows in C blocks of I.
+
+    Attributes:
+        ids: (C, I), the indices; of filling, larger than all others.
+        within: (C, I, D), the sum of a block's rows of the same index, up to this one.
+        earlier: (C, D), the sum in blocks before of the rows that have the index which the block begins with.
+    """
+
+    ids: jax.Array
+    within: jax.Array
+    earlier: jax.Array
+
+
+def _in_blocks(sorted_R: jax.Array, x_RD: jax.Array) -> _Blocks:
+    filling = -len(x_RD) % _BLOCK
+    ids = jnp.pad(sorted_R, (0, filling), constant_values=jnp.iinfo(sorted_R.dtype).max)
+    ids = ids.reshape(-1, _BLOCK)
+    x = jnp.pad(x_RD, ((0, filling), (0, 0))).reshape(*ids.shape, -1)
+    same = (ids[:, :, None] == ids[:, None, :]) & jnp.tri(_BLOCK, dtype=jnp.bool_)[None]
+    within = jnp.einsum("cij,cjd->cid", same.astype(jnp.float32), x, precision="highest")
+    earlier = jnp.zeros((1, x.shape[-1]), x.dtype)
+    if len(ids) > 1:
+        # What goes on in a later block is the last of every block that it was in before.
+        ends, first = ids[:-1, -1], ids[1:, 0]
+        carried = _running(ends, within[:-1, -1])
+        earlier = jnp.concatenate([earlier, jnp.where((first == ends)[:, None], carried, 0.0)])
+    return _Blocks(ids, within, earlier)
+
+
+def _running(sorted_R: jax.Array, x_RD: jax.Array) -> jax.Array:
+    """For each row (R, D) the sum of the rows of its index up to it."""
+    blocks = _in_blocks(sorted_R, x_RD)
+    begun = blocks.ids == blocks.ids[:, :1]
+    sums = blocks.within + jnp.where(begun[..., None], blocks.earlier[:, None], 0.0)
+    return sums.reshape(-1, sums.shape[-1])[: len(x_RD)]

@@ -1,6 +1,7 @@
 """Norms over the last axis."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -44,10 +45,14 @@ def norm(params: Tree, name: str, spec: NormSpec, x: jax.Array) -> jax.Array:
     return apply_norm(spec, x, params[name], params.get(f"{name}_bias"))
 
 
+@functools.partial(jax.checkpoint, static_argnums=(0,), prevent_cse=False)
 def apply_norm(
     spec: NormSpec, x: jax.Array, scale: jax.Array | None, bias: jax.Array | None = None
 ) -> jax.Array:
-    """x (..., D), scale and bias (D,) → (..., D) in x's dtype; without a scale it is 1."""
+    """x (..., D), scale and bias (D,) → (..., D) in x's dtype; without a scale it is 1.
+
+    The backward pass keeps x alone: computing its statistics again costs less than memory for the normal x.
+    """
     wide = x.astype(jnp.float32)
     if spec.kind == "layer":
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)

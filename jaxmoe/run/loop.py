@@ -189,9 +189,10 @@ class Trainer:
         if latest is None:
             weights = processes.agree(assembled.initial_weights.make)
             state = assembled.begin(weights)
-            if bad := not_finite(state):
+            # Of drawn ones the first step tells.
+            if assembled.source.folder is not None and (bad := not_finite(state)):
                 raise UserError(
-                    f"{assembled.source.folder or 'model.config'}: found nan or infinity in {listed(bad, 5)}, "
+                    f"{assembled.source.folder}: found nan or infinity in {listed(bad, 5)}, "
                     "expected finite weights: give a checkpoint without them"
                 )
             self._frozen = checksum(state.frozen)

@@ -12,7 +12,7 @@ from jaxmoe.model import decoder
 from jaxmoe.model.batch import make_batch
 from jaxmoe.model.blocks import Mixer
 from jaxmoe.model.feed_forward.mlp import MLPSpec
-from jaxmoe.model.norms import NormSpec
+from jaxmoe.model.norms import NormSpec, apply_norm
 from jaxmoe.model.spec import LayerSpec, ModelSpec, group_layers
 from jaxmoe.params import initialize, named, param
 
@@ -97,3 +97,10 @@ def test_placements_with_and_without_either_block(placement):
 def test_a_layer_of_nothing_is_told():
     empty = LayerSpec(None, None, NormSpec(EPS))
     assert list(empty.problems()) == ["a layer has neither a token mixer nor a feed-forward"]
+
+
+@pytest.mark.parametrize("kind", ["rms", "rms_float32", "layer"])
+def test_a_norm_keeps_its_operands_alone(kind):
+    x, scale = jax.random.normal(jax.random.key(0), (5, 7)), jnp.arange(7.0)
+    _, pull = jax.vjp(lambda x, scale: apply_norm(NormSpec(1e-6, kind), x, scale), x, scale)
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(pull)) == [(5, 7), (7,)]

@@ -108,6 +108,33 @@ def test_gradients_are_clipped_by_their_global_norm():
         np.testing.assert_allclose(adam(state)["layers"][0]["norm"], 0.1 * factor * norm_gradient, rtol=1e-5)
 
 
+@pytest.mark.parametrize("clip_norm", [1e-3, 1e3])
+def test_clipping_is_that_of_optax_and_keeps_no_clipped_gradients(clip_norm):
+    """On a CPU they would be written once and read by each moment."""
+    params = {"weight": jnp.ones((512, 640))}
+    gradients = {"weight": jax.random.normal(jax.random.key(0), (512, 640)) / 100}
+    settings = config(name="adamw", clip_norm=clip_norm)
+    optimizer = build_optimizer(settings, {"weight": "matrix"}, 10)
+    state = optimizer.init(params)
+    program = jax.jit(lambda *operands: optimizer.update(*operands)).lower(gradients, state, params)
+    entry = program.compile().as_text().partition("ENTRY")[2]
+    # Gradient, weight, two moments; the update and both moments again.
+    assert entry.count(" = f32[512,640]") == 7
+
+    clip = optax.clip_by_global_norm(clip_norm)
+    clipped, _ = clip.update(gradients, clip.init(params))
+    unclipped = build_optimizer(config(name="adamw", clip_norm=None), {"weight": "matrix"}, 10)
+    want, wanted_state = jax.jit(unclipped.update)(clipped, unclipped.init(params), params)
+    update, new_state = jax.jit(optimizer.update)(gradients, state, params)
+    np.testing.assert_allclose(update["weight"], want["weight"], rtol=1e-5)
+    for name in ("mu", "nu"):
+        moments = [
+            optax.tree.get(each, name, filtering=lambda path, _: "decayed" in str(path))["weight"]
+            for each in (new_state, wanted_state)
+        ]
+        np.testing.assert_allclose(*moments, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_constant_never_moves(name):
     optimizer = build_optimizer(config(name=name, weight_decay=0.2), {"bias": "constant"}, 10)

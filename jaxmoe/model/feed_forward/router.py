@@ -170,10 +170,25 @@ def router_params(spec: RouterSpec, width: int) -> dict[str, Param]:
 def route(params: Tree, spec: RouterSpec, x_RD: jax.Array) -> Routing:
     """x (R, D) → `Routing`."""
     logits_RE = _logits(params, spec, x_RD)
+    dtype = x_RD.dtype if spec.weight_dtype == "model" else jnp.float32
     if spec.score == "sparsemixer":
-        experts_RK, weights_RK = sparsemixer(logits_RE, spec.top_k, spec.threshold)
-    else:
-        experts_RK, weights_RK = _choose(params, spec, logits_RE)
+        experts_RK, chosen_RK = sparsemixer(logits_RE, spec.top_k, spec.threshold)
+        return Routing(experts_RK, _weights(params, spec, experts_RK, chosen_RK).astype(dtype), logits_RE)
+    experts_RK, kept_RE = _choose(params, spec, jax.lax.stop_gradient(logits_RE))
+
+    def weigh(
+        params: Tree, logits_RE: jax.Array, experts_RK: jax.Array, kept_RE: jax.Array | None
+    ) -> jax.Array:
+        chosen_RK = _chosen_scores(spec, logits_RE, experts_RK, kept_RE)
+        return _weights(params, spec, experts_RK, chosen_RK).astype(dtype)
+
+    # The backward pass makes it from the logits again, which are less than what lies between.
+    weights_RK = jax.checkpoint(weigh, prevent_cse=False)(params, logits_RE, experts_RK, kept_RE)
+    return Routing(experts_RK, weights_RK, logits_RE)
+
+
+def _weights(params: Tree, spec: RouterSpec, experts_RK: jax.Array, weights_RK: jax.Array) -> jax.Array:
+    """The scores of the chosen (R, K) as weights (R, K)."""
     if spec.renormalize:
         total_R1 = jnp.sum(weights_RK, axis=-1, keepdims=True) + spec.sum_offset
         weights_RK = weights_RK / (jnp.maximum(total_R1, spec.least_sum) if spec.least_sum else total_R1)
@@ -181,8 +196,7 @@ def route(params: Tree, spec: RouterSpec, x_RD: jax.Array) -> Routing:
         weights_RK = weights_RK * spec.scale
     if spec.expert_scale:
         weights_RK = weights_RK * params["expert_scale"][experts_RK]
-    dtype = x_RD.dtype if spec.weight_dtype == "model" else jnp.float32
-    return Routing(experts_RK, weights_RK.astype(dtype), logits_RE)
+    return weights_RK
 
 
 def _logits(params: Tree, spec: RouterSpec, x_RD: jax.Array) -> jax.Array:
@@ -196,27 +210,61 @@ def _logits(params: Tree, spec: RouterSpec, x_RD: jax.Array) -> jax.Array:
     return add_bias(logits_RE, params["bias"]) if spec.bias else logits_RE
 
 
-def _choose(params: Tree, spec: RouterSpec, logits_RE: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Experts (R, K) and their scores (R, K), not yet renormalised."""
+def _scores(spec: RouterSpec, logits_RE: jax.Array) -> jax.Array:
+    """(R, E) float32."""
     wide_RE = logits_RE.astype(jnp.float32)
     if spec.score == "logits":
-        scores_RE = wide_RE
-    else:
-        scores_RE = jax.nn.sigmoid(wide_RE) if spec.score == "sigmoid" else jax.nn.softmax(wide_RE, axis=-1)
-    ranks_RE = jax.lax.stop_gradient(wide_RE if spec.correction == "logit" else scores_RE)
+        return wide_RE
+    return jax.nn.sigmoid(wide_RE) if spec.score == "sigmoid" else jax.nn.softmax(wide_RE, axis=-1)
+
+
+def _choose(params: Tree, spec: RouterSpec, logits_RE: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Experts (R, K), and which were in the best groups (R, E); None without groups."""
+    ranks_RE = logits_RE.astype(jnp.float32) if spec.correction == "logit" else _scores(spec, logits_RE)
     if spec.correction != "none":
         ranks_RE = add_bias(ranks_RE, params["correction"])
-    if spec.groups is not None:
-        kept_RE = _in_best_groups(spec.groups, ranks_RE)
-        ranks_RE = jnp.where(kept_RE, ranks_RE, spec.groups.masked)
-        if spec.groups.weigh_masked:
-            scores_RE = jnp.where(kept_RE, scores_RE, 0.0)
-    experts_RK = jax.lax.top_k(ranks_RE, spec.top_k)[1]
-    chosen_RK = jnp.take_along_axis(scores_RE, experts_RK, axis=-1)
+    if spec.groups is None:
+        return jax.lax.top_k(ranks_RE, spec.top_k)[1], None
+    kept_RE = _in_best_groups(spec.groups, ranks_RE)
+    ranks_RE = jnp.where(kept_RE, ranks_RE, spec.groups.masked)
+    return jax.lax.top_k(ranks_RE, spec.top_k)[1], kept_RE
+
+
+def _chosen_scores(
+    spec: RouterSpec, logits_RE: jax.Array, experts_RK: jax.Array, kept_RE: jax.Array | None
+) -> jax.Array:
+    """Those of the chosen experts (R, K), not yet renormalised."""
+    scores_RE = _scores(spec, logits_RE)
+    if kept_RE is not None and spec.groups is not None and spec.groups.weigh_masked:
+        scores_RE = jnp.where(kept_RE, scores_RE, 0.0)
+    chosen_RK = _picked(spec.num_experts, scores_RE, experts_RK)
     if spec.score == "logits":
         dtype = logits_RE.dtype if spec.softmax_dtype == "model" else jnp.float32
         chosen_RK = jax.nn.softmax(chosen_RK.astype(dtype), axis=-1)
-    return experts_RK, chosen_RK
+    return chosen_RK
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _picked(num_experts: int, scores_RE: jax.Array, experts_RK: jax.Array) -> jax.Array:
+    """The scores (R, K) at different experts, whose gradient is no scatter-add."""
+    del num_experts
+    return jnp.take_along_axis(scores_RE, experts_RK, axis=-1)
+
+
+def _picked_forward(
+    num_experts: int, scores_RE: jax.Array, experts_RK: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return _picked(num_experts, scores_RE, experts_RK), experts_RK
+
+
+def _picked_backward(
+    num_experts: int, experts_RK: jax.Array, d_picked_RK: jax.Array
+) -> tuple[jax.Array, None]:
+    is_it_RKE = experts_RK[:, :, None] == jnp.arange(num_experts, dtype=experts_RK.dtype)[None, None]
+    return jnp.where(is_it_RKE, d_picked_RK[:, :, None], 0.0).sum(axis=1), None
+
+
+_picked.defvjp(_picked_forward, _picked_backward)
 
 
 def _in_best_groups(groups: Groups, ranks_RE: jax.Array) -> jax.Array:
@@ -240,13 +288,17 @@ def router_stats(routing: Routing, valid_R: jax.Array | None) -> RouterStats:
     # One-hot products instead of a scatter-add: deterministic on every device. HIGHEST: never rounded to TF32.
     total = functools.partial(jnp.matmul, weight_R, precision=Precision.HIGHEST)
     chosen_RE = jax.nn.one_hot(routing.experts, num_experts, dtype=jnp.float32).sum(axis=1)
-    # The dtype that the logits have: the balance loss of transformers takes its softmax there.
-    probabilities_RE = jax.nn.softmax(routing.logits, axis=-1).astype(jnp.float32)
-    lse_R = jax.nn.logsumexp(routing.logits.astype(jnp.float32), axis=-1)
+
+    def of_logits(logits_RE: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # The dtype that the logits have: the balance loss of transformers takes its softmax there.
+        probabilities_RE = jax.nn.softmax(logits_RE, axis=-1).astype(jnp.float32)
+        return probabilities_RE, jax.nn.logsumexp(logits_RE.astype(jnp.float32), axis=-1) ** 2
+
+    probabilities_RE, squares_R = jax.checkpoint(of_logits, prevent_cse=False)(routing.logits)
     return RouterStats(
         load=jax.lax.stop_gradient(total(chosen_RE)),
         probability=total(probabilities_RE),
-        z=total(lse_R * lse_R),
+        z=total(squares_R),
         tokens=weight_R.sum(),
     )
 

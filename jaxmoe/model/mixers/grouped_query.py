@@ -98,10 +98,16 @@ class AttentionSpec(Mixer):
             sinks=params.get("sinks"),
             device=context.device,
         )
-        out_BTP = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
+        bias = params["o_bias"] if self.output_bias else None
         if self.gated:
-            out_BTP = out_BTP * jax.nn.sigmoid(linear(x_BTD, params["gate_proj"]))
-        return linear(out_BTP, params["o_proj"], params["o_bias"] if self.output_bias else None)
+            gate_BTP = jax.nn.sigmoid(linear(x_BTD, params["gate_proj"]))
+            return linear(out_BTNH.reshape(gate_BTP.shape) * gate_BTP, params["o_proj"], bias)
+
+        def project(out_BTNH: jax.Array, weight: Any, bias: jax.Array | None) -> jax.Array:
+            return linear(out_BTNH.reshape(*out_BTNH.shape[:2], -1), weight, bias)
+
+        # So that the heads are kept once for the backward passes of attention and of the product, in one shape.
+        return jax.checkpoint(project, prevent_cse=False)(out_BTNH, params["o_proj"], bias)
 
     def rotations(self) -> frozenset[RopeSpec]:
         """Of queries and keys."""

@@ -130,3 +130,20 @@ def test_dtypes(logits, weights):
     found = route(jax.tree.map(jnp.float32, params), spec, jnp.bfloat16(x))
     assert found.logits.dtype == (jnp.bfloat16 if logits == "model" else jnp.float32)
     assert found.weights.dtype == (jnp.bfloat16 if weights == "model" else jnp.float32)
+
+
+def test_weights_keep_the_logits_and_choices_alone_and_have_no_scatter():
+    spec = RouterSpec(num_experts=E, top_k=3, renormalize=True, weight_dtype="float32")
+    params = {"weight": jax.random.normal(jax.random.key(0), (E, D))}
+    x = jax.random.normal(jax.random.key(1), (R, D))
+
+    def weights(x):
+        routing = route(params, spec, x)
+        return routing.weights, router_stats(routing, None).z
+
+    _, pull = jax.vjp(weights, x)
+    kept = sorted(leaf.shape for leaf in jax.tree.leaves(pull) if leaf.ndim == 2)
+    assert set(kept) <= {(R, 3), (R, E), (E, D)}
+    assert kept.count((R, E)) <= 2  # once each for the weights and the statistics: the same array
+    jaxpr = jax.make_jaxpr(lambda x: jax.vjp(weights, x)[1]((jnp.ones((R, 3)), jnp.ones(()))))(x)
+    assert "scatter" not in str(jaxpr)
