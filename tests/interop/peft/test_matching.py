@@ -137,6 +137,7 @@ def _tiny():
         ({"target_modules": "q_proj"}, r"target_modules: 'q_proj' matches nothing: .*q_proj"),
         ({"target_modules": ["norm"]}, "match model.norm, which is no linear layer and no embedding"),
         ({"target_modules": ["self_attn"]}, "match model.layers.0.self_attn, which is no linear layer"),
+        ({"target_modules": "a{99999999999}"}, "a pattern is no regular expression that can be used"),
         ({"target_modules": "q_proj("}, r"found 'q_proj\(', which is no regular expression"),
         (
             {"target_parameters": ["experts.up_proj"]},

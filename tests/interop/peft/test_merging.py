@@ -5,14 +5,17 @@ import json
 import families
 import numpy as np
 import pytest
-from helpers import adapters
-from safetensors import safe_open
+from helpers import adapters, quantize, quantized
 
 import jaxmoe
 from jaxmoe import cli
+from jaxmoe.interop.peft import merging
+from jaxmoe.interop.peft.adapter import Adapter, LowRank
 from jaxmoe.interop.peft.merged import merge_folder
-
-pytestmark = pytest.mark.torch
+from jaxmoe.interop.peft.today import today
+from jaxmoe.interop.peft.writing import write_adapter
+from jaxmoe.interop.source import open_source
+from jaxmoe.interop.storage.reader import CheckpointFolder
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -44,13 +47,9 @@ def _exact(wrapped, seed=3):
 
 
 def _tensors(folder):
-    import torch
-
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    return {name: value.view(torch.uint8).numpy() for name, value in found.items()}
+    """The bytes of every tensor."""
+    with CheckpointFolder(folder) as opened:
+        return {name: np.frombuffer(b"".join(opened.iter_bytes(name)), np.uint8) for name in opened.tensors}
 
 
 def _base(name, folder, dtype, **options):
@@ -59,11 +58,13 @@ def _base(name, folder, dtype, **options):
     return model
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("original", [True, False], ids=["published", "as in memory"])
 @pytest.mark.parametrize("name", CASES)
-def test_merges_the_bits_of_peft(name, original, tmp_path):
+def test_merges_the_bits_of_peft(name, original, tmp_path, monkeypatch):
     import torch
 
+    monkeypatch.setattr(merging, "PIECE_ELEMENTS", merging.PIECE_ELEMENTS if original else 333)
     options = {"save_original_format": original}
     model = _base(name, tmp_path / "base", torch.bfloat16, **options)
     wrapped = adapters.adapted(model, r=4, lora_alpha=8, **CASES[name])
@@ -90,6 +91,7 @@ def test_merges_the_bits_of_peft(name, original, tmp_path):
     assert sizes["total_size"] == sum(value.size for value in ours.values())
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", ["olmoe", "qwen3_moe"])
 def test_merges_dora_and_arbitrary_factors(name, tmp_path):
     import torch
@@ -108,6 +110,7 @@ def test_merges_dora_and_arbitrary_factors(name, tmp_path):
         np.testing.assert_allclose(values, expected, atol=2e-6, rtol=2e-6, err_msg=key)
 
 
+@pytest.mark.torch
 def test_a_tied_embedding_is_refused(tmp_path):
     import torch
 
@@ -118,3 +121,37 @@ def test_a_tied_embedding_is_refused(tmp_path):
         merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours")
     with pytest.raises(jaxmoe.UserError, match="is the folder that the model was loaded from"):
         merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "base")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("method", "layout"), [("fp8", "experts"), ("fp8", "fused"), ("mxfp4", "fused")])
+def test_a_quantised_base_is_merged_as_what_it_stands_for(method, layout, tmp_path):
+    config, stored, meant = quantized.made(method, layout)
+    quantize.write(tmp_path / "quantised", config, stored)
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    quantize.write(tmp_path / "plain", plain, meant)
+    anatomy, random = today(open_source(tmp_path / "plain")).anatomy, np.random.default_rng(0)
+    pairs = {}
+    for module, parameter in anatomy.parameters():
+        if "layers.1" in module.name and module.kind != "router" and len(module.parameters[parameter]) > 1:
+            (outputs, inputs), name = module.sizes(parameter), module.full(parameter)
+            experts = module.parameters[parameter][:-2]
+            a, b = (random.standard_normal((*experts, *shape)) for shape in ((3, inputs), (outputs, 3)))
+            transposed = module.stored_transposed(parameter)
+            pairs[name] = LowRank(name, a.astype(np.float32), b.astype(np.float32), 0.5, None, transposed)
+    write_adapter(Adapter(pairs), anatomy, tmp_path / "adapter")
+    counts = [
+        merge_folder(tmp_path / base, tmp_path / "adapter", tmp_path / f"{base} merged")
+        for base in ("quantised", "plain")
+    ]
+    assert counts[0] == counts[1]
+    ours, expected = (_tensors(tmp_path / f"{base} merged") for base in ("quantised", "plain"))
+    before = _tensors(tmp_path / "plain")
+    assert ours.keys() == expected.keys() == before.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+    changed = sum(not np.array_equal(before[name], value) for name, value in expected.items())
+    assert counts[0][0] == changed > 0
+    assert "quantization_config" not in json.loads(
+        (tmp_path / "quantised merged" / "config.json").read_text()
+    )
