@@ -5,13 +5,16 @@ import json
 import families
 import numpy as np
 import pytest
-from helpers import adapters, quantize, quantized
+from helpers import adapters, quantize, quantized, tiny
+from safetensors.numpy import save_file
 
 import jaxmoe
 from jaxmoe import cli
+from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.peft import merging
 from jaxmoe.interop.peft.adapter import Adapter, LowRank
 from jaxmoe.interop.peft.merged import merge_folder
+from jaxmoe.interop.peft.reading import read_adapter
 from jaxmoe.interop.peft.today import today
 from jaxmoe.interop.peft.writing import write_adapter
 from jaxmoe.interop.source import open_source
@@ -58,37 +61,69 @@ def _base(name, folder, dtype, **options):
     return model
 
 
+def _whatever_can_be_adapted(anatomy):
+    """Linear layers of attention and shared experts, experts and routers of the language model."""
+    modules = [module for module in anatomy.modules if not module.aside]
+    linear = [m.name for m in modules if m.kind == "linear" and ("attn" in m.name or "shared" in m.name)]
+    bare = [
+        module.full(parameter)
+        for module in modules
+        for parameter, shape in module.parameters.items()
+        if len(shape) == 3 or (module.kind == "router" and len(shape) == 2)
+    ]
+    return {"target_modules": linear, "target_parameters": bare}
+
+
 @pytest.mark.torch
-@pytest.mark.parametrize("original", [True, False], ids=["published", "as in memory"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_merges_the_bits_of_peft_in_published_layouts(name, tmp_path):
+    wrapped = _compare(name, tmp_path, _whatever_can_be_adapted)
+    # What is read by the names that conversion rules give is written as PEFT wrote it.
+    anatomy = today(open_source(tmp_path / "base")).anatomy
+    write_adapter(read_adapter(tmp_path / "adapter", anatomy), anatomy, tmp_path / "again")
+    tensors, again = (CheckpointFolder(tmp_path / place).tensors for place in ("adapter", "again"))
+    assert {key: info.shape for key, info in again.items()} == {k: info.shape for k, info in tensors.items()}
+    for key, value in _tensors(tmp_path / "adapter").items():
+        np.testing.assert_array_equal(_tensors(tmp_path / "again")[key], value, err_msg=key)
+    assert adapters.targets_of(adapters.load(families.torch_model(name), tmp_path / "again")) == wrapped
+
+
+@pytest.mark.torch
 @pytest.mark.parametrize("name", CASES)
-def test_merges_the_bits_of_peft(name, original, tmp_path, monkeypatch):
+def test_merges_the_bits_of_peft_in_layouts_as_in_memory(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "PIECE_ELEMENTS", 333)
+    _compare(name, tmp_path, lambda _: CASES[name], save_original_format=False)
+
+
+def _compare(name, folder, config_of, **options):
+    """Merge an adapter here and by PEFT, and compare the folders; returns what PEFT adapted."""
     import torch
 
-    monkeypatch.setattr(merging, "PIECE_ELEMENTS", merging.PIECE_ELEMENTS if original else 333)
-    options = {"save_original_format": original}
-    model = _base(name, tmp_path / "base", torch.bfloat16, **options)
-    wrapped = adapters.adapted(model, r=4, lora_alpha=8, **CASES[name])
+    model = _base(name, folder / "base", torch.bfloat16, **options)
+    wrapped = adapters.adapted(model, r=4, lora_alpha=8, **config_of(adapters.anatomy_of(model)))
     _exact(wrapped)
-    adapters.save(wrapped, tmp_path / "adapter")
-    changed, left_out = merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours")
+    targets = adapters.targets_of(wrapped)
+    adapters.save(wrapped, folder / "adapter")
+    changed, left_out = merge_folder(folder / "base", folder / "adapter", folder / "ours")
     with adapters.quiet():
-        wrapped.merge_and_unload().save_pretrained(tmp_path / "theirs", max_shard_size="60KB", **options)
-    before, ours, theirs = (_tensors(tmp_path / place) for place in ("base", "ours", "theirs"))
+        wrapped.merge_and_unload().save_pretrained(folder / "theirs", max_shard_size="60KB", **options)
+    before, ours, theirs = (_tensors(folder / place) for place in ("base", "ours", "theirs"))
     assert ours.keys() == theirs.keys() == before.keys()
     for key, want in theirs.items():
         np.testing.assert_array_equal(ours[key], want, err_msg=key)
     differing = sum(not np.array_equal(before[key], want) for key, want in theirs.items())
-    assert changed == differing + (name == "phimoe"), "its adapter repeats the bias of the head"
+    assert differing <= changed <= differing + 1, "an adapter of a head repeats its bias"
     assert not left_out
-    files = sorted((tmp_path / "base").glob("*"))
-    assert len(files) > 4
+    files = sorted((folder / "base").glob("*"))
+    assert len(files) > 3
     for file in files:
-        other = tmp_path / "ours" / file.name
+        other = folder / "ours" / file.name
         assert other.stat().st_size == file.stat().st_size
         if file.suffix == ".json":
             assert other.read_bytes() == file.read_bytes()
-    sizes = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())["metadata"]
+    sizes = json.loads((folder / "ours" / "model.safetensors.index.json").read_text())["metadata"]
     assert sizes["total_size"] == sum(value.size for value in ours.values())
+    return targets
 
 
 @pytest.mark.torch
@@ -155,3 +190,49 @@ def test_a_quantised_base_is_merged_as_what_it_stands_for(method, layout, tmp_pa
     assert "quantization_config" not in json.loads(
         (tmp_path / "quantised merged" / "config.json").read_text()
     )
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("layout", ["experts", "fused"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_of_transformers_4_is_merged_layer_by_layer(dora, layout, tmp_path):
+    """By the formulas of a linear layer, on the tensors of the published layout."""
+    before = tiny.write_checkpoint(tmp_path / "base", "mixtral", layout="experts", shards=4)
+    if layout == "fused":
+        tiny.write_checkpoint(tmp_path / "base", "mixtral", layout="fused", shards=4)
+    random, factors, merged = np.random.default_rng(0), {}, dict(before)
+    for name, weight in before.items():
+        if ".experts." not in name and not name.endswith(("block_sparse_moe.gate.weight", "q_proj.weight")):
+            continue
+        key = "base_model.model." + name.removesuffix("weight")
+        a, b = (
+            random.standard_normal(s).astype(np.float32) for s in ((3, weight.shape[1]), (weight.shape[0], 3))
+        )
+        factors |= {key + "lora_A.weight": a, key + "lora_B.weight": b}
+        merged[name] = weight + 2.5 * b @ a
+        if dora:
+            length = random.uniform(1, 2, weight.shape[0]).astype(np.float32)
+            factors[key + "lora_magnitude_vector"] = length
+            merged[name] *= (length / np.linalg.norm(merged[name], axis=1))[:, None]
+    targets = ["w1", "w2", "w3", "gate", "q_proj"]
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 7.5, "target_modules": targets, "use_dora": dora}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours")
+    with CheckpointFolder(tmp_path / "ours") as opened:
+        ours = {name: opened.read(name) for name in opened.tensors}
+    if layout == "fused":
+        stem = "model.layers.{}.mlp.experts."
+        for layer in range(5):
+            fused = {key: ours.pop(stem.format(layer) + key) for key in ("gate_up_proj", "down_proj")}
+            gate_up = np.split(fused["gate_up_proj"], 2, axis=1)
+            ours[f"model.layers.{layer}.block_sparse_moe.gate.weight"] = ours.pop(
+                f"model.layers.{layer}.mlp.gate.weight"
+            )
+            for word, values in zip(("w1", "w3", "w2"), (*gate_up, fused["down_proj"]), strict=True):
+                for e, value in enumerate(values):
+                    ours[f"model.layers.{layer}.block_sparse_moe.experts.{e}.{word}.weight"] = value
+    assert ours.keys() == merged.keys()
+    for name, value in merged.items():
+        np.testing.assert_allclose(ours[name], value, atol=2e-6, rtol=2e-6, err_msg=name)
