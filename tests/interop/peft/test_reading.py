@@ -5,6 +5,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
 
 import jaxmoe
@@ -304,10 +305,9 @@ def test_a_written_folder_says_what_it_is(tmp_path):
     assert again.base == "org/base"
     assert again.pairs["lm_head.weight"].a.dtype == ml_dtypes.bfloat16
     assert again.pairs["lm_head.weight"].scale == pytest.approx(0.3, rel=1e-15)
-    card = (tmp_path / "out" / "README.md").read_text()
-    header = card.split("---\n")[1]
-    assert "base_model: org/base\nlibrary_name: peft\npipeline_tag: text-generation\n" in header
-    assert "- base_model:adapter:org/base\n- lora\n" in header
+    card = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (card.base_model, card.library_name, card.pipeline_tag) == ("org/base", "peft", "text-generation")
+    assert card.tags == ["base_model:adapter:org/base", "lora", "transformers", "jaxmoe"]
     wrong = Adapter({"no.such": pair, "lm_head.weight": LowRank("lm_head.weight", pair.b, pair.a, 1.0)})
     with pytest.raises(
         jaxmoe.UserError, match=r"2 problems: tensor no\.such is adapted and not part of the model; .*A"
