@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from jaxmoe.errors import UserError
 from jaxmoe.interop.export_plan import (
     exported_shards,
     refuse_overlap,
@@ -39,7 +40,8 @@ def merge_folder(
     source = open_source(base)
     origin, _ = source.opened
     refuse_overlap(origin, Path(folder))
-    refuse_overlap(Path(adapter), Path(folder))
+    if Path(adapter).resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError(f"{folder}: holds {adapter}, which replacing it would delete; choose another folder")
     model = today(source)
     merge = Merge(read_adapter(adapter, model.anatomy), source, model.bindings)
     shards = exported_shards(source, "none")

@@ -1,6 +1,7 @@
 """A merged folder has the values that PEFT merges, in the layout of its base."""
 
 import json
+import tracemalloc
 
 import families
 import numpy as np
@@ -236,3 +237,28 @@ def test_an_adapter_of_transformers_4_is_merged_layer_by_layer(dora, layout, tmp
     assert ours.keys() == merged.keys()
     for name, value in merged.items():
         np.testing.assert_allclose(ours[name], value, atol=2e-6, rtol=2e-6, err_msg=name)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("layout", ["experts", "fused"])
+def test_memory_is_that_of_some_pieces(layout, tmp_path):
+    """Of a file of 52 MB, of which a fused tensor has 17, about 17 are held, the adapter among them."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 32, "num_hidden_layers": 2}
+    dense = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    tiny.write_checkpoint(
+        tmp_path / "base", "qwen3_moe", dtype="bfloat16", layout=layout, shards=1, **sizes, **dense
+    )
+    anatomy = today(open_source(tmp_path / "base")).anatomy
+    pairs = {}
+    for module, parameter in anatomy.parameters():
+        if "experts" in module.name:
+            name, (outputs, inputs) = module.full(parameter), module.sizes(parameter)
+            pairs[name] = LowRank(name, np.ones((32, 2, inputs)), np.ones((32, outputs, 2)), 0.5)
+    write_adapter(Adapter(pairs), anatomy, tmp_path / "adapter")
+    tracemalloc.start()
+    merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 0.5 * (tmp_path / "base" / "model.safetensors").stat().st_size
+    with pytest.raises(jaxmoe.UserError, match="which replacing it would delete"):
+        merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "adapter", overwrite=True)
