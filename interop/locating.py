@@ -77,8 +77,8 @@ def _refuse_adapter(folder: Path) -> None:
             "merge_and_unload, save_pretrained) and give the result, or move the adapter's files out of the folder"
         )
     raise UserError(
-        f"{folder}: is {adapter} and no model, expected a folder with config.json; merge it into its base model (PEFT: "
-        "merge_and_unload, save_pretrained) and give the result, or give the base model"
+        f"{folder}: is {adapter} and no model, expected a folder with config.json; merge it into its base model "
+        "(jaxmoe merge) and give the result, or give the base model"
     )
 
 

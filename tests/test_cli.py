@@ -257,10 +257,10 @@ def test_any_other_error_is_not_caught(command):
     ("name", "want"),
     [
         ("trian", "error: unknown command 'trian', did you mean train?\n"),
-        ("qqq", "error: unknown command 'qqq', expected one of train, export, generate, inspect\n"),
+        ("qqq", "error: unknown command 'qqq', expected one of train, export, merge, generate, inspect\n"),
         (
             "--verbose",
-            "error: unknown command '--verbose', expected one of train, export, generate, inspect\n",
+            "error: unknown command '--verbose', expected one of train, export, merge, generate, inspect\n",
         ),
     ],
 )

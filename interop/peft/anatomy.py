@@ -76,11 +76,13 @@ class Anatomy:
         modules: those with parameters, in transformers' order.
         head: name of the output head's module; None where it has no weight of its own.
         pieces: linear layers of transformers 4 by their name, such as "model.layers.0.mlp.experts.3.up_proj".
+        whole: transformers' model has no other modules; else towers may have some of the same endings.
     """
 
     modules: tuple[Module, ...]
     head: str | None = None
     pieces: Mapping[str, Piece] = dataclasses.field(default_factory=dict)
+    whole: bool = True
 
     @property
     def by_name(self) -> dict[str, Module]:
@@ -104,4 +106,4 @@ class Anatomy:
             if left:
                 kept.append(dataclasses.replace(module, parameters=left))
         former = [piece.module(name, *holders[piece.parameter]) for name, piece in self.pieces.items()]
-        return Anatomy((*kept, *former), self.head, self.pieces)
+        return dataclasses.replace(self, modules=(*kept, *former))

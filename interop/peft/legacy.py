@@ -43,6 +43,29 @@ def fuse(pairs: Mapping[str, LowRank], anatomy: Anatomy, where: object) -> dict[
     return fused
 
 
+def rename_saved(saved: Mapping[str, np.ndarray], anatomy: Anatomy, where: object) -> dict[str, np.ndarray]:
+    """Parameters stored as a whole, by today's names.
+
+    Args:
+        saved: by the names of transformers 4.
+        anatomy: of today's model.
+        where: what the adapter is called in messages.
+
+    Raises:
+        UserError: one is a layer of a single expert.
+    """
+    renamed = {}
+    for name, array in saved.items():
+        piece = anatomy.pieces.get(name.removesuffix(".weight"))
+        if piece is not None and piece.expert is not None:
+            raise UserError(
+                f"{where}: modules_to_save hold {name}, one layer of {piece.parameter}: expected none of experts; "
+                "merge it with the PEFT and transformers that wrote it"
+            )
+        renamed[name if piece is None else piece.parameter] = array
+    return renamed
+
+
 def _renamed(name: str, pair: LowRank, module: Module, parameter: str) -> LowRank:
     transposed = module.stored_transposed(parameter)
     wrapped = module.kind in ("router", "other")

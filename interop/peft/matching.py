@@ -79,6 +79,8 @@ def match(config: AdapterConfig, anatomy: Anatomy, where: object, *, strict: boo
         raise UserError(
             f"{where}: found {quote(error.pattern)}, which is no regular expression: {error.msg}"
         ) from None
+    except (OverflowError, RecursionError) as error:
+        raise UserError(f"{where}: a pattern is no regular expression that can be used: {error}") from None
     if not targets and not problems:
         problems.append(
             "target_modules and target_parameters match nothing that can be adapted: expected some of "

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from jaxmoe.errors import UserError
 from jaxmoe.interop.export_plan import (
     exported_shards,
     refuse_overlap,
@@ -39,7 +40,8 @@ def merge_folder(
         UserError: one of the two cannot be read, they do not fit each other, or the folder cannot be written.
     """
     source = open_source(base)
-    refuse_overlap(Path(adapter), Path(folder))
+    if Path(adapter).resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError(f"{folder}: holds {adapter}, which replacing it would delete; choose another folder")
     model = today(source)
     return write_merged(source, model, read_adapter(adapter, model.anatomy), folder, overwrite=overwrite)
 

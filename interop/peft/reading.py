@@ -11,7 +11,7 @@ from jaxmoe.interop.peft.adapter import Adapter, LowRank
 from jaxmoe.interop.peft.anatomy import Anatomy, Module
 from jaxmoe.interop.peft.config import AdapterConfig, read_adapter_config
 from jaxmoe.interop.peft.keys import Part, factor_key, parse_key, whole_key
-from jaxmoe.interop.peft.legacy import fuse
+from jaxmoe.interop.peft.legacy import fuse, rename_saved
 from jaxmoe.interop.peft.matching import Target, match
 from jaxmoe.interop.peft.packing import is_exchanged, unpack
 from jaxmoe.interop.storage.problems import raise_problems
@@ -69,8 +69,7 @@ class _Reading:
         self.problems: list[str] = []
         self.keys = {name: parse_key(name) for name in file.tensors}
         self.is_former = any(
-            key.part and key.module in anatomy.pieces and key.module not in anatomy.by_name
-            for key in self.keys.values()
+            key.module in anatomy.pieces and key.module not in anatomy.by_name for key in self.keys.values()
         )
         self.anatomy = anatomy.in_pieces() if self.is_former else anatomy
         self.matched = match(config, self.anatomy, folder, strict=False)
@@ -88,6 +87,7 @@ class _Reading:
         raise_problems(self.folder, self.problems)
         if self.is_former:
             pairs = fuse(pairs, self.whole, self.folder)
+            saved = rename_saved(saved, self.whole, self.folder)
         return Adapter(pairs, saved, self.config.base_model_name_or_path)
 
     def _check_dtypes(self) -> None:
@@ -106,8 +106,10 @@ class _Reading:
             module, parameter, _ = shapes[name]
             self.problems.append(f"tensor {whole_key(module.name, parameter)} is missing")
         for name, tensor in stored.items():
-            module, parameter, shape = shapes.get(name, (None, "", ()))
-            if module is None or not (name in wanted or self._may_be_whole(module, parameter)):
+            if name not in shapes:
+                continue
+            module, parameter, shape = shapes[name]
+            if name not in wanted and not self._may_be_whole(module, parameter):
                 continue
             self.unknown.discard(tensor)
             if self.file.tensors[tensor].shape != shape:

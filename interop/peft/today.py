@@ -38,9 +38,8 @@ def today(source: Source) -> Today:
         parts.sort(key=lambda part: order[_rule_target(part.target)])
     head = next((b.source.rpartition(".")[0] for b in bindings.values() if b.target == "lm_head"), None)
     pieces = dict(_pieces(source, list(layouts.values()), bindings))
-    return Today(
-        Anatomy(tuple(_module(name, parts) for name, parts in modules.items()), head, pieces), bindings
-    )
+    found = tuple(_module(name, parts) for name, parts in modules.items())
+    return Today(Anatomy(found, head, pieces, whole=not source.family.text), bindings)
 
 
 def _layouts(source: Source) -> dict[str, list[Rule]]:

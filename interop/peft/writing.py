@@ -77,7 +77,8 @@ def _problems(adapter: Adapter, anatomy: Anatomy) -> Iterator[str]:
 def describe_adapter(adapter: Adapter, anatomy: Anatomy, where: str) -> dict[str, Any]:
     """The content of adapter_config.json.
 
-    Modules are named by their endings where these name no others, and in full otherwise.
+    Modules are named by their endings where these name no others, and in full otherwise, so wherever towers may have
+    modules of the same endings.
 
     Raises:
         UserError: PEFT cannot say what the adapter is.
@@ -107,7 +108,7 @@ def describe_adapter(adapter: Adapter, anatomy: Anatomy, where: str) -> dict[str
         "modules_to_save": saved or None,
         "peft_version": PEFT_VERSION,
     }
-    for endings in (True, False):
+    for endings in (True, False) if anatomy.whole else (False,):
         raw["target_modules"] = _endings(modules) if endings else modules
         raw["target_parameters"] = _endings(alone, 3) if endings else alone
         config = parse_adapter_config(raw, where)

@@ -75,7 +75,7 @@ def build_optimizer(
         parameters and `roles` differ in structure, or when a matrix has fewer than two dimensions.
 
     Raises:
-        ValueError: a parameter has no role or an unknown one.
+        ValueError: an unknown role.
     """
     unknown = [f"{name}: {role!r}" for name, role in named(roles) if role not in ROLES]
     if unknown:

@@ -40,6 +40,9 @@ CASES = {
     },
     "granitemoe": {"target_modules": "all-linear", "target_parameters": EXPERTS},
     "olmoe": {"target_modules": ["q_proj", "v_proj"], "use_dora": True},
+    # Names of transformers 4, which PEFT turns into parameters of twice the rank and alpha.
+    "glm4_moe": {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},
+    "mellum": {"target_modules": "all-linear", "use_rslora": True},
 }
 
 

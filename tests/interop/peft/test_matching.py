@@ -9,7 +9,7 @@ from helpers import adapters
 import jaxmoe
 from jaxmoe.interop.peft.anatomy import Anatomy, Module
 from jaxmoe.interop.peft.config import parse_adapter_config
-from jaxmoe.interop.peft.matching import match
+from jaxmoe.interop.peft.matching import match, resolve
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -137,6 +137,7 @@ def _tiny():
         ({"target_modules": "q_proj"}, r"target_modules: 'q_proj' matches nothing: .*q_proj"),
         ({"target_modules": ["norm"]}, "match model.norm, which is no linear layer and no embedding"),
         ({"target_modules": ["self_attn"]}, "match model.layers.0.self_attn, which is no linear layer"),
+        ({"target_modules": "a{99999999999}"}, "a pattern is no regular expression that can be used"),
         ({"target_modules": "q_proj("}, r"found 'q_proj\(', which is no regular expression"),
         (
             {"target_parameters": ["experts.up_proj"]},
@@ -176,3 +177,11 @@ def test_lenient_matching_needs_one_pattern_alone():
     nothing = dataclasses.replace(_tiny(), modules=_tiny().modules[4:5])
     with pytest.raises(jaxmoe.UserError, match="match nothing that can be adapted"):
         match(config, nothing, "here", strict=False)
+
+
+@pytest.mark.once
+def test_keys_of_patterns_are_whole_endings():
+    patterns = {"proj": 2, "q_proj.bias": 3, r"layers\.1\..*_proj": 4, "q_proj": 5}
+    assert resolve(patterns, "model.layers.0.self_attn.q_proj", 1) == 5
+    assert resolve(patterns, "model.layers.1.self_attn.q_proj", 1) == 4, "the first that matches"
+    assert resolve(patterns, "model.layers.0.self_attn.o_proj", 1) == 1

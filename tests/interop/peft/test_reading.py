@@ -5,6 +5,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
 
 import jaxmoe
@@ -67,15 +68,8 @@ def _packed(experts, first, second, depth=0):
 
 DOWN = {"target_parameters": ["experts.down_proj"]}
 
-ERAS = {
-    # (first axis, second axis) of an expert → features of A and B: PEFT 0.18.1, 0.19.0 (bases of (E, in, out)), 0.19.1.
-    "0.17.0": lambda transposed: False,
-    "0.18.1": lambda transposed: False,
-    "0.19.0": lambda transposed: transposed,
-    "0.19.1": lambda transposed: not transposed,
-    "0.21.2": lambda transposed: not transposed,
-}
-"""Whether a version exchanged the two axes of an expert as it is stored, of which A else is on the first."""
+ERAS = {"0.17.0": (), "0.18.1": (), "0.19.0": (True,), "0.19.1": (False,), "0.21.2": (False,)}
+"""Of each version, the bases whose two axes it swaps, (E, in, out) or not: A is on the second one of those."""
 
 
 @pytest.mark.parametrize("square", [False, True])
@@ -86,7 +80,7 @@ def test_experts_of_every_era(tmp_path, version, transposed, square):
     hidden = D if square else F
     anatomy = _anatomy(transposed, hidden=hidden)
     first, second = anatomy.by_name[MOE + "experts"].parameters["down_proj"][1:]
-    swapped = ERAS[version](transposed)
+    swapped = transposed in ERAS[version]
     tensors = _packed(E, *((second, first) if swapped else (first, second)))
     a, b = tensors[MOE + "experts.lora_A.weight"], tensors[MOE + "experts.lora_B.weight"]
     folder = _folder(tmp_path, tensors, peft_version=version, **DOWN)
@@ -196,6 +190,23 @@ def test_dora_of_experts_one_by_one_has_a_length_per_row(tmp_path):
         write_adapter(adapter, _anatomy(), tmp_path / "out")
 
 
+def test_what_was_renamed_since(tmp_path):
+    """A router under its former name, as a pair and as a whole; no layer of a single expert as a whole."""
+    anatomy, former, gate = _anatomy(), "model.layers.0.block_sparse_moe.gate", MOE + "gate.weight"
+    anatomy.pieces[former] = Piece(gate, None, range(E))
+    pair = {former + ".lora_A.weight": _random(R, D), former + ".lora_B.weight": _random(E, R)}
+    adapter = read_adapter(_folder(tmp_path, pair, target_modules=["gate"]), anatomy)
+    np.testing.assert_array_equal(adapter.pairs[gate].a, _random(R, D))
+    assert adapter.pairs[gate].wrapped
+    whole = _linear() | {former + ".weight": _random(E, D)}
+    adapter = read_adapter(_folder(tmp_path, whole, modules_to_save=["gate"], **ATTENTION), anatomy)
+    np.testing.assert_array_equal(adapter.saved[gate], _random(E, D))
+    expert = _linear() | {f"{MOE}experts.{e}.down_proj.weight": _random(D, F) for e in range(E)}
+    folder = _folder(tmp_path, expert, modules_to_save=["down_proj"], **ATTENTION)
+    with pytest.raises(jaxmoe.UserError, match=r"down_proj\.weight, one layer of .*experts\.down_proj"):
+        read_adapter(folder, anatomy)
+
+
 def _linear(rank=R):
     stem = LAYER + "self_attn.q_proj.lora_"
     return {stem + "A.weight": _random(rank, D), stem + "B.weight": _random(Q, rank)}
@@ -294,10 +305,9 @@ def test_a_written_folder_says_what_it_is(tmp_path):
     assert again.base == "org/base"
     assert again.pairs["lm_head.weight"].a.dtype == ml_dtypes.bfloat16
     assert again.pairs["lm_head.weight"].scale == pytest.approx(0.3, rel=1e-15)
-    card = (tmp_path / "out" / "README.md").read_text()
-    header = card.split("---\n")[1]
-    assert "base_model: org/base\nlibrary_name: peft\npipeline_tag: text-generation\n" in header
-    assert "- base_model:adapter:org/base\n- lora\n" in header
+    card = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (card.base_model, card.library_name, card.pipeline_tag) == ("org/base", "peft", "text-generation")
+    assert card.tags == ["base_model:adapter:org/base", "lora", "transformers", "jaxmoe"]
     wrong = Adapter({"no.such": pair, "lm_head.weight": LowRank("lm_head.weight", pair.b, pair.a, 1.0)})
     with pytest.raises(
         jaxmoe.UserError, match=r"2 problems: tensor no\.such is adapted and not part of the model; .*A"
