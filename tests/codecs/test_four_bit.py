@@ -311,7 +311,7 @@ def test_a_last_block_that_is_shorter_is_divided(place, whole):
 
 @pytest.mark.once
 def test_the_mean_of_scales_to_one_bit():
-    """Of any of them: sums by pairs alone are further off now and then."""
+    """Which sums of one number after the other do not have."""
     for seed in range(60):
         scales = np.random.default_rng(seed).uniform(0.5, 1.5, 1500).astype(np.float32)
         values = np.zeros((1500, 32), np.float32)
