@@ -2,8 +2,8 @@
 
     taskset -c 0 python benchmarks/dequantize.py [--quick]
 
-One matrix of an expert of Qwen3-30B-A3B. The ways of one dtype run alternately in this process and the best time of each
-counts. GB/s are of the result.
+One matrix of an expert of Qwen3-30B-A3B. The ways of one dtype run alternately in this process and the best time of
+each counts. GB/s are of the result.
 """
 
 import argparse

@@ -289,15 +289,10 @@ def _scales(codes: Array, nested_absmax: Array, offset: Array) -> Array:
 
 
 def _mean(values: Array) -> Array:
-    """Of float32 (n), by pairs, with what each sum loses kept: the same in any place, off by one bit at most."""
-    xp, count = namespace(values), values.shape[0]
-    lost = xp.zeros_like(values)
+    """Of float32 (n), by sums of pairs: the same in any place, and closer than one number after the other."""
+    xp, count, first = namespace(values), values.shape[0], values[0]
     while values.shape[0] > 1:
-        values, lost = (xp.pad(array, (0, array.shape[0] % 2)) for array in (values, lost))
-        one, other = values[::2], values[1::2]
-        values = one + other
-        got = values - one
-        lost = lost[::2] + lost[1::2] + ((one - (values - got)) + (other - got))
-    # What XLA does not know while it compiles it divides by; otherwise it would multiply by the reciprocal.
-    unknown = np.float32(count) + 0 * values[0]
-    return (values[0] + lost[0]) / unknown
+        values = xp.pad(values, (0, values.shape[0] % 2))
+        values = values[::2] + values[1::2]
+    # By what XLA does not know while it compiles; otherwise it would multiply by the reciprocal.
+    return values[0] / (np.float32(count) + 0 * first)

@@ -228,7 +228,7 @@ def test_experts_one_by_one(nested, columns):
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(
-    ("shape", "block"), [((3, 10, 192), 64), ((7, 3, 160), 64), ((90, 96), 64), ((5, 1088), 32)]
+    ("shape", "block"), [((3, 10, 192), 64), ((7, 3, 160), 64), ((45, 100), 64), ((9, 1088), 32)]
 )
 def test_rows_in_a_loop(shape, block, nested):
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
@@ -307,3 +307,26 @@ def test_a_last_block_that_is_shorter_is_divided(place, whole):
     values[-1, -2:] = scale, number
     codes = to_stored(run(quantize, make(values))).codes
     assert int(np.asarray(codes)[-1, 0]) == 15 * 16 + code
+
+
+@pytest.mark.once
+def test_the_mean_of_scales_to_one_bit():
+    """Which sums of one number after the other do not have."""
+    for seed in range(60):
+        scales = np.random.default_rng(seed).uniform(0.5, 1.5, 1500).astype(np.float32)
+        values = np.zeros((1500, 32), np.float32)
+        values[:, 3] = scales
+        exact = scales.astype(np.float64).mean().astype(np.float32)
+        assert abs(quantize(values, "nf4", 32, nested=True).offset - exact) <= np.spacing(exact)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_rounding_to_bfloat16(place):
+    """To nearest and, in the middle of two, to even: code 15 leaves the scales as they are."""
+    run, make = PLACES[place]
+    bits = np.random.default_rng(0).integers(0x3000, 0x4800, 512).astype(np.uint32) << 16
+    bits |= np.resize(np.array([0x8000, 0x7FFF, 0x8001, 0], np.uint32), 512)
+    scales = bits.view(np.float32)
+    stored = arrays(make, Stored(np.full((512 * 16, 1), 255, np.uint8), scales))
+    found = run(dequantize, from_stored(stored, "nf4", 32, (512, 32)))
+    np.testing.assert_array_equal(found, np.repeat(scales[:, None], 32, 1).astype(BF16))

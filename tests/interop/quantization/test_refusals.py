@@ -99,8 +99,8 @@ def test_shape_of_the_unquantised_tensor(folders):
         ({}, r"quantization_config.quant_method = None is not supported; supported: fp8, mxfp4"),
         ({"quant_method": ["fp8"]}, r"quant_method = \['fp8'\] is not supported; supported: fp8, mxfp4"),
         (
-            {"quant_method": "bitsandbytes", "load_in_4bit": True},
-            "quant_method = 'bitsandbytes' is not supported; supported: fp8, mxfp4, .*gptq. Convert the",
+            {"quant_method": "hqq", "load_in_4bit": True},
+            "quant_method = 'hqq' is not supported; supported: fp8, mxfp4, .*bitsandbytes. Convert the",
         ),
         ({"quant_method": "mxfp4", "bits": 4}, "has unknown fields 'bits'; known are dequantize, mod"),
         (
