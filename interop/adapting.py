@@ -83,6 +83,7 @@ class Adapted:
     def mask(self) -> Tree:
         """What is trained, a tree like `declared`."""
         saved = {self.model.bindings[name].target for name in self.saved}
+
         def base(name: str, trained: bool) -> Any:
             return jax.tree.map(lambda _: False, self.forms[name].packed) if name in self.forms else trained
 
@@ -145,7 +146,9 @@ class Adapted:
             a, b = (np.zeros(factor.shape, np.float32) for factor in (declared.a, declared.b))
             for place in places:
                 pair = self.given.pairs[place.name]
-                of_tensor = (pair.b.swapaxes(-1, -2), pair.a.swapaxes(-1, -2)) if place.swapped else (pair.a, pair.b)
+                of_tensor = (
+                    (pair.b.swapaxes(-1, -2), pair.a.swapaxes(-1, -2)) if place.swapped else (pair.a, pair.b)
+                )
                 a, b = place.put((a, b), of_tensor)
             factors[target] = (a, b)
         return factors
@@ -215,7 +218,9 @@ class Adapted:
         )
         ranks = {rank for _, rank in kinds}
         rank = f" of rank {ranks.pop()}" if len(ranks) == 1 else ""
-        parts = [f"{kind} ×{number}" + ("" if rank else f" (rank {r})") for (kind, r), number in kinds.items()]
+        parts = [
+            f"{kind} ×{number}" + ("" if rank else f" (rank {r})") for (kind, r), number in kinds.items()
+        ]
         whole = f"; as a whole {listed(sorted(self.saved), 4)}" if self.saved else ""
         return f"LoRA{rank} on {listed(parts, 12)}{whole}: {self.trained:,} parameters train"
 
@@ -311,9 +316,7 @@ class Place:
         return at[:-1], at
 
 
-def adapt(
-    source: Source, config: AdapterConfig, quantization: QuantizationConfig | None = None
-) -> Adapted:
+def adapt(source: Source, config: AdapterConfig, quantization: QuantizationConfig | None = None) -> Adapted:
     """What an adapter's config, or the adapter that it names, adapts of a model.
 
     Raises:
@@ -412,13 +415,17 @@ def _uneven(adapted: Adapted) -> Iterator[str]:
     """Parameters of ours whose parts would not be trained alike."""
     for places in adapted._places.values():
         if len({place.width for place in places}) > 1:
-            told = ", ".join(f"{place.name} (rank {place.width.rank}, scale {place.width.scale:g})" for place in places)
+            told = ", ".join(
+                f"{place.name} (rank {place.width.rank}, scale {place.width.scale:g})" for place in places
+            )
             yield f"{told} are parts of one parameter here: expected one rank and alpha for them"
     of_target: dict[str, list[str]] = {}
     for name, binding in adapted.model.bindings.items():
         of_target.setdefault(binding.target, []).append(name)
     for name in sorted(adapted.saved):
-        missing = [other for other in of_target[adapted.model.bindings[name].target] if other not in adapted.saved]
+        missing = [
+            other for other in of_target[adapted.model.bindings[name].target] if other not in adapted.saved
+        ]
         if missing:
             yield f"{name} is trained and {missing[0]} is not, which is a part of the same parameter: expected both or neither"
 
@@ -428,7 +435,9 @@ def _declared_pair(declared: Param, places: Sequence[Place]) -> LowRank:
     place = places[0]
     rank = place.width.rank
     shared = [letter for letter in place._outputs if letter not in (declared.dims[-2], *place.binding.index)]
-    sizes = [1 if letter in shared else size for letter, size in zip(declared.dims, declared.shape, strict=True)]
+    sizes = [
+        1 if letter in shared else size for letter, size in zip(declared.dims, declared.shape, strict=True)
+    ]
     a = Param(declared.dims[:-2] + "r" + declared.dims[-1], (*sizes[:-2], rank, sizes[-1]), "zeros", "matrix")
     b = Param(declared.dims[:-1] + "r", (*declared.shape[:-1], rank), "zeros", "matrix")
     return LowRank(declared, a, b, place.width.scale)

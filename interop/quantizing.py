@@ -60,7 +60,9 @@ class Form:
             # Rows that are whole blocks keep the letters of the tensor, its last one counting blocks.
             own = self.tensor[: array.ndim] if array.shape[: len(self.shape) - 1] == self.shape[:-1] else ""
             own += "." * (array.ndim - len(own))
-            return Param(stack + own, (*sizes, *array.shape), "zeros", self.declared.role, stored=array.dtype.name)
+            return Param(
+                stack + own, (*sizes, *array.shape), "zeros", self.declared.role, stored=array.dtype.name
+            )
 
         return jax.tree.map(declare, like)
 
@@ -141,9 +143,7 @@ def _wanted(form: Form, declared: Any, placements: Any) -> Iterator[tuple[int, .
     yield from (tuple(map(int, index)) for index in np.argwhere(seen))
 
 
-def _one(
-    reader: TensorReader, form: Form, parts: Sequence[Binding], index: tuple[int, ...]
-) -> np.ndarray:
+def _one(reader: TensorReader, form: Form, parts: Sequence[Binding], index: tuple[int, ...]) -> np.ndarray:
     """The values of one quantised tensor, in the dtype that the checkpoint has."""
     fixed = dict(zip(form.stack, index, strict=True))
     values: np.ndarray | None = None

@@ -104,7 +104,8 @@ class QuantizationConfig(Section):
     """Frozen weights in few bits under adapters (QLoRA), as bitsandbytes has them."""
 
     kind: Literal["nf4", "fp4", "int8"] = Field(
-        default="nf4", description="nf4 and fp4: 4 bits and a scale per block; int8: 8 bits and a scale per row."
+        default="nf4",
+        description="nf4 and fp4: 4 bits and a scale per block; int8: 8 bits and a scale per row.",
     )
     double_quant: bool = Field(
         default=False, description="Quantise the scales too: 4.13 bits a weight instead of 4.5."

@@ -104,7 +104,9 @@ class InitialWeights:
         """A packed parameter as `initializer` draws it."""
 
         def draw(key: jax.Array) -> Any:
-            return form.quantize(draw_param(jax.random.fold_in(key, index), parameter, self._source.spec.init_std))
+            return form.quantize(
+                draw_param(jax.random.fold_in(key, index), parameter, self._source.spec.init_std)
+            )
 
         return jax.jit(draw, out_shardings=where)(jax.random.key(self._seed))
 

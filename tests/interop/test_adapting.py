@@ -8,8 +8,8 @@ import pytest
 from helpers import adapters, parity
 
 from jaxmoe.config import AdapterConfig
-from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.adapting import adapt
+from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.loading import load_params
 from jaxmoe.interop.peft.reading import read_adapter
 from jaxmoe.interop.peft.today import today
@@ -91,5 +91,9 @@ def test_logits_and_gradients_are_those_of_peft(name, tmp_path):
         for factor in ("a", "b"):
             want = getattr(pair, factor)
             np.testing.assert_allclose(
-                getattr(ours.pairs[key], factor), want, atol=1e-3 * np.abs(want).max() + 1e-6, rtol=0, err_msg=f"{key} {factor}"
+                getattr(ours.pairs[key], factor),
+                want,
+                atol=1e-3 * np.abs(want).max() + 1e-6,
+                rtol=0,
+                err_msg=f"{key} {factor}",
             )

@@ -11,12 +11,11 @@ from jaxmoe.codecs import four_bit, int8_rows, unpack
 from jaxmoe.config import RunConfig
 from jaxmoe.interop.adapting import base_of
 from jaxmoe.interop.loading import load_params
-from jaxmoe.interop.source import open_source
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import make_batch
 from jaxmoe.model.linear import PACKED
-from jaxmoe.params import joined, named, split
 from jaxmoe.parallel.sharding import make_mesh
+from jaxmoe.params import joined, named, split
 from jaxmoe.run.assemble import assemble
 
 FORMS = {
@@ -102,13 +101,20 @@ def test_computes_with_what_the_codes_stand_for(form, mesh, folders):
     params = assembled.initial_weights.make()
     rng = np.random.default_rng(5)
     params = jax.tree.map(
-        lambda trained, leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32) if trained else leaf,
+        lambda trained, leaf: (
+            jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32) if trained else leaf
+        ),
         assembled.mask,
         params,
     )
-    plain = jax.tree.map(lambda leaf: unpack(leaf, jnp.float32) if is_packed(leaf) else leaf, params, is_leaf=is_packed)
+    plain = jax.tree.map(
+        lambda leaf: unpack(leaf, jnp.float32) if is_packed(leaf) else leaf, params, is_leaf=is_packed
+    )
     mask = jax.tree.map(
-        lambda packed, trained: False if is_packed(packed) else trained, params, assembled.mask, is_leaf=is_packed
+        lambda packed, trained: False if is_packed(packed) else trained,
+        params,
+        assembled.mask,
+        is_leaf=is_packed,
     )
     tokens = parity.tokens_of(assembled.spec.vocab_size)
 
@@ -144,5 +150,3 @@ def test_no_array_of_all_experts_is_made(folders):
     assert f"f32[{experts},{width},{hidden}]" not in text
     assert f"f32[{experts},2,{hidden},{width}]" not in text
     assert f"f32[{2 * hidden},{width}]" in text, "one expert's"
-
-

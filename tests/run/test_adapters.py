@@ -19,7 +19,12 @@ LORA = {
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"],
     "learning_rate_ratio": 4,
 }
-ON_EIGHT = {"mesh": {"data": 2, "expert": 2, "tensor": 2}, "train__micro_batch_size": 8, "train__steps": 6, "optimizer__learning_rate": 0.02}
+ON_EIGHT = {
+    "mesh": {"data": 2, "expert": 2, "tensor": 2},
+    "train__micro_batch_size": 8,
+    "train__steps": 6,
+    "optimizer__learning_rate": 0.02,
+}
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +143,12 @@ def test_merged_export_of_random_weights(workspace, tmp_path, capfd):
     changes = {"model": {"config": raw, "dtype": "float32"}, "data__tokenizer": str(workspace / "model")}
     changes |= {"train__steps": 2, "train__export": "both"}
     loop.run(config_of(workspace, tmp_path / "run", **changes))
-    frozen = {"optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0, "train__export": True, "adapter": None}
+    frozen = {
+        "optimizer__learning_rate": 1e-30,
+        "optimizer__weight_decay": 0.0,
+        "train__export": True,
+        "adapter": None,
+    }
     loop.run(config_of(workspace, tmp_path / "base", **(changes | frozen)))
     assert cli(["merge", *(str(tmp_path / name) for name in ("base/export", "run/export", "merged"))]) == 0
     capfd.readouterr()
@@ -167,9 +177,10 @@ def test_what_is_refused(changes, expected, workspace, tmp_path, capfd):
 
 
 def test_orthogonal_factors_begin_with_no_change(workspace, tmp_path):
+    import jax
+
     from jaxmoe.parallel.sharding import make_mesh
     from jaxmoe.run.assemble import assemble
-    import jax
 
     lora = {"rank": 4, "init": "orthogonal", "target_modules": ["q_proj", "lm_head"]}
     config = config_of(workspace, tmp_path, adapter=lora)
