@@ -122,7 +122,7 @@ class Adapted:
         return found
 
     def new_factors(self, key: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
-        """A and B of every adapted parameter as a new adapter has them, float32, by our names; see `AdapterConfig.init`.
+        """A and B of every adapted parameter as a new adapter has them (`AdapterConfig.init`), float32, by our names.
 
         Every parameter of transformers' model draws from its own fold of the key.
         """
@@ -170,7 +170,7 @@ class Adapted:
 
     def joined(self, weights: Tree, factors: Mapping[str, tuple[Any, Any]]) -> Tree:
         """Weights like `ModelSpec.declared` with A and B by our names: a tree like `declared`."""
-        structure = jax.tree.structure(self.source.spec.declared)
+        structure: Any = jax.tree.structure(self.source.spec.declared)
         leaves = []
         for (name, _), weight in zip(
             named(self.source.spec.declared), structure.flatten_up_to(weights), strict=True
@@ -219,7 +219,7 @@ class Adapted:
         ranks = {rank for _, rank in kinds}
         rank = f" of rank {ranks.pop()}" if len(ranks) == 1 else ""
         parts = [
-            f"{kind} ×{number}" + ("" if rank else f" (rank {r})") for (kind, r), number in kinds.items()
+            f"{number} x {kind}" + ("" if rank else f" (rank {r})") for (kind, r), number in kinds.items()
         ]
         whole = f"; as a whole {listed(sorted(self.saved), 4)}" if self.saved else ""
         return f"LoRA{rank} on {listed(parts, 12)}{whole}: {self.trained:,} parameters train"
@@ -284,7 +284,7 @@ class Place:
         )
 
     def put(self, whole: Any, factors: Any) -> Any:
-        """A and B of the whole parameter with those of the tensor in their place; numpy's are changed where they are."""
+        """A and B of the whole parameter with the tensor's in their place; numpy's are changed where they are."""
         (a_at, b_at), (a, b) = self._indices(), factors
         sizes = dict(zip(self.binding.letters, self.binding.sizes, strict=True))
         a = a.reshape(whole[0][a_at].shape)
@@ -390,7 +390,7 @@ def _problems(
             yield f"{name} is adapted and trained as a whole: expected one of them"
         if name in holders and init == "orthogonal":
             if holders[name].kind != "linear":
-                yield f"{name} is no linear layer, which adapter.init 'orthogonal' is for: expected 'default' or 'gaussian'"
+                yield f"{name} is no linear layer: expected 'default' or 'gaussian' in place of adapter.init 'orthogonal'"
             elif width.rank % 2:
                 yield f"{name} has rank {width.rank}: expected an even one for adapter.init 'orthogonal'"
 
@@ -427,7 +427,10 @@ def _uneven(adapted: Adapted) -> Iterator[str]:
             other for other in of_target[adapted.model.bindings[name].target] if other not in adapted.saved
         ]
         if missing:
-            yield f"{name} is trained and {missing[0]} is not, which is a part of the same parameter: expected both or neither"
+            yield (
+                f"{name} is trained and {missing[0]} is not, which is a part of the same parameter: expected both or "
+                "neither"
+            )
 
 
 def _declared_pair(declared: Param, places: Sequence[Place]) -> LowRank:

@@ -1,8 +1,8 @@
 """Frozen weights in few bits: which of a model's are held so, and how they get there while they are read.
 
-bitsandbytes quantises one tensor at a time. Here such a tensor is one matrix of transformers' model: a linear layer's, or
-one expert's, gate and up together. With double quantisation the scales of a tensor depend on one another, so that what
-was one tensor is part of what a base is; `Form` says it.
+bitsandbytes quantises one tensor at a time. Here such a tensor is one matrix of transformers' model: a linear layer's,
+or one expert's, gate and up together. With double quantisation the scales of a tensor depend on one another, so that
+what was one tensor is part of what a base is; `Form` says it.
 """
 
 import dataclasses

@@ -19,4 +19,4 @@ __all__ = ["FourBit", "Int8Rows", "unpack"]
 def unpack(packed: FourBit | Int8Rows, dtype: Any) -> Any:
     """The values of a packed tensor, or of a stack of them, in `dtype`."""
     codec = four_bit if isinstance(packed, FourBit) else int8_rows
-    return codec.dequantize(packed, dtype)  # type: ignore[arg-type]
+    return codec.dequantize(packed, dtype)

@@ -96,8 +96,8 @@ class RunConfig(Section):
             )
         if self.adapter is None and self.model.quantization is not None:
             raise ValueError(
-                "model.quantization: found it without adapter, but weights in few bits cannot be trained; expected null, "
-                "or an adapter"
+                "model.quantization: found it without adapter, but weights in few bits cannot be trained; expected "
+                "null, or an adapter"
             )
         if self.adapter is not None and (self.trainable is not None or self.frozen):
             key = "frozen" if self.trainable is None else "trainable"

@@ -284,7 +284,7 @@ class BalanceConfig(Section):
 
 
 class AdapterConfig(Section):
-    """Low-rank adapters (LoRA), trained instead of the weights. Names and rules are those of PEFT; ranks are per expert."""
+    """Low-rank adapters (LoRA), trained instead of the weights. Names and rules are PEFT's; ranks are per expert."""
 
     kind: Literal["lora"] = Field(default="lora", description="Kind of adapter.")
     path: PathText | None = Field(

@@ -20,7 +20,8 @@ from jaxmoe.model.spec import ModelSpec
 from jaxmoe.optim import build_optimizer, schedule
 from jaxmoe.parallel.sharding import batch_sharding, shardings
 from jaxmoe.params import Tree, roles, split
-from jaxmoe.run.model import InitialWeights, open_model
+from jaxmoe.run.model import open_model
+from jaxmoe.run.weights import InitialWeights
 from jaxmoe.training.state import TrainState, abstract_state, checksum, init_state, stored_dtypes
 from jaxmoe.training.step import StepSpec, make_eval_step, make_train_step
 

@@ -159,7 +159,7 @@ def test_merged_export_of_random_weights(workspace, tmp_path, capfd):
 
 
 REFUSED = [
-    ({"adapter": {"target_modules": ["q_prj"]}}, "'q_prj' matches nothing: expected names such as model.layers.0.self_attn.q_proj"),
+    ({"adapter": {"target_modules": ["q_prj"]}}, "'q_prj' matches nothing: expected names such as model.layers"),
     ({"adapter": {"rank": 3}}, "neither target_modules nor target_parameters"),
     ({"adapter": {"target_modules": ["norm"]}}, "no linear layer and no embedding"),
     ({"adapter": {"target_parameters": ["mlp.gate.weight"], "init": "orthogonal"}}, "is no linear layer"),
@@ -187,5 +187,6 @@ def test_orthogonal_factors_begin_with_no_change(workspace, tmp_path):
     assembled = assemble(config, make_mesh(devices=jax.devices()[:1]))
     adapter = assembled.adapted.adapter(jax.tree.map(np.asarray, assembled.initial_weights.make()), None)
     for pair in adapter.pairs.values():
-        assert np.abs(pair.a).max() > 0.01 and np.abs(pair.b).max() > 0.01
+        assert np.abs(pair.a).max() > 0.01
+        assert np.abs(pair.b).max() > 0.01
         assert np.abs(pair.delta()).max() < 1e-6
