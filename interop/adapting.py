@@ -390,7 +390,7 @@ def _problems(
             yield f"{name} is adapted and trained as a whole: expected one of them"
         if name in holders and init == "orthogonal":
             if holders[name].kind != "linear":
-                yield f"{name} is no linear layer: expected 'default' or 'gaussian' in place of adapter.init 'orthogonal'"
+                yield f"{name} is no linear layer: expected another adapter.init than 'orthogonal'"
             elif width.rank % 2:
                 yield f"{name} has rank {width.rank}: expected an even one for adapter.init 'orthogonal'"
 

@@ -14,7 +14,7 @@ from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import dtypes
 from jaxmoe.run.assemble import Assembled
 from jaxmoe.run.data import RunData
-from jaxmoe.run.model import InitialWeights
+from jaxmoe.run.weights import InitialWeights
 
 
 @pytest.fixture(scope="module")
