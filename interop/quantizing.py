@@ -6,20 +6,28 @@ what was one tensor is part of what a base is; `Form` says it.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from jaxmoe.codecs import FourBit, Int8Rows, four_bit, int8_rows
+from jaxmoe.codecs import FourBit, Int8Rows, four_bit, int8_rows, unpack
 from jaxmoe.config import QuantizationConfig
+from jaxmoe.errors import UserError, first_line
+from jaxmoe.files import read_text
 from jaxmoe.interop.loading import TensorReader
 from jaxmoe.interop.peft.today import Today
 from jaxmoe.interop.rules import Binding
+from jaxmoe.interop.source import Source
 from jaxmoe.params import Param, Tree, named
+
+_MAX_BYTES = 16 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Form:
     def packed(self) -> FourBit | Int8Rows:
         """Declarations of what it is made of."""
         stack, sizes = self.stack, self.declared.shape[: len(self.stack)]
-        like = jax.eval_shape(self._quantize, jax.ShapeDtypeStruct(self.shape, jnp.float32))
+        like = jax.eval_shape(self.quantize_one, jax.ShapeDtypeStruct(self.shape, jnp.float32))
 
         def declare(array: jax.ShapeDtypeStruct) -> Param:
             # Rows that are whole blocks keep the letters of the tensor, its last one counting blocks.
@@ -66,21 +74,22 @@ class Form:
 
         return jax.tree.map(declare, like)
 
-    def _quantize(self, values: Any) -> FourBit | Int8Rows:
+    def quantize_one(self, values: Any) -> FourBit | Int8Rows:
+        """One quantised tensor, of jax's arrays or numpy's."""
         if self.kind == "int8":
             return int8_rows.quantize(values)
         return four_bit.quantize(values, self.kind, self.block, self.double)
 
     def quantize(self, weight: jax.Array) -> FourBit | Int8Rows:
         """A whole parameter, tensor by tensor."""
-        quantize = self._quantize
+        quantize = self.quantize_one
         for _ in self.stack:
             quantize = jax.vmap(quantize)
         return quantize(weight)
 
     def quantizer(self) -> Any:
         """`quantize` of one tensor, jitted."""
-        return jax.jit(self._quantize)
+        return jax.jit(self.quantize_one)
 
 
 def forms_of(declared: Tree, model: Today, config: QuantizationConfig) -> dict[str, Form]:
@@ -122,7 +131,7 @@ def load_packed(
     declared = form.packed
     buffers = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.stored), declared)
     for index in _wanted(form, declared, placements):
-        values = _one(reader, form, parts, index)
+        values = read_tensor(reader, form, parts, index)
         packed = jax.device_get(quantize(values))
         for buffer, own in zip(jax.tree.leaves(buffers), jax.tree.leaves(packed), strict=True):
             buffer[index] = own
@@ -143,7 +152,9 @@ def _wanted(form: Form, declared: Any, placements: Any) -> Iterator[tuple[int, .
     yield from (tuple(map(int, index)) for index in np.argwhere(seen))
 
 
-def _one(reader: TensorReader, form: Form, parts: Sequence[Binding], index: tuple[int, ...]) -> np.ndarray:
+def read_tensor(
+    reader: TensorReader, form: Form, parts: Sequence[Binding], index: tuple[int, ...]
+) -> np.ndarray:
     """The values of one quantised tensor, in the dtype that the checkpoint has."""
     fixed = dict(zip(form.stack, index, strict=True))
     values: np.ndarray | None = None
@@ -174,3 +185,101 @@ def packed_bytes(forms: Mapping[str, Form]) -> int:
     """Of all packed arrays."""
     leaves = jax.tree.leaves([form.packed for form in forms.values()])
     return sum(math.prod(leaf.shape) * np.dtype(leaf.stored).itemsize for leaf in leaves)
+
+
+RECORD = "base_quantization.json"
+"""File in an adapter's folder that says how the base was held when the adapter was trained."""
+
+
+class Recorded(BaseModel):
+    """What `RECORD` holds.
+
+    Attributes:
+        quantization: that of the run's config.
+        dtype: that the values are computed with.
+        parameters: of transformers' model, those that were held so; each is one tensor, or one for each expert.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    quantization: QuantizationConfig
+    dtype: Literal["bfloat16", "float32", "float16"]
+    parameters: tuple[str, ...]
+
+    @classmethod
+    def of(cls, forms: Mapping[str, Form], model: Today, dtype: Any) -> "Recorded":
+        """What there is to record of a run.
+
+        Args:
+            forms: of the frozen parameters, at least one.
+            model: the same in transformers.
+            dtype: that the run computes in.
+        """
+        one = next(iter(forms.values()))
+        names = (name for name, binding in model.bindings.items() if binding.target in forms)
+        return cls(
+            quantization=QuantizationConfig.model_validate(
+                {"kind": one.kind, "block_size": one.block, "double_quant": one.double}
+            ),
+            dtype=np.dtype(dtype).name,
+            parameters=tuple(sorted(names)),
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> "Recorded":
+        """That of an adapter's folder.
+
+        Raises:
+            UserError: there is none, or it is not what it should be.
+        """
+        path = folder / RECORD
+        try:
+            return cls.model_validate_json(read_text(path, _MAX_BYTES), strict=False)
+        except FileNotFoundError:
+            raise UserError(
+                f"{folder}: has no {RECORD}, so its base was not in few bits: merge it without --quantization"
+            ) from None
+        except (ValidationError, OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: cannot be read: {first_line(error)}; export the adapter again"
+            ) from None
+
+
+class Replay:
+    """The base of an adapter as its training saw it: what its quantised tensors stand for."""
+
+    def __init__(self, source: Source, model: Today, recorded: Recorded) -> None:
+        """Find what was quantised.
+
+        Raises:
+            UserError: the record names parameters that the model has not.
+        """
+        if unknown := sorted(set(recorded.parameters) - model.bindings.keys()):
+            raise UserError(
+                f"{RECORD} names {unknown[0]}, which the model has not: give the adapter's own base"
+            )
+        targets = {model.bindings[name].target for name in recorded.parameters}
+        forms = forms_of(source.spec.declared, model, recorded.quantization)
+        self._forms = {name: form for name, form in forms.items() if name in targets}
+        _, self._files = source.opened
+        self._parts = source.bindings.of_parameter
+        self._dtype = jnp.dtype(recorded.dtype)
+        self._last: tuple[tuple[str, tuple[int, ...]], np.ndarray] | None = None
+
+    def has(self, target: str) -> bool:
+        """Whether one of our parameters was quantised."""
+        return target in self._forms
+
+    def region(self, target: str, held: Mapping[str, slice]) -> np.ndarray:
+        """A part of a parameter, its axes the parameter's, one slice of `held` for each letter."""
+        form = self._forms[target]
+        stack = [range(held[letter].start, held[letter].stop) for letter in form.stack]
+        inside = tuple(held[letter] for letter in form.tensor)
+        values = np.stack([self._tensor(target, form, index)[inside] for index in itertools.product(*stack)])
+        return values.reshape([held[x].stop - held[x].start for x in form.declared.dims])
+
+    def _tensor(self, target: str, form: Form, index: tuple[int, ...]) -> np.ndarray:
+        if self._last is None or self._last[0] != (target, index):
+            packed = form.quantize_one(read_tensor(self._files, form, self._parts[target], index))
+            self._last = (target, index), np.asarray(unpack(packed, self._dtype))
+        return self._last[1]

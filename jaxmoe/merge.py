@@ -17,13 +17,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("adapter", type=path_argument, help="folder with adapter_config.json")
     parser.add_argument("folder", type=path_argument, help="new folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint folder")
+    parser.add_argument(
+        "--quantization",
+        action="store_true",
+        help="merge into the base as training saw it, in few bits; the adapter's folder says how",
+    )
     options = parser.parse_args(argv)
     # Imported only now: a mistake in the arguments is reported without waiting for it.
     from jaxmoe.interop.export_plan import LEFT_OUT
     from jaxmoe.interop.peft.merged import merge_folder
 
     folder = Path(options.folder)
-    changed, left_out = merge_folder(options.base, options.adapter, folder, overwrite=options.overwrite)
+    changed, left_out = merge_folder(
+        options.base, options.adapter, folder, overwrite=options.overwrite, quantization=options.quantization
+    )
     print(f"{folder}: {options.base} with {options.adapter} merged in, which changed {changed:,} tensors")
     if left_out:
         print(f"left out ({LEFT_OUT}): {listed(left_out, 20)}")

@@ -15,12 +15,18 @@ from jaxmoe.interop.peft.adapter import Adapter
 from jaxmoe.interop.peft.merging import Merge
 from jaxmoe.interop.peft.reading import read_adapter
 from jaxmoe.interop.peft.today import Today, today
+from jaxmoe.interop.quantizing import Recorded, Replay
 from jaxmoe.interop.source import Source, open_source
 from jaxmoe.interop.storage.writer import FolderWriter
 
 
 def merge_folder(
-    base: str | Path, adapter: str | Path, folder: str | Path, *, overwrite: bool = False
+    base: str | Path,
+    adapter: str | Path,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    quantization: bool = False,
 ) -> tuple[int, list[str]]:
     """Write a base model with an adapter merged in: the same files and tensors, in the same dtypes.
 
@@ -32,6 +38,8 @@ def merge_folder(
         adapter: folder that PEFT or `write_adapter` wrote.
         folder: a new folder, or with `overwrite` an existing checkpoint that is replaced as a whole.
         overwrite: replace it.
+        quantization: merge into the base as training saw it, which held it in few bits: its record is in the adapter's
+            folder (`jaxmoe.interop.quantizing.Recorded`). What was quantised and is not adapted changes as well.
 
     Returns:
         How many tensors of the base changed, and its files that were left out (`jaxmoe.interop.export_plan.LEFT_OUT`).
@@ -43,7 +51,10 @@ def merge_folder(
     if Path(adapter).resolve().is_relative_to(Path(folder).resolve()):
         raise UserError(f"{folder}: holds {adapter}, which replacing it would delete; choose another folder")
     model = today(source)
-    return write_merged(source, model, read_adapter(adapter, model.anatomy), folder, overwrite=overwrite)
+    replay = Replay(source, model, Recorded.read(Path(adapter))) if quantization else None
+    return write_merged(
+        source, model, read_adapter(adapter, model.anatomy), folder, overwrite=overwrite, replay=replay
+    )
 
 
 def write_merged(
@@ -54,6 +65,7 @@ def write_merged(
     *,
     overwrite: bool = False,
     replaced_files: Mapping[str, Path | None] | None = None,
+    replay: Replay | None = None,
 ) -> tuple[int, list[str]]:
     """`merge_folder` of an open base and an adapter at hand.
 
@@ -63,10 +75,11 @@ def write_merged(
         adapter: of it.
         folder, overwrite: as in `merge_folder`.
         replaced_files: files that take the place of the base's of those names; None leaves a file out.
+        replay: see `Merge`.
     """
     origin, _ = source.opened
     refuse_overlap(origin, Path(folder))
-    merge = Merge(adapter, source, model.bindings)
+    merge = Merge(adapter, source, model.bindings, replay)
     shards = exported_shards(source, "none")
     rewritten = rewritten_files(source, shards, "none")
     replaced = replaced_files or {}

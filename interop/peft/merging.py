@@ -14,6 +14,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.interop.loading import numpy_dtype
 from jaxmoe.interop.peft.adapter import Adapter, LowRank
 from jaxmoe.interop.peft.today import grouped, part_of
+from jaxmoe.interop.quantizing import Replay
 from jaxmoe.interop.rules import Binding
 from jaxmoe.interop.source import Source
 from jaxmoe.interop.storage.format import TensorInfo
@@ -30,13 +31,20 @@ class Merge:
         touched: names of the checkpoint's tensors that the adapter changes.
     """
 
-    def __init__(self, adapter: Adapter, source: Source, bindings: Mapping[str, Binding]) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        source: Source,
+        bindings: Mapping[str, Binding],
+        replay: Replay | None = None,
+    ) -> None:
         """Find the tensors that hold what is adapted.
 
         Args:
             adapter: on the parameters of today's transformers.
             source: the checkpoint, in any layout.
             bindings: of today's names, as `today` gives them.
+            replay: the base as it was when the adapter was trained, where that is not what the files hold.
 
         Raises:
             UserError: the adapter changes an embedding that the checkpoint ties to the output head, which it leaves.
@@ -44,14 +52,14 @@ class Merge:
         if source.spec.tie_embeddings:
             _refuse_tied(adapter, bindings)
         _, self._files = source.opened
-        self._adapter = adapter
+        self._adapter, self._replay = adapter, replay
         self._of_tensor = source.bindings.of_tensor
         named = adapter.pairs.keys() | adapter.saved.keys()
         changed = grouped(bindings[name] for name in sorted(named))
         self._changes: dict[str, list[Binding]] = {}
         for name, binding in self._of_tensor.items():
             overlapping = [whole for whole in changed.get(part_of(binding), []) if _overlap(binding, whole)]
-            if overlapping:
+            if overlapping or (replay is not None and replay.has(binding.target)):
                 self._changes[name] = overlapping
 
     @property
@@ -85,13 +93,9 @@ class Merge:
 
     def _merged(self, info: TensorInfo, binding: Binding, box: Box) -> np.ndarray:
         """The box of a tensor on its letters, merged."""
-        before = self._files.read_box(info.name, binding.sizes, box)
         held = binding.within(box)
         letters = binding.declared.dims
-        values = before.transpose(_order(binding.letters, letters)).reshape(
-            [held[letter].stop - held[letter].start for letter in letters]
-        )
-        values = np.array(values)
+        values = self._before(info, binding, box, held)
         for whole in self._changes[info.name]:
             region = _common(held, whole.held)
             if region is None:
@@ -100,9 +104,23 @@ class Merge:
                 slice(region[x].start - held[x].start, region[x].stop - held[x].start) for x in letters
             )
             values[place] = self._changed(whole, region, values[place], info)
+        values = _cast(info, values, numpy_dtype(info.dtype))
         free = [x for x in letters if x in binding.letters]
         squeezed = values.reshape([held[x].stop - held[x].start for x in free])
         return squeezed.transpose(_order(free, binding.letters))
+
+    def _before(self, info: TensorInfo, binding: Binding, box: Box, held: Mapping[str, slice]) -> np.ndarray:
+        """The box as the adapter was trained on it, its axes the parameter's own."""
+        if self._replay is not None and self._replay.has(binding.target):
+            values = self._replay.region(binding.target, held)
+            # Wide enough for both: what is merged is rounded to the file's dtype.
+            return values.astype(np.promote_types(values.dtype, numpy_dtype(info.dtype)))
+        before = self._files.read_box(info.name, binding.sizes, box)
+        letters = binding.declared.dims
+        values = before.transpose(_order(binding.letters, letters)).reshape(
+            [held[letter].stop - held[letter].start for letter in letters]
+        )
+        return np.array(values)
 
     def _changed(
         self, whole: Binding, region: Mapping[str, slice], values: np.ndarray, info: TensorInfo

@@ -25,7 +25,14 @@ PEFT_VERSION = "0.21.2"
 """Of the format that is written; readers tell from it how square experts are packed."""
 
 
-def write_adapter(adapter: Adapter, anatomy: Anatomy, folder: str | Path, *, overwrite: bool = False) -> None:
+def write_adapter(
+    adapter: Adapter,
+    anatomy: Anatomy,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
     """Write an adapter's config, weights and card.
 
     Args:
@@ -33,6 +40,7 @@ def write_adapter(adapter: Adapter, anatomy: Anatomy, folder: str | Path, *, ove
         anatomy: of the model that it belongs to.
         folder: new or empty; with `overwrite` it may hold an adapter.
         overwrite: replace it.
+        extra_files: further files by name, and their content.
 
     Raises:
         UserError: PEFT has no form for it, all reasons listed once; or the folder cannot be written.
@@ -45,6 +53,8 @@ def write_adapter(adapter: Adapter, anatomy: Anatomy, folder: str | Path, *, ove
         writer.shard(new_shard(WEIGHTS_FILE, shapes, FORMAT_METADATA), lambda info: tensors[info.name])
         writer.file(CONFIG_FILE, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
         writer.file("README.md", model_card(adapter.base).encode())
+        for name, content in (extra_files or {}).items():
+            writer.file(name, content)
 
 
 def _problems(adapter: Adapter, anatomy: Anatomy) -> Iterator[str]:

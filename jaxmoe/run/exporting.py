@@ -62,7 +62,14 @@ def export(
             quantization=quantization or config.train.export_quantization,
         )
     if what == "adapter":
-        export_adapter(adapted, state.trainable, folder, base=config.model.path, overwrite=overwrite)
+        export_adapter(
+            adapted,
+            state.trainable,
+            folder,
+            base=config.model.path,
+            dtype=assembled.dtype,
+            overwrite=overwrite,
+        )
         return []
     return export_merged(
         adapted,

@@ -14,6 +14,7 @@ from jaxmoe.interop.adapting import Adapted
 from jaxmoe.interop.export_plan import exported_shards
 from jaxmoe.interop.peft.merged import write_merged
 from jaxmoe.interop.peft.writing import write_adapter
+from jaxmoe.interop.quantizing import RECORD, Recorded, Replay
 from jaxmoe.interop.saving import write_folder
 from jaxmoe.interop.source import Source, config_source, open_source
 from jaxmoe.interop.storage.writer import FolderWriter
@@ -78,7 +79,7 @@ def export_model(
 
 
 def export_adapter(
-    adapted: Adapted, trained: Tree, folder: Path, *, base: str | None, overwrite: bool = False
+    adapted: Adapted, trained: Tree, folder: Path, *, base: str | None, dtype: Any, overwrite: bool = False
 ) -> None:
     """Write what was trained as a PEFT adapter. Every process calls it, the first one writes.
 
@@ -87,12 +88,21 @@ def export_adapter(
         trained: their factors, and what is trained beside them; None for the rest.
         folder: a new folder, or with `overwrite` one that holds an adapter.
         base: path or hub id of the model, for the adapter's config.
+        dtype: that the run computes in.
 
     Raises:
         UserError: the folder is not empty or cannot be written, or values are not finite.
     """
     adapter = adapted.adapter(_on_host(trained), base)
-    processes.first(lambda: write_adapter(adapter, adapted.model.anatomy, folder, overwrite=overwrite))
+    recorded = _recorded(adapted, dtype)
+    extra = {} if recorded is None else {RECORD: (recorded.model_dump_json(indent=2) + "\n").encode()}
+    processes.first(
+        lambda: write_adapter(adapter, adapted.model.anatomy, folder, overwrite=overwrite, extra_files=extra)
+    )
+
+
+def _recorded(adapted: Adapted, dtype: Any) -> Recorded | None:
+    return Recorded.of(adapted.forms, adapted.model, dtype) if adapted.forms else None
 
 
 def export_merged(
@@ -106,6 +116,8 @@ def export_merged(
     overwrite: bool = False,
 ) -> list[str]:
     """Write the model with the adapter merged in, as `jaxmoe.interop.peft.merged` does it; returns what was left out.
+
+    A base that was held in few bits is what it was in training.
 
     Args:
         adapted, trained, overwrite: as in `export_adapter`.
@@ -127,16 +139,20 @@ def export_merged(
             overwrite=overwrite,
         )
     adapter = adapted.adapter(_on_host(trained), None)
-    return processes.first(
-        lambda: write_merged(
+    recorded = _recorded(adapted, dtype)
+
+    def write() -> list[str]:
+        return write_merged(
             adapted.source,
             adapted.model,
             adapter,
             folder,
             overwrite=overwrite,
             replaced_files=tokenizer_files,
+            replay=None if recorded is None else Replay(adapted.source, adapted.model, recorded),
         )[1]
-    )
+
+    return processes.first(write)
 
 
 @jax.jit

@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 from helpers import parity
 
+from jaxmoe.cli import main as cli
 from jaxmoe.codecs import four_bit, int8_rows, unpack
 from jaxmoe.config import RunConfig
-from jaxmoe.interop.adapting import base_of
+from jaxmoe.interop.adapting import base_of, named_pairs
 from jaxmoe.interop.loading import load_params
+from jaxmoe.interop.source import open_source
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import make_batch
-from jaxmoe.model.linear import PACKED
+from jaxmoe.model.linear import PACKED, LowRank, dense
 from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import joined, named, split
 from jaxmoe.run.assemble import assemble
+from jaxmoe.run.model import export_adapter
 
 FORMS = {
     "nf4": {"kind": "nf4", "block_size": 32},
@@ -59,9 +62,15 @@ def is_packed(leaf):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("mesh", [{}, {"expert": 2, "fsdp": 2}], ids=["one", "four"])
+@pytest.mark.parametrize(
+    ("name", "form", "mesh"),
+    [
+        ("qwen3_moe", "nf4", {}),
+        ("qwen3_moe", "nested", {"expert": 2, "fsdp": 2}),
+        ("gpt_oss", "fp4", {"expert": 2, "fsdp": 2}),
+        ("gpt_oss", "int8", {}),
+    ],
+)
 def test_what_is_loaded_is_what_is_quantised_tensor_by_tensor(name, form, mesh, folders):
     assembled = assembled_for(folders[name], form, mesh)
     held = base_of(assembled.initial_weights.make())
@@ -93,8 +102,10 @@ def test_double_quantisation_is_of_one_expert_at_a_time(folders):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mesh", [{}, {"data": 2, "expert": 2, "fsdp": 2}], ids=["one", "eight"])
+@pytest.mark.parametrize(
+    ("form", "mesh"),
+    [("fp4", {}), ("int8", {}), ("nf4", {"data": 2, "expert": 2, "fsdp": 2}), ("nested", {})],
+)
 def test_computes_with_what_the_codes_stand_for(form, mesh, folders):
     """Outputs and gradients of the factors: those of the base that the codes stand for, in plain arrays."""
     assembled = assembled_for(folders["qwen3_moe"], form, mesh)
@@ -145,8 +156,56 @@ def test_no_array_of_all_experts_is_made(folders):
     assembled = assembled_for(folders["qwen3_moe"], "nf4", {})
     with jax.set_mesh(assembled.mesh):
         text = str(jax.make_jaxpr(assembled.train_step)(assembled.state, assembled.batch))
-    spec = assembled.spec.layers[-1].ffn
+    spec = next(layer.ffn for layer in assembled.spec.layers if hasattr(layer.ffn, "router"))
     experts, hidden, width = spec.router.num_experts, spec.hidden, assembled.spec.width
     assert f"f32[{experts},{width},{hidden}]" not in text
     assert f"f32[{experts},2,{hidden},{width}]" not in text
     assert f"f32[{2 * hidden},{width}]" in text, "one expert's"
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("name", "form"), [("qwen3_moe", "nested"), ("qwen3_moe", "int8"), ("gpt_oss", "nf4")]
+)
+def test_merging_into_what_training_saw(name, form, folders, tmp_path, capfd):
+    """The merged model is base as quantised plus delta, tensor by tensor; without --quantization base plus delta."""
+    assembled = assembled_for(folders[name], form, {})
+    params = assembled.initial_weights.make()
+    rng = np.random.default_rng(5)
+    params = jax.tree.map(
+        lambda trained, leaf: (
+            jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32) if trained else leaf
+        ),
+        assembled.mask,
+        params,
+    )
+    trainable, _ = split(params, assembled.mask)
+    export_adapter(assembled.adapted, trainable, tmp_path / "adapter", base=None, dtype=assembled.dtype)
+    arguments = ["merge", str(folders[name]), str(tmp_path / "adapter")]
+    assert cli([*arguments, str(tmp_path / "seen"), "--quantization"]) == 0
+    assert cli([*arguments, str(tmp_path / "plain")]) == 0
+    capfd.readouterr()
+    whole = base_of(params)
+    plain = load_params(assembled.source, jnp.float32)
+    seen = jax.tree.map(lambda x: unpack(x, jnp.float32) if is_packed(x) else x, whole, is_leaf=is_packed)
+    factors = {key: (pair.a, pair.b) for key, pair in named_pairs(params)}
+    for folder, base in (("seen", seen), ("plain", plain)):
+        expected = jax.tree.map(
+            lambda x: dense(x, jnp.float32) if isinstance(x, LowRank) else x,
+            assembled.adapted.joined(base, factors),
+            is_leaf=lambda x: isinstance(x, LowRank),
+        )
+        found = load_params(open_source(tmp_path / folder).grouped(assembled.spec), jnp.float32)
+        for (key, ours), theirs in zip(named(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-6 * float(jnp.abs(theirs).max()), err_msg=key)
+
+
+@pytest.mark.torch
+def test_replaying_needs_a_record(folders, tmp_path, capfd):
+    assembled = assembled_for(folders["qwen3_moe"], "nf4", {})
+    trainable, _ = split(assembled.initial_weights.make(), assembled.mask)
+    export_adapter(assembled.adapted, trainable, tmp_path / "adapter", base=None, dtype=assembled.dtype)
+    (tmp_path / "adapter" / "base_quantization.json").unlink()
+    arguments = ["merge", str(folders["qwen3_moe"]), str(tmp_path / "adapter"), str(tmp_path / "out")]
+    assert cli([*arguments, "--quantization"]) == 2
+    assert "merge it without --quantization" in capfd.readouterr().err
