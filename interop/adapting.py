@@ -54,6 +54,7 @@ class Adapted:
         saved: names of the parameters that are trained as a whole.
         given: the adapter that training begins with, or None for a new one.
         init: how the factors of a new one begin, see `jaxmoe.config.AdapterConfig`.
+        dropout: share of the inputs of A that training sets to zero.
         forms: of the frozen parameters that are held in few bits, by our names.
     """
 
@@ -63,6 +64,7 @@ class Adapted:
     saved: frozenset[str]
     given: Adapter | None
     init: str
+    dropout: float = 0.0
     forms: Mapping[str, Form] = dataclasses.field(default_factory=dict)
 
     @property
@@ -206,7 +208,7 @@ class Adapted:
             for name, binding in ((name, self.model.bindings[name]) for name in sorted(self.saved))
         }
         ordered = {name: pairs[name] for name in self.widths}
-        return Adapter(ordered, saved, base)
+        return Adapter(ordered, saved, base, self.dropout)
 
     def told(self) -> str:
         """What is adapted, in one line: kinds of parameters, how many of each, and rank."""
@@ -340,11 +342,15 @@ def adapt(source: Source, config: AdapterConfig, quantization: QuantizationConfi
         widths = {name: Width(target.rank, target.scale) for name, target in matched.targets.items()}
         saved = frozenset(matched.saved)
     where = _WHERE if config.path is None else f"adapter.path: {config.path}"
-    raise_problems(where, list(_problems(source, model, widths, saved, config.init)))
+    dropout = config.dropout
+    if dropout is None:
+        dropout = 0.0 if given is None else given.dropout
+    problems = [*_problems(source, model, widths, saved, config.init), *_undroppable(model, widths, dropout)]
+    raise_problems(where, problems)
     layered = regrouped(source, _signatures(source, model, widths, saved))
     if layered is not source:
         model = today(layered)
-    adapted = Adapted(layered, model, widths, saved, given, config.init)
+    adapted = Adapted(layered, model, widths, saved, given, config.init, dropout)
     raise_problems(where, list(_uneven(adapted)))
     if quantization is not None:
         whole = {model.bindings[name].target for name in saved}
@@ -390,9 +396,22 @@ def _problems(
             yield f"{name} is adapted and trained as a whole: expected one of them"
         if name in holders and init == "orthogonal":
             if holders[name].kind != "linear":
-                yield f"{name} is no linear layer: expected 'default' or 'gaussian' in place of adapter.init 'orthogonal'"
+                yield (
+                    f"{name} is no linear layer: expected 'default' or 'gaussian' in place of adapter.init 'orthogonal'"
+                )
             elif width.rank % 2:
                 yield f"{name} has rank {width.rank}: expected an even one for adapter.init 'orthogonal'"
+
+
+def _undroppable(model: Today, widths: Mapping[str, Width], dropout: float) -> Iterator[str]:
+    if dropout >= 1:
+        yield f"lora_dropout {dropout:g} leaves nothing: expected less than 1; set adapter.dropout"
+    for name in widths:
+        if dropout and name in model.bindings and model.bindings[name].target == "lm_head":
+            yield (
+                f"{name} is adapted with dropout {dropout:g}, which the output head's fused loss does not have: "
+                "expected adapter.dropout 0, or target_modules without it"
+            )
 
 
 def _signatures(

@@ -289,7 +289,8 @@ class AdapterConfig(Section):
     kind: Literal["lora"] = Field(default="lora", description="Kind of adapter.")
     path: PathText | None = Field(
         default=None,
-        description="Folder of a PEFT adapter to go on with. It says all of the following but learning_rate_ratio.",
+        description="Folder of a PEFT adapter to go on with. It says all of the following but dropout and "
+        "learning_rate_ratio.",
     )
     rank: Count = Field(default=16, description="Width between the two factors of a pair.")
     alpha: Positive = Field(
@@ -319,13 +320,18 @@ class AdapterConfig(Section):
     modules_to_save: Items[Text] = Field(
         default=(), description="Endings of modules that are trained as a whole beside the adapters."
     )
+    dropout: Annotated[Number, Field(ge=0, lt=1)] | None = Field(
+        default=None,
+        description="Share of the inputs of A that training sets to zero, but of embeddings; of experts anew for every "
+        "expert of a token (PEFT has none there, so that the adapter's folder says 0). null: that of path, else 0.",
+    )
     learning_rate_ratio: Annotated[Number, Field(ge=1)] = Field(
         default=1.0, description="Learning rate of B over that of A (LoRA+, arXiv 2402.12354; 16 is common)."
     )
 
     @model_validator(mode="after")
     def _something(self) -> "AdapterConfig":
-        given = self.model_fields_set - {"kind", "path", "learning_rate_ratio"}
+        given = self.model_fields_set - {"kind", "path", "dropout", "learning_rate_ratio"}
         own = sorted(name for name in given if getattr(self, name) != type(self).model_fields[name].default)
         if self.path is not None and own:
             raise ValueError(

@@ -182,5 +182,6 @@ def assemble(
             z_loss=config.balance.z_loss,
             packed=config.data.packing,
             device=device,
+            dropout=chosen.dropout if isinstance(chosen, Adapted) else 0.0,
         ),
     )
