@@ -297,9 +297,13 @@ class AdapterConfig(Section):
         default=32.0, description="The pair is multiplied by alpha / rank, with rslora by alpha / sqrt(rank)."
     )
     rslora: bool = Field(default=False, description="Scale by the root of the rank (arXiv 2312.03732).")
-    init: Literal["default", "gaussian", "orthogonal"] = Field(
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"] = Field(
         default="default",
-        description="How the factors begin, as in PEFT: A uniform or gaussian and B zero, or both orthogonal.",
+        description="How the factors begin, as in PEFT. default, gaussian: A at random and B zero; orthogonal: both at "
+        "random. pissa, olora: as the largest singular values of the weights or a part of their QR, without which the "
+        "base then is; the exported adapter has twice the rank and is for the unchanged model. loftq: as the largest "
+        "of what model.quantization loses; the exported adapter is for the quantised model. All but the first two are "
+        "for linear layers alone.",
     )
     target_modules: Items[Text] | Text | None = Field(
         default=None,

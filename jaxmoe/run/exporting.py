@@ -61,8 +61,17 @@ def export(
             overwrite=overwrite,
             quantization=quantization or config.train.export_quantization,
         )
+    first = None if assembled.decomposed is None else assembled.decomposed.factors
     if what == "adapter":
-        export_adapter(adapted, state.trainable, folder, base=config.model.path, overwrite=overwrite)
+        export_adapter(
+            adapted,
+            state.trainable,
+            folder,
+            base=config.model.path,
+            # What quantising lost is no part of the base: the pair belongs to the quantised weights as it is.
+            first=None if adapted.init == "loftq" else first,
+            overwrite=overwrite,
+        )
         return []
     return export_merged(
         adapted,
@@ -71,5 +80,6 @@ def export(
         folder,
         dtype=assembled.dtype,
         tokenizer_files=tokenizer_files(config),
+        first=first,
         overwrite=overwrite,
     )

@@ -21,6 +21,9 @@ from jaxmoe.model.linear import LowRank, dense
 from jaxmoe.parallel import processes
 from jaxmoe.params import Tree, count
 
+Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]
+"""A and B of adapted parameters, by our names."""
+
 
 def open_model(config: ModelConfig) -> Source:
     """Open the model that a run names, without loading its weights.
@@ -78,7 +81,13 @@ def export_model(
 
 
 def export_adapter(
-    adapted: Adapted, trained: Tree, folder: Path, *, base: str | None, overwrite: bool = False
+    adapted: Adapted,
+    trained: Tree,
+    folder: Path,
+    *,
+    base: str | None,
+    first: Factors | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write what was trained as a PEFT adapter. Every process calls it, the first one writes.
 
@@ -87,11 +96,12 @@ def export_adapter(
         trained: their factors, and what is trained beside them; None for the rest.
         folder: a new folder, or with `overwrite` one that holds an adapter.
         base: path or hub id of the model, for the adapter's config.
+        first: see `Adapted.adapter`.
 
     Raises:
         UserError: the folder is not empty or cannot be written, or values are not finite.
     """
-    adapter = adapted.adapter(_on_host(trained), base)
+    adapter = adapted.adapter(_on_host(trained), base, first)
     processes.first(lambda: write_adapter(adapter, adapted.model.anatomy, folder, overwrite=overwrite))
 
 
@@ -103,12 +113,13 @@ def export_merged(
     *,
     dtype: Any,
     tokenizer_files: Mapping[str, Path | None],
+    first: Factors | None = None,
     overwrite: bool = False,
 ) -> list[str]:
     """Write the model with the adapter merged in, as `jaxmoe.interop.peft.merged` does it; returns what was left out.
 
     Args:
-        adapted, trained, overwrite: as in `export_adapter`.
+        adapted, trained, first, overwrite: as in `export_adapter`.
         weights: all of them, for a model that has no folder.
         folder: a new folder, or with `overwrite` a checkpoint folder that is replaced.
         dtype, tokenizer_files: as in `export_model`.
@@ -126,7 +137,7 @@ def export_merged(
             tokenizer_files=tokenizer_files,
             overwrite=overwrite,
         )
-    adapter = adapted.adapter(_on_host(trained), None)
+    adapter = adapted.adapter(_on_host(trained), None, first)
     return processes.first(
         lambda: write_merged(
             adapted.source,
