@@ -54,6 +54,7 @@ class Adapted:
         saved: names of the parameters that are trained as a whole.
         given: the adapter that training begins with, or None for a new one.
         init: how the factors of a new one begin, see `jaxmoe.config.AdapterConfig`.
+        dropout: share of the inputs of A that training sets to zero.
         forms: of the frozen parameters that are held in few bits, by our names.
     """
 
@@ -63,6 +64,7 @@ class Adapted:
     saved: frozenset[str]
     given: Adapter | None
     init: str
+    dropout: float = 0.0
     forms: Mapping[str, Form] = dataclasses.field(default_factory=dict)
 
     @property
@@ -74,7 +76,7 @@ class Adapted:
 
         return self._with_pairs(
             lambda name, declared, places: dataclasses.replace(
-                _declared_pair(declared, places), base=base(name, declared)
+                declared_pair(declared, places), base=base(name, declared)
             ),
             base,
         )
@@ -105,7 +107,7 @@ class Adapted:
         spec = self.source.spec
         leaves = []
         for name, declared in named(spec.declared):
-            places = self._places.get(name)
+            places = self.places.get(name)
             if places:
                 leaves.append(pair(name, declared, places))
             else:
@@ -113,7 +115,7 @@ class Adapted:
         return jax.tree.unflatten(jax.tree.structure(spec.declared), leaves)
 
     @property
-    def _places(self) -> dict[str, list["Place"]]:
+    def places(self) -> dict[str, list["Place"]]:
         """Of each of our parameters that are adapted, where the factors of its parts lie."""
         found: dict[str, list[Place]] = {}
         for name, width in self.widths.items():
@@ -128,8 +130,8 @@ class Adapted:
         """
         order = {name: number for number, name in enumerate(self.widths)}
         factors = {}
-        for target, places in self._places.items():
-            declared = _declared_pair(places[0].binding.declared, places)
+        for target, places in self.places.items():
+            declared = declared_pair(places[0].binding.declared, places)
             a, b = (jnp.zeros(factor.shape, jnp.float32) for factor in (declared.a, declared.b))
             for place in places:
                 own = _draw(self.init, jax.random.fold_in(key, order[place.name]), place)
@@ -141,8 +143,8 @@ class Adapted:
         """The same, of `given`."""
         assert self.given is not None
         factors = {}
-        for target, places in self._places.items():
-            declared = _declared_pair(places[0].binding.declared, places)
+        for target, places in self.places.items():
+            declared = declared_pair(places[0].binding.declared, places)
             a, b = (np.zeros(factor.shape, np.float32) for factor in (declared.a, declared.b))
             for place in places:
                 pair = self.given.pairs[place.name]
@@ -175,23 +177,33 @@ class Adapted:
         for (name, _), weight in zip(
             named(self.source.spec.declared), structure.flatten_up_to(weights), strict=True
         ):
-            places = self._places.get(name)
+            places = self.places.get(name)
             leaves.append(LowRank(weight, *factors[name], places[0].width.scale) if places else weight)
         return jax.tree.unflatten(structure, leaves)
 
-    def adapter(self, trained: Tree, base: str | None) -> Adapter:
+    def adapter(
+        self,
+        trained: Tree,
+        base: str | None,
+        first: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    ) -> Adapter:
         """What was trained, by transformers' names, float32.
 
         Args:
             trained: host arrays in the tree of `declared`; None for what is frozen.
             base: path or hub id of the model, for the adapter's folder.
+            first: factors by our names that the base is without: each pair then is twice as wide, and takes them off
+                the unchanged weights.
         """
         pairs: dict[str, Pair] = {}
         weights = jax.tree_util.tree_leaves_with_path(trained, is_leaf=lambda x: isinstance(x, LowRank))
         by_name = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in weights}
-        for target, places in self._places.items():
+        for target, places in self.places.items():
             for place in places:
                 a, b = place.take((by_name[target].a, by_name[target].b))
+                if first is not None:
+                    first_a, first_b = place.take(first[target])
+                    a, b = np.concatenate([a, first_a], axis=-2), np.concatenate([b, -first_b], axis=-1)
                 a, b = (b.swapaxes(-1, -2), a.swapaxes(-1, -2)) if place.swapped else (a, b)
                 pairs[place.name] = Pair(
                     place.name,
@@ -206,7 +218,7 @@ class Adapted:
             for name, binding in ((name, self.model.bindings[name]) for name in sorted(self.saved))
         }
         ordered = {name: pairs[name] for name in self.widths}
-        return Adapter(ordered, saved, base)
+        return Adapter(ordered, saved, base, self.dropout)
 
     def told(self) -> str:
         """What is adapted, in one line: kinds of parameters, how many of each, and rank."""
@@ -225,10 +237,15 @@ class Adapted:
         return f"LoRA{rank} on {listed(parts, 12)}{whole}: {self.trained:,} parameters train"
 
     @property
+    def decomposes(self) -> bool:
+        """Whether new factors begin as a part of the weights."""
+        return self.given is None and self.init in ("pissa", "olora", "loftq")
+
+    @property
     def trained(self) -> int:
         """Numbers that training changes: zeros of what is not adapted within a parameter do not count."""
         total = 0
-        for places in self._places.values():
+        for places in self.places.values():
             for place in places:
                 total += math.prod(place.shapes[0]) + math.prod(place.shapes[1])
         return total + sum(math.prod(self.model.bindings[name].shape) for name in self.saved)
@@ -340,11 +357,15 @@ def adapt(source: Source, config: AdapterConfig, quantization: QuantizationConfi
         widths = {name: Width(target.rank, target.scale) for name, target in matched.targets.items()}
         saved = frozenset(matched.saved)
     where = _WHERE if config.path is None else f"adapter.path: {config.path}"
-    raise_problems(where, list(_problems(source, model, widths, saved, config.init)))
+    dropout = config.dropout
+    if dropout is None:
+        dropout = 0.0 if given is None else given.dropout
+    problems = [*_problems(source, model, widths, saved, config.init), *_undroppable(model, widths, dropout)]
+    raise_problems(where, problems)
     layered = regrouped(source, _signatures(source, model, widths, saved))
     if layered is not source:
         model = today(layered)
-    adapted = Adapted(layered, model, widths, saved, given, config.init)
+    adapted = Adapted(layered, model, widths, saved, given, config.init, dropout)
     raise_problems(where, list(_uneven(adapted)))
     if quantization is not None:
         whole = {model.bindings[name].target for name in saved}
@@ -352,6 +373,8 @@ def adapt(source: Source, config: AdapterConfig, quantization: QuantizationConfi
         adapted = dataclasses.replace(
             adapted, forms={name: form for name, form in forms.items() if name not in whole}
         )
+    if config.init == "loftq":
+        raise_problems(where, list(_unquantised(adapted)))
     return adapted
 
 
@@ -388,11 +411,28 @@ def _problems(
     for name, width in widths.items():
         if name in saved:
             yield f"{name} is adapted and trained as a whole: expected one of them"
-        if name in holders and init == "orthogonal":
-            if holders[name].kind != "linear":
-                yield f"{name} is no linear layer: expected another adapter.init than 'orthogonal'"
-            elif width.rank % 2:
+        if name in holders and init not in ("default", "gaussian"):
+            module, parameter = holders[name], name.rpartition(".")[2]
+            if module.kind != "linear":
+                yield f"{name} is no linear layer: expected 'default' or 'gaussian' in place of adapter.init {init!r}"
+            elif init == "orthogonal" and width.rank % 2:
                 yield f"{name} has rank {width.rank}: expected an even one for adapter.init 'orthogonal'"
+            elif init != "orthogonal" and width.rank > min(module.parameters[parameter]):
+                yield (
+                    f"{name} {list(module.parameters[parameter])} has rank {width.rank}: expected at most its smaller "
+                    f"side for adapter.init {init!r}"
+                )
+
+
+def _undroppable(model: Today, widths: Mapping[str, Width], dropout: float) -> Iterator[str]:
+    if dropout >= 1:
+        yield f"lora_dropout {dropout:g} leaves nothing: expected less than 1; set adapter.dropout"
+    for name in widths:
+        if dropout and name in model.bindings and model.bindings[name].target == "lm_head":
+            yield (
+                f"{name} is adapted with dropout {dropout:g}, which the output head's fused loss does not have: "
+                "expected adapter.dropout 0, or target_modules without it"
+            )
 
 
 def _signatures(
@@ -413,7 +453,7 @@ def _signatures(
 
 def _uneven(adapted: Adapted) -> Iterator[str]:
     """Parameters of ours whose parts would not be trained alike."""
-    for places in adapted._places.values():
+    for places in adapted.places.values():
         if len({place.width for place in places}) > 1:
             told = ", ".join(
                 f"{place.name} (rank {place.width.rank}, scale {place.width.scale:g})" for place in places
@@ -433,7 +473,16 @@ def _uneven(adapted: Adapted) -> Iterator[str]:
             )
 
 
-def _declared_pair(declared: Param, places: Sequence[Place]) -> LowRank:
+def _unquantised(adapted: Adapted) -> Iterator[str]:
+    for target, places in adapted.places.items():
+        if target not in adapted.forms:
+            yield (
+                f"{places[0].name} is not held in few bits, and adapter.init 'loftq' begins with what these lose: "
+                "expected target_modules without it"
+            )
+
+
+def declared_pair(declared: Param, places: Sequence[Place]) -> LowRank:
     """The declarations of an adapted parameter and its factors."""
     place = places[0]
     rank = place.width.rank

@@ -8,7 +8,7 @@ what was one tensor is part of what a base is; `Form` says it.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,12 +127,24 @@ def load_packed(
         parts: tensors of the checkpoint that together hold it.
         placements: shardings of the packed arrays.
     """
+    return pack(form, lambda index: _one(reader, form, parts, index), placements)
+
+
+def pack(
+    form: Form, read: Callable[[tuple[int, ...]], np.ndarray], placements: FourBit | Int8Rows
+) -> FourBit | Int8Rows:
+    """Quantise one parameter, tensor by tensor.
+
+    Args:
+        form: of the parameter.
+        read: values of the quantised tensor at an index of the letters of `Form.stack`.
+        placements: shardings of the packed arrays.
+    """
     quantize = form.quantizer()
     declared = form.packed
     buffers = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.stored), declared)
     for index in _wanted(form, declared, placements):
-        values = read_tensor(reader, form, parts, index)
-        packed = jax.device_get(quantize(values))
+        packed = jax.device_get(quantize(read(index)))
         for buffer, own in zip(jax.tree.leaves(buffers), jax.tree.leaves(packed), strict=True):
             buffer[index] = own
 

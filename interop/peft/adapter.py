@@ -53,8 +53,10 @@ class Adapter:
         pairs: by the parameter's name.
         saved: parameters that it replaces, by name; a pair on the same parameter comes on top.
         base: path or hub id of the model that it was trained on, where known.
+        dropout: share of the inputs of A that training sets to zero.
     """
 
     pairs: Mapping[str, LowRank]
     saved: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     base: str | None = None
+    dropout: float = 0.0

@@ -88,7 +88,7 @@ class _Reading:
         if self.is_former:
             pairs = fuse(pairs, self.whole, self.folder)
             saved = rename_saved(saved, self.whole, self.folder)
-        return Adapter(pairs, saved, self.config.base_model_name_or_path)
+        return Adapter(pairs, saved, self.config.base_model_name_or_path, self.config.lora_dropout)
 
     def _check_dtypes(self) -> None:
         for name, info in self.file.tensors.items():

@@ -106,7 +106,8 @@ def describe_adapter(adapter: Adapter, anatomy: Anatomy, where: str) -> dict[str
         "base_model_name_or_path": adapter.base,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": 0.0,
+        # Of bare parameters PEFT knows none, and loads no config that asks for it.
+        "lora_dropout": 0.0 if alone else adapter.dropout,
         "bias": "none",
         "use_rslora": False,
         "use_dora": any(pair.magnitude is not None for pair in adapter.pairs.values()),

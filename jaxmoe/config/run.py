@@ -99,6 +99,11 @@ class RunConfig(Section):
                 "model.quantization: found it without adapter, but weights in few bits cannot be trained; expected "
                 "null, or an adapter"
             )
+        if self.adapter is not None and self.adapter.init == "loftq" and self.model.quantization is None:
+            raise ValueError(
+                "adapter.init: found 'loftq' without model.quantization, whose losses it begins with; expected another "
+                "one, such as 'pissa'"
+            )
         if self.adapter is not None and (self.trainable is not None or self.frozen):
             key = "frozen" if self.trainable is None else "trainable"
             raise ValueError(

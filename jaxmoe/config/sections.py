@@ -289,16 +289,21 @@ class AdapterConfig(Section):
     kind: Literal["lora"] = Field(default="lora", description="Kind of adapter.")
     path: PathText | None = Field(
         default=None,
-        description="Folder of a PEFT adapter to go on with. It says all of the following but learning_rate_ratio.",
+        description="Folder of a PEFT adapter to go on with. It says all of the following but dropout and "
+        "learning_rate_ratio.",
     )
     rank: Count = Field(default=16, description="Width between the two factors of a pair.")
     alpha: Positive = Field(
         default=32.0, description="The pair is multiplied by alpha / rank, with rslora by alpha / sqrt(rank)."
     )
     rslora: bool = Field(default=False, description="Scale by the root of the rank (arXiv 2312.03732).")
-    init: Literal["default", "gaussian", "orthogonal"] = Field(
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"] = Field(
         default="default",
-        description="How the factors begin, as in PEFT: A uniform or gaussian and B zero, or both orthogonal.",
+        description="How the factors begin, as in PEFT. default, gaussian: A at random and B zero; orthogonal: both at "
+        "random. pissa, olora: as the largest singular values of the weights or a part of their QR, without which the "
+        "base then is; the exported adapter has twice the rank and is for the unchanged model. loftq: as the largest "
+        "of what model.quantization loses; the exported adapter is for the quantised model. All but the first two are "
+        "for linear layers alone.",
     )
     target_modules: Items[Text] | Text | None = Field(
         default=None,
@@ -319,13 +324,18 @@ class AdapterConfig(Section):
     modules_to_save: Items[Text] = Field(
         default=(), description="Endings of modules that are trained as a whole beside the adapters."
     )
+    dropout: Annotated[Number, Field(ge=0, lt=1)] | None = Field(
+        default=None,
+        description="Share of the inputs of A that training sets to zero, but of embeddings; of experts anew for every "
+        "expert of a token (PEFT has none there, so that the adapter's folder says 0). null: that of path, else 0.",
+    )
     learning_rate_ratio: Annotated[Number, Field(ge=1)] = Field(
         default=1.0, description="Learning rate of B over that of A (LoRA+, arXiv 2402.12354; 16 is common)."
     )
 
     @model_validator(mode="after")
     def _something(self) -> "AdapterConfig":
-        given = self.model_fields_set - {"kind", "path", "learning_rate_ratio"}
+        given = self.model_fields_set - {"kind", "path", "dropout", "learning_rate_ratio"}
         own = sorted(name for name in given if getattr(self, name) != type(self).model_fields[name].default)
         if self.path is not None and own:
             raise ValueError(
@@ -369,7 +379,10 @@ class TrainConfig(Section):
         default=None, description="Steps between evaluations. null: at the end only."
     )
     seed: Seed = Field(default=0, description="Seed of initial weights and of the order of the data.")
-    export: bool | Literal["adapter", "merged", "both"] = Field(
+    export: Annotated[
+        Annotated[bool, Tag("mapping")] | Annotated[Literal["adapter", "merged", "both"], Tag("path")],
+        Discriminator(lambda value: "path" if isinstance(value, str) else "mapping"),
+    ] = Field(
         default=True,
         description="Write the Hugging Face folder output_dir/export at the end: the model, or of a run with `adapter` "
         "a PEFT adapter. merged: the model with it merged in instead; both: that as well, as output_dir/merged.",

@@ -9,9 +9,10 @@ from jaxtyping import Array, Float
 
 from jaxmoe.kernels.devices import Device
 from jaxmoe.model.batch import Batch
+from jaxmoe.model.dropout import Dropout
 from jaxmoe.model.feed_forward.router import RouterStats
 from jaxmoe.model.head import Head, LogitSpec
-from jaxmoe.model.linear import along_last, in_dtype, letters_of, lookup
+from jaxmoe.model.linear import along_last, in_dtype, letters_of, lookup, with_dropout
 from jaxmoe.model.mixers.context import Context, make_context
 from jaxmoe.model.norms import norm
 from jaxmoe.model.precision import float32_matmuls, scaled
@@ -30,6 +31,7 @@ def hidden_states(
     packed: bool = True,
     key: jax.Array | None = None,
     device: Device | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
     """Everything up to the final norm.
 
@@ -42,8 +44,9 @@ def hidden_states(
         remat: keep only each layer's input for the backward pass and compute the rest again.
         packed: rows may hold several documents. False says that each holds one, from its start, and then
             padding: causality hides that from every token, so that attention needs no mask of documents.
-        key: PRNG key for router jitter, in training.
+        key: PRNG key for router jitter and dropout, in training.
         device: that computes; None for the one at hand.
+        dropout: share that low-rank pairs of layers drop of their inputs, where there is a key.
 
     Returns:
         (B, T, D) in `dtype`, and the router statistics with a leading axis over the MoE layers (None if there
@@ -51,6 +54,7 @@ def hidden_states(
     """
     with float32_matmuls(dtype):
         context = make_context(spec.rotations, batch, dtype, packed=packed, key=key, device=device)
+        context = dataclasses.replace(context, dropout=dropout)
         return _hidden_states(params, spec, batch.tokens, context, dtype, remat)
 
 
@@ -96,6 +100,8 @@ def _run_group(
 
     def run_layer(place: int, weights: Tree, x: jax.Array, layer_key: jax.Array | None) -> Any:
         weights = _for_compute(declared[place], weights, x.dtype)
+        if layer_key is not None and context.dropout:
+            weights = with_dropout(weights, Dropout(layer_key, context.dropout))
         return _layer(group.pattern[place], weights, x, dataclasses.replace(context, key=layer_key))
 
     if remat:

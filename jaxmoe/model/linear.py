@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmoe.codecs import FourBit, Int8Rows, unpack
+from jaxmoe.model.dropout import Dropout
 from jaxmoe.model.embedding import rows_of
 
 Weight = Any
@@ -24,7 +25,9 @@ PACKED = (FourBit, Int8Rows)
 """Weights in few bits, of which an array can be made and nothing else. They have no gradient."""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("base", "a", "b"), meta_fields=("scale",))
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("base", "a", "b", "dropout"), meta_fields=("scale",)
+)
 @dataclasses.dataclass(frozen=True)
 class LowRank:
     """base + scale · b · a (Hu et al., arXiv 2106.09685); the sum is never formed in a product.
@@ -34,12 +37,14 @@ class LowRank:
         a: (…, r, in); a leading axis may be 1 where matrices share one, as gate and up of experts do.
         b: (…, out, r).
         scale: factor of the pair.
+        dropout: of what a is multiplied with, in training; None elsewhere.
     """
 
     base: Weight
     a: Any
     b: Any
     scale: float = 1.0
+    dropout: Dropout | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,6 +100,9 @@ def in_dtype(weight: Weight, dtype: Any) -> Weight:
 
 def part(weight: Weight, index: int) -> Weight:
     """One of the weights along the leading axis."""
+    if isinstance(weight, LowRank) and weight.dropout is not None:
+        one = part(dataclasses.replace(weight, dropout=None), index)
+        return dataclasses.replace(one, dropout=weight.dropout.fold(index))
     return jax.tree.map(lambda x: x[index], weight)
 
 
@@ -111,7 +119,7 @@ def on_rows(
     """
     if isinstance(weight, LowRank):
         base = on_rows(weight.base, function, letters, dtype)
-        return LowRank(base, weight.a, function(weight.b, letters[0] + "r"), weight.scale)
+        return dataclasses.replace(weight, base=base, b=function(weight.b, letters[0] + "r"))
     return function(dense(weight, dtype), letters)
 
 
@@ -144,7 +152,7 @@ def linear(
     """
     product = functools.partial(_product, precision=precision, out_dtype=out_dtype)
     if isinstance(weight, LowRank):
-        low = product(product(x, weight.a).astype(x.dtype), weight.b)
+        low = product(_low(x, weight, product).astype(x.dtype), weight.b)
         out = linear(x, weight.base, precision=precision, out_dtype=out_dtype) + low * jnp.asarray(
             weight.scale, low.dtype
         )
@@ -154,6 +162,14 @@ def linear(
     else:
         out = product(x, dense(weight, x.dtype))
     return out if bias is None else add_bias(out, bias.astype(out.dtype))
+
+
+def _low(x: jax.Array, weight: LowRank, product: Callable[..., jax.Array]) -> jax.Array:
+    """(…, in) → (…, r)."""
+    if weight.dropout is None:
+        return product(x, weight.a)
+    # The backward pass draws the mask again: x is kept anyway, and what is left of it would be as large.
+    return jax.checkpoint(lambda x, a, dropout: product(dropout(x), a))(x, weight.a, weight.dropout)
 
 
 def linear_gradients(
@@ -188,6 +204,19 @@ def letters_of(weight: Weight, letters: str) -> Weight:
     if isinstance(weight, BlockScaled):
         return BlockScaled(letters, letters[:-2] + "..", weight.block)
     return letters
+
+
+def with_dropout(weights: Any, dropout: Dropout) -> Any:
+    """A tree of weights whose low-rank pairs drop out of their inputs, each with a fold of its own."""
+    is_pair = lambda leaf: isinstance(leaf, LowRank)
+    leaves, structure = jax.tree.flatten(weights, is_leaf=is_pair)
+    return jax.tree.unflatten(
+        structure,
+        [
+            dataclasses.replace(leaf, dropout=dropout.fold(number)) if is_pair(leaf) else leaf
+            for number, leaf in enumerate(leaves)
+        ],
+    )
 
 
 def unpacked(weight: Weight, dtype: Any) -> Weight:

@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.kernels.devices import Device
-from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, expert_mlp
+from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, SlotDropout, expert_mlp
 from jaxmoe.kernels.expert_mlp.operands import is_packed, shape_of
 from jaxmoe.model.linear import LowRank, dense
 from jaxmoe.parallel.sharding import BATCH_AXES, axis_size, current_mesh, spec_of
@@ -48,26 +49,32 @@ def experts_on_mesh(
     Raises:
         ValueError: gate and up have an a each.
     """
-    experts = _operands(params, x_RD.dtype)
+    experts, dropout = _operands(params, x_RD.dtype), _dropout(params)
+    layer = functools.partial(expert_mlp, activation=activation, device=device)
     mesh = current_mesh()
     if mesh is None:
-        return expert_mlp(x_RD, experts, experts_RK, weights_RK, activation=activation, device=device)
+        return layer(x_RD, experts, experts_RK, weights_RK, dropout=dropout)
     num_experts = shape_of(experts.down)[0]
 
-    def local(experts: Experts, x_RD: jax.Array, experts_RK: jax.Array, weights_RK: jax.Array) -> jax.Array:
+    def local(
+        experts: Experts,
+        dropout: SlotDropout | None,
+        x_RD: jax.Array,
+        experts_RK: jax.Array,
+        weights_RK: jax.Array,
+    ) -> jax.Array:
         gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
         if experts.down_bias is not None:  # the partial sums over slices of the hidden width add it up once
             first = jax.lax.axis_index("tensor") == 0
             experts = experts._replace(down_bias=jnp.where(first, experts.down_bias, 0))
-        partial_RD = expert_mlp(
+        partial_RD = layer(
             gather(x_RD),
             experts,
             gather(experts_RK),
             gather(weights_RK),
-            activation=activation,
             num_experts=num_experts,
             first=jax.lax.axis_index("expert") * shape_of(experts.down)[0],
-            device=device,
+            dropout=None if dropout is None else _own_dropout(dropout),
         )
         wide_RD = jax.lax.psum(partial_RD.astype(jnp.float32), "tensor")
         return jax.lax.psum_scatter(wide_RD, "expert", tiled=True).astype(x_RD.dtype)
@@ -79,10 +86,10 @@ def experts_on_mesh(
     out_RD = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(_specs(experts, mesh.axis_names), rows, rows, rows),
+        in_specs=(_specs(experts, mesh.axis_names), PartitionSpec(), rows, rows, rows),
         out_specs=rows,
         check_vma=False,
-    )(experts, *padded)
+    )(experts, dropout, *padded)
     return out_RD[: x_RD.shape[0]]
 
 
@@ -108,6 +115,30 @@ def _operands(params: Tree, dtype: Any) -> Experts:
         whole = is_packed(weight) and axis_size("tensor") == 1
         arrays[name] = weight if whole else dense(weight, dtype)
     return Experts(**arrays, lora=Lora(**pairs))
+
+
+def _dropout(params: Tree) -> SlotDropout | None:
+    """Of the low-rank pairs, if these have any."""
+    found = {name: params[name].dropout for name in ("gate_up", "down") if isinstance(params[name], LowRank)}
+    drawn = [one for one in found.values() if one is not None]
+    if not drawn:
+        return None
+    # The kernels draw nothing for a pair that is not there.
+    up, down = (jax.random.key_data(found.get(name, drawn[0]).key) for name in ("gate_up", "down"))
+    return SlotDropout(up, down, drawn[0].rate)
+
+
+def _own_dropout(dropout: SlotDropout) -> SlotDropout:
+    """For the rows of this device, which are numbered from 0 on each; and for its slice of the hidden width."""
+
+    def fold(data: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        key = jax.random.wrap_key_data(data)
+        for axis in axes:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        return jax.random.key_data(key)
+
+    rows = tuple(axis for axis in BATCH_AXES if axis != "expert")
+    return SlotDropout(fold(dropout.up, rows), fold(dropout.down, (*rows, "tensor")), dropout.rate)
 
 
 def _specs(experts: Experts, axes: tuple[str, ...]) -> Experts:

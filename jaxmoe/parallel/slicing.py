@@ -49,8 +49,9 @@ def _slice_bits(
             jnp.clip(start, 0, length - size)
             for start, length, size in zip(wanted, shard.shape, held, strict=True)
         ]
-        values = jax.lax.dynamic_slice(shard, nearest, held)
-        bits = jax.lax.bitcast_convert_type(values, np.dtype(f"u{array.dtype.itemsize}"))
+        # Numbers first: some of XLA's emitters make signalling NaNs quiet when they copy bfloat16.
+        whole = jax.lax.bitcast_convert_type(shard, np.dtype(f"u{array.dtype.itemsize}"))
+        bits = jax.lax.dynamic_slice(whole, nearest, held)
         for axis in split:
             index = wanted[axis] - nearest[axis] + jnp.arange(sizes[axis])
             inside = (index >= 0) & (index < held[axis])

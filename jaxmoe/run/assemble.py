@@ -12,12 +12,14 @@ from jax.sharding import Mesh
 from jaxmoe.config import RunConfig
 from jaxmoe.errors import UserError
 from jaxmoe.interop.adapting import Adapted, adapt
+from jaxmoe.interop.decomposing import Decomposed
 from jaxmoe.interop.selection import Selection, select
 from jaxmoe.interop.source import Source, compute_dtype
 from jaxmoe.kernels.devices import Device, describe
 from jaxmoe.model.batch import Batch
 from jaxmoe.model.spec import ModelSpec
 from jaxmoe.optim import build_optimizer, schedule
+from jaxmoe.parallel import processes
 from jaxmoe.parallel.sharding import batch_sharding, shardings
 from jaxmoe.params import Tree, roles, split
 from jaxmoe.run.model import open_model
@@ -101,10 +103,22 @@ class Assembled:
     @functools.cached_property
     def initial_weights(self) -> InitialWeights:
         """Those that the run begins with."""
-        return InitialWeights(self.source, self.dtypes, self.mesh, self.config.train.seed, self.adapted)
+        return self._weights(self.dtypes)
+
+    @functools.cached_property
+    def decomposed(self) -> Decomposed | None:
+        """The adapted weights, where their pairs begin as a part of them."""
+        if self.adapted is None or not self.adapted.decomposes:
+            return None
+        return Decomposed(self.source, self.adapted, self.config.train.seed)
+
+    def _weights(self, wanted: Tree) -> InitialWeights:
+        seed = self.config.train.seed
+        return InitialWeights(self.source, wanted, self.mesh, seed, self.adapted, self.decomposed)
 
     def begin(self, weights: Tree) -> TrainState:
-        """The state before the first step."""
+        """The state before the first step. In several processes all must call it."""
+        self._check_factors()
         return init_state(weights, self.optimizer, self.mask, self.config.train.seed, self.mesh)
 
     def frozen_weights(self) -> Tree:
@@ -112,7 +126,7 @@ class Assembled:
         wanted = split(self.dtypes, self.mask)[1]
         if not jax.tree.leaves(wanted):
             return self.state.frozen
-        return InitialWeights(self.source, wanted, self.mesh, self.config.train.seed, self.adapted).make()
+        return self._weights(wanted).make()
 
     def check_frozen(self, frozen: Tree, expected: int | None) -> None:
         """Compare frozen weights with what they were at the start. In several processes all must call it.
@@ -124,13 +138,24 @@ class Assembled:
         Raises:
             UserError: they differ.
         """
+        self._check_factors()
         found = checksum(frozen)
         if found != expected:
             origin = self.source.folder or "model.config"
             raise UserError(
                 f"{origin}: the frozen weights have the checksum {found} here and had {expected} when the run began, "
-                "which kept them nowhere else: put back what it began with (random ones: jax's version and kind of "
-                "device), or begin another run"
+                "which kept them nowhere else: put back what it began with (of random ones jax's version and kind of "
+                "device, of those without a part that adapter.init took the kind of processor), or begin another run"
+            )
+
+    def _check_factors(self) -> None:
+        """Every process takes the weights apart for itself."""
+        if self.decomposed is None or jax.process_count() == 1:
+            return
+        if len(set(processes.gather(self.decomposed.checksum))) > 1:
+            raise UserError(
+                f"adapter.init {self.config.adapter and self.config.adapter.init!r}: processes took the weights apart "
+                "differently, expected processors of one kind: use these, or adapter.init 'default'"
             )
 
     def lower(self) -> Any:
@@ -182,5 +207,6 @@ def assemble(
             z_loss=config.balance.z_loss,
             packed=config.data.packing,
             device=device,
+            dropout=chosen.dropout if isinstance(chosen, Adapted) else 0.0,
         ),
     )

@@ -61,6 +61,10 @@ def export(
             overwrite=overwrite,
             quantization=quantization or config.train.export_quantization,
         )
+    first = None if assembled.decomposed is None else assembled.decomposed.factors
+    if adapted.init == "loftq":
+        # What quantising lost is no part of the base: the pair belongs to the quantised weights as it is.
+        first = None
     if what == "adapter":
         export_adapter(
             adapted,
@@ -68,6 +72,7 @@ def export(
             folder,
             base=config.model.path,
             dtype=assembled.dtype,
+            first=first,
             overwrite=overwrite,
         )
         return []
@@ -78,5 +83,6 @@ def export(
         folder,
         dtype=assembled.dtype,
         tokenizer_files=tokenizer_files(config),
+        first=first,
         overwrite=overwrite,
     )

@@ -22,6 +22,9 @@ from jaxmoe.model.linear import LowRank, dense
 from jaxmoe.parallel import processes
 from jaxmoe.params import Tree, count
 
+Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]
+"""A and B of adapted parameters, by our names."""
+
 
 def open_model(config: ModelConfig) -> Source:
     """Open the model that a run names, without loading its weights.
@@ -79,7 +82,14 @@ def export_model(
 
 
 def export_adapter(
-    adapted: Adapted, trained: Tree, folder: Path, *, base: str | None, dtype: Any, overwrite: bool = False
+    adapted: Adapted,
+    trained: Tree,
+    folder: Path,
+    *,
+    base: str | None,
+    dtype: Any,
+    first: Factors | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write what was trained as a PEFT adapter. Every process calls it, the first one writes.
 
@@ -89,20 +99,24 @@ def export_adapter(
         folder: a new folder, or with `overwrite` one that holds an adapter.
         base: path or hub id of the model, for the adapter's config.
         dtype: that the run computes in.
+        first: see `Adapted.adapter`.
 
     Raises:
         UserError: the folder is not empty or cannot be written, or values are not finite.
     """
-    adapter = adapted.adapter(_on_host(trained), base)
-    recorded = _recorded(adapted, dtype)
+    adapter = adapted.adapter(_on_host(trained), base, first)
+    recorded = _recorded(adapted, dtype, first)
     extra = {} if recorded is None else {RECORD: (recorded.model_dump_json(indent=2) + "\n").encode()}
     processes.first(
         lambda: write_adapter(adapter, adapted.model.anatomy, folder, overwrite=overwrite, extra_files=extra)
     )
 
 
-def _recorded(adapted: Adapted, dtype: Any) -> Recorded | None:
-    return Recorded.of(adapted.forms, adapted.model, dtype) if adapted.forms else None
+def _recorded(adapted: Adapted, dtype: Any, first: Factors | None) -> Recorded | None:
+    """How the base was held; of one that lost its first factors before that nothing can be replayed."""
+    if not adapted.forms or first is not None:
+        return None
+    return Recorded.of(adapted.forms, adapted.model, dtype)
 
 
 def export_merged(
@@ -113,6 +127,7 @@ def export_merged(
     *,
     dtype: Any,
     tokenizer_files: Mapping[str, Path | None],
+    first: Factors | None = None,
     overwrite: bool = False,
 ) -> list[str]:
     """Write the model with the adapter merged in, as `jaxmoe.interop.peft.merged` does it; returns what was left out.
@@ -120,7 +135,7 @@ def export_merged(
     A base that was held in few bits is what it was in training.
 
     Args:
-        adapted, trained, overwrite: as in `export_adapter`.
+        adapted, trained, first, overwrite: as in `export_adapter`.
         weights: all of them, for a model that has no folder.
         folder: a new folder, or with `overwrite` a checkpoint folder that is replaced.
         dtype, tokenizer_files: as in `export_model`.
@@ -138,8 +153,8 @@ def export_merged(
             tokenizer_files=tokenizer_files,
             overwrite=overwrite,
         )
-    adapter = adapted.adapter(_on_host(trained), None)
-    recorded = _recorded(adapted, dtype)
+    adapter = adapted.adapter(_on_host(trained), None, first)
+    recorded = _recorded(adapted, dtype, first)
 
     def write() -> list[str]:
         return write_merged(

@@ -7,8 +7,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmoe.interop.adapting import Adapted, base_of, named_pairs
+from jaxmoe.interop.decomposing import Decomposed
 from jaxmoe.interop.loading import load_params
-from jaxmoe.interop.quantizing import Form, load_packed
+from jaxmoe.interop.quantizing import Form, load_packed, pack
 from jaxmoe.interop.source import Source
 from jaxmoe.model.linear import PACKED
 from jaxmoe.parallel.sharding import shardings
@@ -24,16 +25,32 @@ class InitialWeights:
         mesh: that shards them.
         seed: of random ones, and of the factors of a new adapter.
         adapted: what has low-rank pairs, which `dtypes` then has as well.
+        decomposed: the adapted weights where their pairs begin as a part of them.
     """
 
     def __init__(
-        self, source: Source, dtypes: Tree, mesh: Mesh, seed: int, adapted: Adapted | None = None
+        self,
+        source: Source,
+        dtypes: Tree,
+        mesh: Mesh,
+        seed: int,
+        adapted: Adapted | None = None,
+        decomposed: Decomposed | None = None,
     ) -> None:
         self._source, self._dtypes, self._mesh, self._seed = source, dtypes, mesh, seed
-        self._adapted = adapted
+        self._adapted, self._decomposed = adapted, decomposed
         base = base_of(dtypes)
-        is_packed = lambda leaf: isinstance(leaf, PACKED)
-        self._plain = jax.tree.map(lambda leaf: None if is_packed(leaf) else leaf, base, is_leaf=is_packed)
+        apart = () if decomposed is None else decomposed.names
+        structure: Any = jax.tree.structure(source.spec.declared)
+        self._plain = jax.tree.unflatten(
+            structure,
+            [
+                None if name in apart or isinstance(leaf, PACKED) else leaf
+                for (name, _), leaf in zip(
+                    named(source.spec.declared), structure.flatten_up_to(base), strict=True
+                )
+            ],
+        )
         self._packed = {} if adapted is None else self._wanted_forms(adapted, base)
         declared = source.spec.declared
         self._draw = initializer(declared, source.spec.init_std, self._plain, shardings(declared, mesh))
@@ -63,23 +80,35 @@ class InitialWeights:
 
     def _with_packed(self, adapted: Adapted, weights: Tree) -> Tree:
         """Weights with those that are held in few bits, read and quantised or drawn and quantised."""
-        if not self._packed:
+        apart = () if self._decomposed is None else self._decomposed.names
+        if not self._packed and not apart:
             return weights
         declared = adapted.source.spec.declared
         structure: Any = jax.tree.structure(declared)
         placements = structure.flatten_up_to(base_of(shardings(adapted.declared, self._mesh)))
         leaves = structure.flatten_up_to(weights)
+        dtypes = structure.flatten_up_to(base_of(self._dtypes))
         for index, (name, parameter) in enumerate(named(declared)):
             form, where = self._packed.get(name), placements[index]
-            if form is None:
+            if name in apart:
+                leaves[index] = self._left(name, form, dtypes[index], where)
+            elif form is None:
                 continue
-            if self._source.folder is not None:
+            elif self._source.folder is not None:
                 _, files = self._source.opened
                 parts = self._source.bindings.of_parameter[name]
                 leaves[index] = load_packed(files, form, parts, where)
             else:
                 leaves[index] = self._drawn(form, parameter, index, where)
         return jax.tree.unflatten(structure, leaves)
+
+    def _left(self, name: str, form: Form | None, dtype: Any, where: Any) -> Any:
+        """What a parameter's pair leaves of it as its base."""
+        assert self._decomposed is not None
+        base = self._decomposed.take(name).base
+        if form is not None:
+            return pack(form, lambda index: base[index], where)
+        return _place(base.astype(dtype), where)
 
     def _drawn(self, form: Form, parameter: Param, index: int, where: Any) -> Any:
         """A packed parameter as `initializer` draws it."""
@@ -98,8 +127,9 @@ class InitialWeights:
         factors: list[Any]
         if any(pair.a is None for pair in wanted):
             factors = [(None, None)] * len(wanted)
-        elif adapted.given is not None:
-            given = adapted.given_factors()
+        elif adapted.given is not None or self._decomposed is not None:
+            begun = self._decomposed
+            given = adapted.given_factors() if begun is None else begun.factors
             factors = [
                 tuple(map(_place, given[name], (where.a, where.b)))
                 for (name, _), where in zip(named_pairs(adapted.declared), placed, strict=True)

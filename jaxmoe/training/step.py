@@ -34,6 +34,7 @@ class StepSpec:
             `jaxmoe.model.decoder.hidden_states`). Evaluation always takes packed rows.
         objective: what is minimised beside those two.
         device: that computes; None for the one at hand.
+        dropout: share that low-rank pairs of layers drop of their inputs in training.
     """
 
     model: ModelSpec
@@ -44,6 +45,7 @@ class StepSpec:
     packed: bool = True
     objective: Objective = LanguageModel()
     device: Device | None = None
+    dropout: float = 0.0
 
 
 def make_train_step(
@@ -148,6 +150,7 @@ def _loss(
         packed=spec.packed,
         key=key,
         device=spec.device,
+        dropout=spec.dropout,
     )
     summed, sums = spec.objective.loss(hidden, decoder.output_head(weights, spec.model), micro)
     total = summed * per_target

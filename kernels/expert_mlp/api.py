@@ -18,6 +18,7 @@ from jaxmoe.kernels.expert_mlp import reference, xla
 from jaxmoe.kernels.expert_mlp.activations import Activation
 from jaxmoe.kernels.expert_mlp.contract import Decided, Grads, Options, OtherDevice
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch, make_dispatch
+from jaxmoe.kernels.expert_mlp.dropout import SlotDropout
 from jaxmoe.kernels.expert_mlp.mosaic import backend as mosaic
 from jaxmoe.kernels.expert_mlp.operands import Experts, is_packed, shape_of, unpacked
 from jaxmoe.kernels.logs import log_once
@@ -38,6 +39,7 @@ def expert_mlp(
     lora_scale: float = 1.0,
     num_experts: int | None = None,
     first: jax.Array | int = 0,
+    dropout: SlotDropout | None = None,
     backend: str | None = None,
     device: Device | None = None,
 ) -> Float[Array, "R D"]:
@@ -57,6 +59,7 @@ def expert_mlp(
         lora_scale: factor of the low-rank updates.
         num_experts: experts of the whole layer; by default those held here are all.
         first: number of the first expert held here.
+        dropout: of the inputs of low-rank updates; only "xla" and "reference" have it.
         backend: "mosaic" (NVIDIA Hopper), "xla", or "reference" (slow, for tests); by default the first one of
             these that takes the call.
         device: what the result is to run on, which decides about the backend and its tiles; by default the first
@@ -80,12 +83,14 @@ def expert_mlp(
             activation=activation,
             lora_scale=lora_scale,
             first=first,
+            dropout=dropout,
         )
     if backend is not None and backend not in _BACKENDS:
         known = ", ".join(sorted([*_BACKENDS, "reference"]))
         raise ValueError(f"backend is {backend!r}; expected one of {known}, or None to choose one")
     held = shape_of(experts.down)[0]
     dispatch = make_dispatch(chosen, held if num_experts is None else num_experts, first, held)
+    dispatch = dispatch._replace(dropout=dropout)
     candidates = tuple(_BACKENDS) if backend is None else (backend,)
     options = Options(activation, lora_scale, device or device_at_hand())
     return _expert_mlp(options, candidates, x, experts, weights, dispatch)

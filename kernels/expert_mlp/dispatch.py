@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmoe.kernels.expert_mlp.dropout import SlotDropout
+
 
 class Dispatch(NamedTuple):
     """The order of slots by expert.
@@ -18,11 +20,13 @@ class Dispatch(NamedTuple):
         inverse: (R, K) int32: place of each slot in the expert order.
         group_sizes: (E,) int32: slots of each expert held here, in order. They may sum to less than Z: the
             slots after them belong to experts held elsewhere.
+        dropout: of the inputs of low-rank updates, by the numbers of slots.
     """
 
     order: jax.Array
     inverse: jax.Array
     group_sizes: jax.Array
+    dropout: SlotDropout | None = None
 
 
 def make_dispatch(

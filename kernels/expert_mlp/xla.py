@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch, gather_sum
+from jaxmoe.kernels.expert_mlp.dropout import factors
 from jaxmoe.kernels.expert_mlp.operands import Experts, Lora, is_packed, shape_of, unpacked
 from jaxmoe.kernels.expert_mlp.row_blocks import Block, RowBlocks, choose_row_blocks, fold_blocks, fold_groups
 
@@ -34,6 +35,7 @@ class _Rows(NamedTuple):
         pre: (b, f), pre-activation.
         weight: (b, 1) float32, the router's.
         dout: (b, D), cotangent of the token's output.
+        drop: of the inputs of the low-rank updates.
     """
 
     inside: jax.Array
@@ -41,6 +43,19 @@ class _Rows(NamedTuple):
     pre: jax.Array
     weight: jax.Array
     dout: jax.Array
+    drop: "_Drop"
+
+
+class _Drop(NamedTuple):
+    """What the inputs of both low-rank updates are multiplied with; None where nothing is dropped.
+
+    Attributes:
+        up: (b, D) float32.
+        down: (b, F) float32.
+    """
+
+    up: Any = None
+    down: Any = None
 
 
 @functools.partial(jax.jit, static_argnames=("options", "save"))
@@ -58,16 +73,19 @@ def forward(
     experts = _flat(experts)
     blocks = choose_row_blocks(dispatch.order.size, dispatch.group_sizes.size)
     token_S = _tokens(dispatch, blocks)
+    slot_S = _padded(dispatch.order, blocks)
 
     def add_expert(expert: jax.Array, start: jax.Array, end: jax.Array, state: Any) -> Any:
         own = _of(experts, expert, x_RD.dtype)
 
         def add_block(state: Any, block: Block) -> Any:
             y_SD, pre_Sf = state
-            pre_bf = _up(options, x_RD[block.rows(token_S)], own)
+            drop = _drop(dispatch, own, block, slot_S)
+            pre_bf = _up(options, x_RD[block.rows(token_S)], own, drop)
             # Rows after those of the last expert are read: they are of experts held elsewhere and add zeros.
             a_bF = jnp.where(block.inside, options.activation.value(_parts(options, pre_bf)), 0)
-            y_bD = _with_lora(options, a_bF.astype(x_RD.dtype), own.down, own.lora.down_a, own.lora.down_b)
+            a_bF = a_bF.astype(x_RD.dtype)
+            y_bD = _with_lora(options, a_bF, own.down, own.lora.down_a, own.lora.down_b, drop.down)
             if own.down_bias is not None:
                 y_bD += jnp.where(block.inside, own.down_bias.astype(_FLOAT32), 0)
             return block.put(y_SD, y_bD), None if pre_Sf is None else block.put(pre_Sf, pre_bf)
@@ -96,6 +114,7 @@ def backward(
     flat = _flat(experts)
     blocks = choose_row_blocks(dispatch.order.size, dispatch.group_sizes.size)
     token_S = _tokens(dispatch, blocks)
+    slot_S = _padded(dispatch.order, blocks)
     weight_S = _padded(weights_RK.reshape(-1)[dispatch.order].astype(_FLOAT32), blocks)
 
     def add_expert(expert: jax.Array, start: jax.Array, end: jax.Array, state: Any) -> Any:
@@ -114,6 +133,7 @@ def backward(
                 block.rows(pre_Sf),
                 block.rows(weight_S)[:, None],
                 jnp.where(block.inside, dout_RD[token_b], 0),
+                _drop(dispatch, own, block, slot_S),
             )
             dx_bD, dweights_b, dexpert = _block_gradients(options, own, rows, wanted)
             return (
@@ -160,7 +180,7 @@ def _block_gradients(
     dlow_br: Any = None
     if down_b is not None:
         dlow_br = (scale * _product(rows.dout, down_b)).astype(dtype)
-        da_bF += _product(dlow_br, down_a)
+        da_bF += _dropped(_product(dlow_br, down_a), rows.drop.down)
     a_bF, dpre_parts = options.activation.value_and_grad(_parts(options, rows.pre), rows.weight * da_bF)
     own_rows = lambda x: jnp.where(rows.inside, x, 0)
     dpre_bf = jnp.concatenate([own_rows(part) for part in dpre_parts], axis=-1).astype(dtype)
@@ -182,7 +202,7 @@ def _block_gradients(
     if wanted.x:
         dx_bD = _product(dpre_bf, own.gate_up)
         if up_a is not None:
-            dx_bD += _product(dlow_up_br, up_a)
+            dx_bD += _dropped(_product(dlow_up_br, up_a), rows.drop.up)
 
     outer = _OuterFactors(rows, dpre_bf, weighted_bF, dlow_up_br, dlow_br)
     return dx_bD, dweights_b, _parameter_gradients(options, own, outer, wanted.experts)
@@ -208,16 +228,17 @@ class _OuterFactors(NamedTuple):
 def _parameter_gradients(options: Options, own: Experts, of: _OuterFactors, wanted: Experts) -> Experts:
     """What a block's rows add to the gradients of their expert, in float32."""
     x, dout = of.rows.x, of.rows.dout
+    up_sees, down_sees = _dropped(x, of.rows.drop.up), _dropped(of.weighted, of.rows.drop.down)
     lora: dict[str, Any] = {}
     if wanted.lora.gate_up_a:
-        lora["gate_up_a"] = _outer(of.dlow_up, x)
+        lora["gate_up_a"] = _outer(of.dlow_up, up_sees)
     if wanted.lora.gate_up_b:
-        low_br = _times(x, own.lora.gate_up_a).astype(x.dtype)
+        low_br = _times(up_sees, own.lora.gate_up_a).astype(x.dtype)
         lora["gate_up_b"] = options.lora_scale * _outer(of.dpre, low_br)
     if wanted.lora.down_a:
-        lora["down_a"] = _outer(of.dlow, of.weighted)
+        lora["down_a"] = _outer(of.dlow, down_sees)
     if wanted.lora.down_b:
-        low_br = _times(of.weighted, own.lora.down_a).astype(x.dtype)
+        low_br = _times(down_sees, own.lora.down_a).astype(x.dtype)
         lora["down_b"] = options.lora_scale * _outer(dout, low_br)
     return Experts(
         gate_up=_outer(of.dpre, x) if wanted.gate_up else None,
@@ -228,20 +249,37 @@ def _parameter_gradients(options: Options, own: Experts, of: _OuterFactors, want
     )
 
 
-def _up(options: Options, x_bD: jax.Array, own: Experts) -> jax.Array:
+def _up(options: Options, x_bD: jax.Array, own: Experts, drop: _Drop) -> jax.Array:
     """The pre-activation (b, f), parts one after the other, in x's dtype."""
-    pre_bf = _with_lora(options, x_bD, own.gate_up, own.lora.gate_up_a, own.lora.gate_up_b)
+    pre_bf = _with_lora(options, x_bD, own.gate_up, own.lora.gate_up_a, own.lora.gate_up_b, drop.up)
     if own.gate_up_bias is not None:
         pre_bf += own.gate_up_bias.astype(_FLOAT32)[None]
     return pre_bf.astype(x_bD.dtype)
 
 
-def _with_lora(options: Options, x: jax.Array, weight: jax.Array, a: Any, b: Any) -> jax.Array:
+def _with_lora(options: Options, x: jax.Array, weight: jax.Array, a: Any, b: Any, drop: Any) -> jax.Array:
     """x (b, in) times weight (out, in), and its low-rank update: (b, out) float32."""
     out = _times(x, weight)
     if a is not None:
-        out += options.lora_scale * _times(_times(x, a).astype(x.dtype), b)
+        out += options.lora_scale * _times(_times(_dropped(x, drop), a).astype(x.dtype), b)
     return out
+
+
+def _drop(dispatch: Dispatch, own: Experts, block: Block, slot_S: jax.Array) -> _Drop:
+    """Of the updates of one expert that are there, for its rows."""
+    of = dispatch.dropout
+    if of is None:
+        return _Drop()
+
+    def drawn(key: jax.Array, a: Any) -> Any:
+        return None if a is None else factors(key, block.rows(slot_S), a.shape[-1], of.rate)
+
+    return _Drop(drawn(of.up, own.lora.gate_up_a), drawn(of.down, own.lora.down_a))
+
+
+def _dropped(x: jax.Array, drop: Any) -> jax.Array:
+    """x (b, …) times what `_drop` gives, in x's dtype."""
+    return x if drop is None else (x * drop).astype(x.dtype)
 
 
 def _times(x: jax.Array, weight: jax.Array) -> jax.Array:

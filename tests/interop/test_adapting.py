@@ -16,6 +16,7 @@ from jaxmoe.interop.peft.today import today
 from jaxmoe.interop.source import open_source
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import make_batch
+from jaxmoe.model.dropout import Dropout
 from jaxmoe.params import joined, split
 
 pytestmark = pytest.mark.torch
@@ -42,8 +43,8 @@ def saved_model(name, folder):
     return folder / "base", wrapped, adapters.save(wrapped, folder / "adapter"), anatomy
 
 
-def gradients(base, folder, tokens, cotangent):
-    """Logits, and the gradients of the factors as an adapter."""
+def gradients(base, folder, tokens, cotangent, key=None):
+    """Logits, and the gradients of the factors as an adapter; with dropout where there is a key."""
     adapted = adapt(open_source(base), AdapterConfig(path=str(folder)))
     weights = adapted.begun(load_params(adapted.source, jnp.float32))
     params = adapted.joined(weights, adapted.given_factors())
@@ -53,7 +54,12 @@ def gradients(base, folder, tokens, cotangent):
     def run(trainable, frozen):
         def loss(trainable):
             hidden, _ = decoder.hidden_states(
-                joined(trainable, frozen), adapted.source.spec, make_batch(tokens), dtype=jnp.float32
+                joined(trainable, frozen),
+                adapted.source.spec,
+                make_batch(tokens),
+                dtype=jnp.float32,
+                key=key,
+                dropout=adapted.dropout,
             )
             logits = decoder.logits(joined(trainable, frozen), adapted.source.spec, hidden)
             return jnp.sum(logits * cotangent), logits
@@ -66,9 +72,14 @@ def gradients(base, folder, tokens, cotangent):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_and_gradients_are_those_of_peft(name, tmp_path):
+    base, wrapped, folder, anatomy = saved_model(name, tmp_path)
+    compare(name, tmp_path, base, wrapped, folder, anatomy)
+
+
+def compare(name, tmp_path, base, wrapped, folder, anatomy, key=None):
+    """PEFT's model and ours of its folder: logits, and gradients of all that is trained."""
     import torch
 
-    base, wrapped, folder, anatomy = saved_model(name, tmp_path)
     config = wrapped.base_model.model.config.get_text_config()
     tokens = parity.tokens_of(config.vocab_size)
     case = families.case_of(name)
@@ -77,7 +88,7 @@ def test_logits_and_gradients_are_those_of_peft(name, tmp_path):
     theirs = case.text(wrapped.base_model.model)(**case.inputs(arguments)).logits
     cotangent = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(3))
     (theirs * cotangent).sum().backward()
-    logits, ours = gradients(base, folder, tokens, cotangent.numpy())
+    logits, ours = gradients(base, folder, tokens, cotangent.numpy(), key)
     scale = float(theirs.detach().abs().max())
     np.testing.assert_allclose(logits, theirs.detach().numpy(), atol=1e-4 * scale, rtol=0)
 
@@ -97,3 +108,29 @@ def test_logits_and_gradients_are_those_of_peft(name, tmp_path):
                 rtol=0,
                 err_msg=f"{key} {factor}",
             )
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe"])
+def test_dropout_is_that_of_peft(name, tmp_path, monkeypatch):
+    """Where it acts, on every linear layer: both with the same mask in place of a random one."""
+    import torch
+
+    def mask(width):
+        return np.float32((np.arange(width) * 7 % 5 > 1) / 0.6)
+
+    class Masked(torch.nn.Module):
+        def forward(self, x):
+            return x * torch.from_numpy(mask(x.shape[-1]))
+
+    model = families.torch_model(name)
+    anatomy = adapters.anatomy_of(model)
+    model.save_pretrained(tmp_path / "base")
+    modules = targets_of(tmp_path / "base")["target_modules"]
+    modules = [module for module in modules if "attn" in module or "shared" in module]
+    wrapped = adapters.adapted(model, r=3, lora_alpha=2, lora_dropout=0.4, target_modules=modules)
+    folder = adapters.save(wrapped, tmp_path / "adapter")
+    for module in wrapped.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = Masked()
+    monkeypatch.setattr(Dropout, "__call__", lambda _, x: x * mask(x.shape[-1])[None, None])
+    compare(name, tmp_path, tmp_path / "base", wrapped, folder, anatomy, jax.random.key(0))

@@ -15,9 +15,10 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxmoe.kernels.devices import Device, device_at_hand
-from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, api, expert_mlp, xla
+from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, SlotDropout, api, expert_mlp, xla
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
+from jaxmoe.kernels.expert_mlp.dropout import factors
 from jaxmoe.kernels.expert_mlp.mosaic import backend
 from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
 from jaxmoe.kernels.expert_mlp.row_blocks import RowBlocks, choose_row_blocks, fold_blocks
@@ -79,8 +80,11 @@ def in_float64(operands, activation=ACTIVATIONS[0], **kwargs):
         return jax.tree.map(np.asarray, run_jit("reference", operands, activation, **kwargs))
 
 
-def by_hand(x, experts, chosen, weights, activation, scale, first=0):
-    """(R, D) in numpy, one token and choice after the other."""
+def by_hand(x, experts, chosen, weights, activation, scale, first=0, kept=(1.0, 1.0)):
+    """(R, D) in numpy, one token and choice after the other; what is `kept` of both inputs of A is (R, K, …)."""
+    kept_up, kept_down = (
+        np.broadcast_to(one, (*weights.shape, n)) for one, n in zip(kept, (D, F), strict=True)
+    )
     arrays = lambda tree: jax.tree.map(lambda a: np.asarray(a).astype(np.float64), tree)
     x, experts, weights = arrays(x), arrays(experts), arrays(weights)
     sigmoid = lambda a: 1 / (1 + np.exp(-a))
@@ -92,7 +96,7 @@ def by_hand(x, experts, chosen, weights, activation, scale, first=0):
         lora = experts.lora
         h = experts.gate_up[e] @ x[r]
         if lora.gate_up_a is not None:
-            h += scale * lora.gate_up_b[e] @ (lora.gate_up_a[e] @ x[r])
+            h += scale * lora.gate_up_b[e] @ (lora.gate_up_a[e] @ (kept_up[r, k] * x[r]))
         h += 0 if experts.gate_up_bias is None else experts.gate_up_bias[e]
         if activation.name == "silu":
             a = h[0] * sigmoid(h[0]) * h[1]
@@ -105,7 +109,7 @@ def by_hand(x, experts, chosen, weights, activation, scale, first=0):
             a = np.maximum(h[0], 0) ** 2
         y = experts.down[e] @ a
         if lora.down_a is not None:
-            y += scale * lora.down_b[e] @ (lora.down_a[e] @ a)
+            y += scale * lora.down_b[e] @ (lora.down_a[e] @ (kept_down[r, k] * a))
         y += 0 if experts.down_bias is None else experts.down_bias[e]
         out[r] += weights[r, k] * y
     return out
@@ -131,6 +135,36 @@ def test_reference_is_the_formula(activation):
         )  # fmt: skip
     expected = by_hand(x, experts, chosen, weights, activation, 0.7, first=2)
     np.testing.assert_allclose(actual, expected, atol=1e-13)
+
+
+DROPOUT = SlotDropout(*(jax.random.key_data(jax.random.key(n)) for n in (3, 4)), rate=0.4)
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+def test_dropout_is_the_formula_with_a_mask_for_every_slot(backend):
+    operands = make_operands(held=3, num_experts=6)
+    x, experts, chosen, weights, _ = operands
+    slots = jnp.arange(R * K, dtype=jnp.int32)
+    kept = [
+        np.asarray(factors(key, slots, width, 0.4)).reshape(R, K, width)
+        for key, width in ((DROPOUT.up, D), (DROPOUT.down, F))
+    ]
+    assert np.unique(np.concatenate(kept, axis=-1).reshape(R * K, -1), axis=0).shape[0] == R * K
+    assert {float(value) for value in np.unique(kept[0])} == {0.0, float(np.float32(1 / 0.6))}
+    assert np.mean(kept[0] == 0) == pytest.approx(0.4, abs=0.05)
+    layer = {"num_experts": 6, "first": 2, "lora_scale": 0.7, "backend": backend, "dropout": DROPOUT}
+    actual = expert_mlp(x, experts, chosen, weights, **layer)
+    expected = by_hand(x, experts, chosen, weights, ACTIVATIONS[0], 0.7, first=2, kept=kept)
+    np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("ranks", [(3, 4), (3, 0), (0, 4)])
+def test_gradients_with_dropout_are_those_of_the_formula(ranks):
+    operands = make_operands(ranks=ranks)
+    expected = in_float64(operands, dropout=DROPOUT)
+    assert_close(run_jit("xla", operands, dropout=DROPOUT), expected, 2e-5)
+    others = dataclasses.replace(DROPOUT, up=DROPOUT.down, down=DROPOUT.up)
+    assert np.abs(run_jit("xla", operands, dropout=others)[0] - expected[0]).max() > 0.01
 
 
 ALL, SOME = (0, E, None), (1, 3, 8)  # first, held, num_experts

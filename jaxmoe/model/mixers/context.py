@@ -23,6 +23,7 @@ class Context:
         packed: documents share rows. False says that each row holds one, from its start, and then padding.
         rotations: cos and sin tables of every rotation that a layer has.
         key: PRNG key of the layer, in training; None means that nothing is random.
+        dropout: share that low-rank pairs drop of their inputs, where there is a key.
         device: that computes; None for the one at hand.
     """
 
@@ -32,6 +33,7 @@ class Context:
     rotations: Mapping[RopeSpec, tuple[jax.Array, jax.Array]]
     key: jax.Array | None = None
     device: Device | None = None
+    dropout: float = 0.0
 
     @property
     def valid(self) -> jax.Array | None:

@@ -34,6 +34,10 @@ def forward(
         NotImplementedError: the kernels were not found right there yet, or cannot take the operands.
     """
     kernels = kernels_for(options.device)
+    if dispatch.dropout is not None:
+        raise NotImplementedError(
+            "the kernels have no dropout: expected adapter.dropout 0 where experts are adapted"
+        )
     return kernels.forward(options, x_RD, unpacked(experts, x_RD.dtype), weights_RK, dispatch, save=save)
 
 

@@ -299,10 +299,10 @@ def test_biases_and_keys_without_the_prefix(tmp_path):
 
 def test_a_written_folder_says_what_it_is(tmp_path):
     pair = LowRank("lm_head.weight", _random(R, D).astype(ml_dtypes.bfloat16), _random(V, R), 0.3)
-    adapter = Adapter({pair.name: pair}, base="org/base")
+    adapter = Adapter({pair.name: pair}, base="org/base", dropout=0.1)
     write_adapter(adapter, _anatomy(), tmp_path / "out")
     again = read_adapter(tmp_path / "out", _anatomy())
-    assert again.base == "org/base"
+    assert (again.base, again.dropout) == ("org/base", 0.1)
     assert again.pairs["lm_head.weight"].a.dtype == ml_dtypes.bfloat16
     assert again.pairs["lm_head.weight"].scale == pytest.approx(0.3, rel=1e-15)
     card = ModelCard.load(tmp_path / "out" / "README.md").data
