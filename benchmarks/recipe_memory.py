@@ -84,7 +84,7 @@ def measure(recipe: Path) -> dict[str, Any]:
         "arguments, GB": memory.argument_size_in_bytes / 1e9,
         "temporaries, GB": memory.temp_size_in_bytes / 1e9,
         "in all, GB": whole / 1e9,
-        "XLA's peak, GB": memory.peak_memory_in_bytes / 1e9,
+        "peak, GB": memory.peak_memory_in_bytes / 1e9,
         "budget, GB": None if budget is None else float(budget[1]),
         **{name: len(re.findall(pattern, text)) for name, pattern in CALLS.items()},
         "compiled in, s": seconds,
@@ -211,7 +211,9 @@ def main() -> None:
         print(write_results("step_counts", rows, model="quickstart", optimizer="adamw"))
         return
     rows = [measure(recipe) for recipe in options.recipe]
-    print_table(rows)
+    kinds = [f"{name}, GB" for name in ("base packed", "base plain", "trained", "optimiser", "batch")]
+    for columns in (kinds, [name for name in rows[0] if name not in ("recipe", *kinds)]):
+        print_table([{"recipe": row["recipe"], **{name: row[name] for name in columns}} for row in rows])
     if options.recipe == RECIPES:
         print(write_results("recipe_memory", rows, compiled_for="NVIDIA H200", jax=jax.__version__))
 
