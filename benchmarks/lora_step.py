@@ -4,9 +4,9 @@
     python benchmarks/lora_step.py --quick    # the first model, two repeats
 
 The models, tokens and constants are those of train_step.py, float32, all from the same weights. Adapters of rank 16 are
-on attention and on experts; AdamW updates what is trained. PEFT adapts experts by `target_parameters`; it is measured with
-transformers' eager and grouped experts, and the faster one is the peer. Everyone alternates in one process, so that a
-drift of the machine hits all.
+on attention and on experts; AdamW updates what is trained. PEFT adapts experts by `target_parameters`; it is measured
+with transformers' eager and grouped experts, and the faster one is the peer. Everyone alternates in one process, so
+that a drift of the machine hits all.
 
 What is aimed at: a LoRA step takes at most 0.75 of a full step's time, and is at least 1.5 times as fast as PEFT's.
 """

@@ -4,8 +4,8 @@
 
 XLA's CUDA plugin and cuDNN have to be on the PYTHONPATH and ptxas on the PATH; .ci/compile-recipes sees to that. The
 step is the one that the run takes, with cuDNN's attention and our kernels for experts; nothing is allocated or run.
-A recipe for one GPU of so many GB is compiled for an H200, too: what is compared with its GB are the bytes. Which arrays
-the temporaries are stands in the memory-usage-report.txt that XLA_FLAGS="--xla_dump_to=FOLDER
+A recipe for one GPU of so many GB is compiled for an H200, too: what is compared with its GB are the bytes. Which
+arrays the temporaries are stands in the memory-usage-report.txt that XLA_FLAGS="--xla_dump_to=FOLDER
 --xla_dump_hlo_as_text" leaves.
 
     PYTHONPATH=$(.ci/cuda-compiler .venv/bin/python) .venv/bin/python benchmarks/recipe_memory.py --counts
@@ -108,7 +108,8 @@ def held_bytes(assembled: Assembled) -> dict[str, int]:
 def shard_bytes(tree: Any) -> int:
     """Of one device's part of every leaf, each of which has a sharding."""
     return sum(
-        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree)
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(tree)
     )
 
 
