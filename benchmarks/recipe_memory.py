@@ -4,6 +4,9 @@
 
 XLA's CUDA plugin and cuDNN have to be on the PYTHONPATH and ptxas on the PATH; .ci/compile-recipes sees to that. The
 step is the one that the run takes, with cuDNN's attention and our kernels for experts; nothing is allocated or run.
+A recipe for one GPU of so many GB is compiled for an H200, too: what is compared with its GB are the bytes. Which
+arrays the temporaries are stands in the memory-usage-report.txt that XLA_FLAGS="--xla_dump_to=FOLDER
+--xla_dump_hlo_as_text" leaves.
 
     PYTHONPATH=$(.ci/cuda-compiler .venv/bin/python) .venv/bin/python benchmarks/recipe_memory.py --counts
 
@@ -34,8 +37,9 @@ from jax.experimental import topologies
 from jaxmoe.config import load_config
 from jaxmoe.configs import published
 from jaxmoe.interop.source import config_source
+from jaxmoe.model.linear import PACKED
 from jaxmoe.parallel.sharding import make_mesh
-from jaxmoe.run.assemble import assemble
+from jaxmoe.run.assemble import Assembled, assemble
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = (ROOT / "tests" / "kernels" / "h200.textproto").read_text(encoding="utf-8")
@@ -69,18 +73,44 @@ def measure(recipe: Path) -> dict[str, Any]:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     whole = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+    budget = re.search(r"on one GPU of (\d+) GB", recipe.read_text(encoding="utf-8"))
     return {
         "recipe": recipe.stem,
         "GPUs": f"{count} x {assembled.device.kind}",
         "tokens per GPU and pass": config.train.rows
         * config.data.sequence_length
         // config.mesh.batch_shards,
+        **{f"{name}, GB": size / 1e9 for name, size in held_bytes(assembled).items()},
         "arguments, GB": memory.argument_size_in_bytes / 1e9,
         "temporaries, GB": memory.temp_size_in_bytes / 1e9,
         "in all, GB": whole / 1e9,
+        "peak, GB": memory.peak_memory_in_bytes / 1e9,
+        "budget, GB": None if budget is None else float(budget[1]),
         **{name: len(re.findall(pattern, text)) for name, pattern in CALLS.items()},
         "compiled in, s": seconds,
     }
+
+
+def held_bytes(assembled: Assembled) -> dict[str, int]:
+    """What a device holds between steps, by its kind: frozen in few bits, frozen, trained, moments and the batch."""
+    state = assembled.state
+    is_packed = lambda leaf: isinstance(leaf, PACKED)
+    frozen = jax.tree.leaves(state.frozen, is_leaf=is_packed)
+    return {
+        "base packed": shard_bytes([leaf for leaf in frozen if is_packed(leaf)]),
+        "base plain": shard_bytes([leaf for leaf in frozen if not is_packed(leaf)]),
+        "trained": shard_bytes(state.trainable),
+        "optimiser": shard_bytes(state.opt_state),
+        "batch": shard_bytes(assembled.batch),
+    }
+
+
+def shard_bytes(tree: Any) -> int:
+    """Of one device's part of every leaf, each of which has a sharding."""
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 LARGE = 2**20
@@ -182,7 +212,9 @@ def main() -> None:
         print(write_results("step_counts", rows, model="quickstart", optimizer="adamw"))
         return
     rows = [measure(recipe) for recipe in options.recipe]
-    print_table(rows)
+    kinds = [f"{name}, GB" for name in ("base packed", "base plain", "trained", "optimiser", "batch")]
+    for columns in (kinds, [name for name in rows[0] if name not in ("recipe", *kinds)]):
+        print_table([{"recipe": row["recipe"], **{name: row[name] for name in columns}} for row in rows])
     if options.recipe == RECIPES:
         print(write_results("recipe_memory", rows, compiled_for="NVIDIA H200", jax=jax.__version__))
 

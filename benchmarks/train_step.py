@@ -25,7 +25,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -39,7 +39,8 @@ from jaxmoe.config import RunConfig
 from jaxmoe.interop.source import Source
 from jaxmoe.interop.torch_bridge import from_torch
 from jaxmoe.model.batch import Batch, learning_batch
-from jaxmoe.parallel.sharding import make_mesh
+from jaxmoe.parallel.sharding import make_mesh, shardings
+from jaxmoe.params import named
 from jaxmoe.run.assemble import Assembled, assemble
 
 SIZES = {
@@ -98,30 +99,26 @@ def torch_model(size: dict[str, int]) -> Any:
     return transformers.Qwen3MoeForCausalLM(config).float().train()
 
 
+def train_norms_and_routers(model: Any) -> None:
+    """Freeze the other parameters."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(re.search(pattern, name) for pattern in TRAINED_BESIDE_FROZEN))
+
+
 def torch_step(
-    model: Any,
-    attention: str,
-    experts: str,
-    tokens: np.ndarray,
-    *,
-    autocast: bool = False,
-    frozen: bool = False,
+    model: Any, attention: str, experts: str, tokens: np.ndarray, *, autocast: bool = False
 ) -> Callable[[], float]:
     """A function that takes one step and returns the loss.
 
     Args:
-        model: in the dtype of its weights.
+        model: in the dtype of its weights; what has ``requires_grad`` is trained.
         attention: transformers' implementation.
         experts: the same.
         tokens: (B, T).
         autocast: compute in bfloat16 from float32 weights.
-        frozen: train norms and routers alone.
     """
     model.set_attn_implementation(attention)
     model.set_experts_implementation(experts)
-    for name, parameter in model.named_parameters():
-        is_trained = not frozen or any(re.search(pattern, name) for pattern in TRAINED_BESIDE_FROZEN)
-        parameter.requires_grad_(is_trained)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.95), weight_decay=0.1, foreach=True)
     ids = torch.from_numpy(tokens)
@@ -140,12 +137,35 @@ def torch_step(
 
 
 def assembled_run(
-    source: Source, rows: int, length: int, *, dtype: str = "float32", frozen: bool = False
+    source: Source,
+    rows: int,
+    length: int,
+    *,
+    dtype: str = "float32",
+    frozen: bool = False,
+    adapter: Mapping[str, Any] | None = None,
+    quantization: str | None = None,
 ) -> Assembled:
-    """A run of jaxmoe on `rows` of `length` tokens, with the constants that torch has here."""
+    """A run of jaxmoe on `rows` of `length` tokens, with the constants that torch has here.
+
+    Args:
+        source: the model.
+        rows: of a step.
+        length: of a row.
+        dtype: that it computes in.
+        frozen: train norms and routers alone.
+        adapter: the run's section of that name.
+        quantization: of the weights under an adapter.
+    """
     config = RunConfig.from_mapping(
         {
-            "model": {"config": dict(source.raw), "dtype": dtype, "remat": False},
+            "model": {
+                "config": dict(source.raw),
+                "dtype": dtype,
+                "remat": False,
+                "quantization": quantization,
+            },
+            "adapter": adapter,
             "data": {"path": "python:stdlib", "sequence_length": length},
             "optimizer": {"learning_rate": RATE, "schedule": "constant"},
             "train": {"steps": 1000, "batch_size": rows},
@@ -156,6 +176,20 @@ def assembled_run(
     return assemble(config, make_mesh(), source=source)
 
 
+def first_weights(assembled: Assembled, weights: Any) -> Any:
+    """Weights of a model as the run holds them, with the factors of a new adapter and quantised where it has that."""
+    adapted = assembled.adapted
+    if adapted is None:
+        return weights
+    held = [
+        adapted.forms[name].quantize(weight) if name in adapted.forms else weight
+        for name, weight in named(weights)
+    ]
+    return adapted.joined(
+        jax.tree.unflatten(jax.tree.structure(weights), held), adapted.new_factors(jax.random.key(0))
+    )
+
+
 def jax_batch(tokens: np.ndarray) -> Batch:
     """Rows (B, T) that are one document each, as a batch to learn from."""
     positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1))
@@ -163,14 +197,15 @@ def jax_batch(tokens: np.ndarray) -> Batch:
     return jax.tree.map(jnp.asarray, batch)
 
 
-def jax_step(
-    model: Any, tokens: np.ndarray, *, dtype: str = "float32", frozen: bool = False
-) -> Callable[[], float]:
-    """The same in jaxmoe, from the weights of a float32 model."""
+def jax_step(model: Any, tokens: np.ndarray, **kind: Any) -> Callable[[], float]:
+    """The same in jaxmoe, from the weights of a float32 model; `kind` is what `assembled_run` takes."""
     mine = from_torch(model)
-    assembled = assembled_run(mine.source, *tokens.shape, dtype=dtype, frozen=frozen)
+    assembled = assembled_run(mine.source, *tokens.shape, **kind)
     with jax.set_mesh(assembled.mesh):
-        state = assembled.begin(jax.tree.map(jnp.array, mine.pure_params(), assembled.dtypes))
+        weights = first_weights(assembled, mine.pure_params())
+        weights = jax.tree.map(jnp.array, weights, assembled.dtypes)
+        # Where a step leaves them: otherwise the second one would be compiled anew.
+        state = assembled.begin(jax.device_put(weights, shardings(assembled.declared, assembled.mesh)))
     batch = jax.tree.map(lambda array: array[None], jax_batch(tokens))
     box = [state]
 
@@ -194,10 +229,46 @@ def contestants(
                 model = torch_model(size)
                 if way == ", bfloat16 weights":
                     model = model.to(torch.bfloat16)
+                if frozen:
+                    train_norms_and_routers(model)
                 steps[f"transformers {attention}, {experts}{way}"] = torch_step(
-                    model, attention, experts, tokens, autocast=autocast, frozen=frozen
+                    model, attention, experts, tokens, autocast=autocast
                 )
     return steps
+
+
+def take_turns(
+    name: str, steps: Mapping[str, Callable[[], float]], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of each contestant's steps, and its loss in step 2. What cannot run or takes over 20 s is left out.
+
+    Args:
+        name: of the model, for what is said on the way.
+        steps: by contestant; those of jaxmoe are never left out.
+        repeats: timed steps of each.
+    """
+    steps, losses = dict(steps), {}
+    for contestant, step in list(steps.items()):
+        try:
+            step()
+            start = time.perf_counter()
+            losses[contestant] = step()
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            print(f"{name}: {contestant} cannot run here: {str(error).splitlines()[0]}")
+            del steps[contestant]
+            continue
+        taken = time.perf_counter() - start
+        print(f"{name}: {contestant}: step 2 took {taken:.2f} s", file=sys.stderr, flush=True)
+        if taken > 20 and not contestant.startswith("jaxmoe"):
+            print(f"{name}: {contestant} takes over 20 s a step: left out")
+            del steps[contestant]
+    seconds: dict[str, list[float]] = {contestant: [] for contestant in steps}
+    for _ in range(repeats):
+        for contestant, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[contestant].append(time.perf_counter() - start)
+    return seconds, losses
 
 
 def measure(
@@ -206,29 +277,9 @@ def measure(
     """All contestants on one size, in turn."""
     size = resized(SIZES[name], length)
     tokens = np.random.default_rng(0).integers(0, VOCAB, (size["batch"], length))
-    steps = contestants(size, tokens, dtype, frozen)
-    losses, seconds = {}, {contestant: [] for contestant in steps}
-    for contestant, step in list(steps.items()):
-        try:
-            first = step()
-            start = time.perf_counter()
-            losses[contestant] = [first, step()]
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            print(f"{name}: {contestant} cannot run here: {str(error).splitlines()[0]}")
-            del steps[contestant]
-            continue
-        taken = time.perf_counter() - start
-        print(f"{name}: {contestant}: step 2 took {taken:.2f} s", file=sys.stderr, flush=True)
-        if taken > 20 and contestant != "jaxmoe":
-            print(f"{name}: {contestant} takes over 20 s a step: left out")
-            del steps[contestant]
-    for _ in range(repeats):
-        for contestant, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[contestant].append(time.perf_counter() - start)
-    rate = {c: tokens.size / float(np.median(seconds[c])) for c in steps}
-    peer = max((c for c in steps if c != "jaxmoe"), key=rate.__getitem__)
+    seconds, losses = take_turns(name, contestants(size, tokens, dtype, frozen), repeats)
+    rate = {c: tokens.size / float(np.median(seconds[c])) for c in seconds}
+    peer = max((c for c in seconds if c != "jaxmoe"), key=rate.__getitem__)
     return [
         {
             "model": name,
@@ -238,9 +289,9 @@ def measure(
             "min_s": min(seconds[contestant]),
             "max_s": max(seconds[contestant]),
             "jaxmoe_is_faster_by": rate["jaxmoe"] / rate[contestant],
-            "loss_of_step_2": losses[contestant][1],
+            "loss_of_step_2": losses[contestant],
         }
-        for contestant in steps
+        for contestant in seconds
     ]
 
 

@@ -50,7 +50,10 @@ def values_of(codes: Any, kind: str) -> Any:
     """
     if namespace(codes) is np:
         return VALUES[kind][codes]
-    level: list[Any] = list(VALUES[kind])
+    # Arrays of a constant that are made of the codes: others jax moves out of a differentiated loop over layers, where
+    # each of the 16 is as large as the result.
+    zeros = (codes & 0).astype(jnp.float32)
+    level: list[Any] = [zeros + value for value in VALUES[kind]]
     for bit in range(4):
         is_set = (codes >> bit) & 1 != 0
         level = [jnp.where(is_set, one, zero) for zero, one in zip(level[::2], level[1::2], strict=True)]

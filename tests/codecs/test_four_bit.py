@@ -330,3 +330,21 @@ def test_rounding_to_bfloat16(place):
     stored = arrays(make, Stored(np.full((512 * 16, 1), 255, np.uint8), scales))
     found = run(dequantize, from_stored(stored, "nf4", 32, (512, 32)))
     np.testing.assert_array_equal(found, np.repeat(scales[:, None], 32, 1).astype(BF16))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_differentiated_loop_over_layers_unpacks_one_of_them(kind):
+    """What depends on no layer jax computes before the loop, and keeps: constants as large as what is unpacked."""
+    layers = jax.vmap(lambda values: quantize(values, kind))(jnp.ones((3, 64, 64)))
+
+    def loss(scale):
+        def layer(x, packed):
+            return jnp.sin(scale * x @ dequantize(packed, jnp.float32)), None
+
+        return jax.lax.scan(layer, jnp.ones((2, 64)), layers)[0].sum()
+
+    equations = jax.make_jaxpr(jax.grad(loss))(1.0).eqns
+    around = [equation for equation in equations if equation.primitive.name != "scan"]
+    assert len(around) < len(equations)
+    assert max(output.aval.size for equation in around for output in equation.outvars) < 64 * 32

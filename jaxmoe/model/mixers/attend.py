@@ -86,20 +86,21 @@ def _implementation(
     """On a GPU cuDNN's flash attention where it takes the operands; otherwise the reason is logged once."""
     if device.platform != "gpu" or device.capability is None:
         return "blockwise"
-    reason = _cudnn_refuses(q_BTNH, masked, sinks, device.capability)
+    reason = _cudnn_refuses(q_BTNH, masked, sinks, device)
     if reason is None:
         return "cudnn"
     log_once(_logger, logging.WARNING, f"attention goes through XLA, block by block: {reason}")
     return "blockwise"
 
 
-def _cudnn_refuses(q_BTNH: jax.Array, masked: bool, sinks: bool, capability: tuple[int, int]) -> str | None:
+def _cudnn_refuses(q_BTNH: jax.Array, masked: bool, sinks: bool, device: Device) -> str | None:
     """Why cuDNN does not take these queries, after jax's own checks, which raise instead.
 
-    Those also let widths over 128 through on GPUs after Hopper, where cuDNN has had no kernels for them.
+    Those also let widths over 128 through on GPUs after Hopper, where cuDNN has had no kernels for them; and they ask
+    a GPU at hand, so that for one that is only described no more than 128 pass.
     """
     length, width = q_BTNH.shape[1], q_BTNH.shape[3]
-    widest = 256 if capability[0] == 9 else 128
+    widest = 256 if device.present and device.capability is not None and device.capability[0] == 9 else 128
     if sinks:
         return "cuDNN takes no attention sinks"
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):

@@ -92,7 +92,7 @@ HOPPER, BLACKWELL, AMPERE = (9, 0), (10, 0), (8, 0)
     ],
 )
 def test_what_is_not_cudnn_says_why(gpu, length, width, dtype, masked, sinks, reason, caplog):
-    device = Device("a device", "cpu" if gpu is None else "gpu", 132, gpu, present=False)
+    device = Device("a device", "cpu" if gpu is None else "gpu", 132, gpu, present=True)
     log_once.cache_clear()
     queries = jax.ShapeDtypeStruct((2, length, 3, width), jnp.dtype(dtype))
     with caplog.at_level(logging.WARNING):
@@ -103,3 +103,10 @@ def test_what_is_not_cudnn_says_why(gpu, length, width, dtype, masked, sinks, re
     else:
         (record,) = caplog.records
         assert reason in record.getMessage()
+
+
+def test_jax_asks_a_gpu_at_hand_about_wide_heads():
+    for width, present, chosen in ((256, True, "cudnn"), (256, False, "blockwise"), (128, False, "cudnn")):
+        queries = jax.ShapeDtypeStruct((2, 64, 3, width), jnp.bfloat16)
+        device = Device("a device", "gpu", 132, HOPPER, present=present)
+        assert attention._implementation(queries, True, False, device) == chosen
