@@ -127,7 +127,7 @@ def load_packed(
         parts: tensors of the checkpoint that together hold it.
         placements: shardings of the packed arrays.
     """
-    return pack(form, lambda index: _one(reader, form, parts, index), placements)
+    return pack(form, lambda index: read_tensor(reader, form, parts, index), placements)
 
 
 def pack(

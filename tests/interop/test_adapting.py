@@ -70,7 +70,8 @@ def gradients(base, folder, tokens, cotangent, key=None):
     return logits, adapted.adapter(jax.tree.map(np.asarray, grads), None)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# Of qwen3_omni_moe PEFT would adapt the talker too, whose experts have the same endings; its thinker is a family too.
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "qwen3_omni_moe"])
 def test_logits_and_gradients_are_those_of_peft(name, tmp_path):
     base, wrapped, folder, anatomy = saved_model(name, tmp_path)
     compare(name, tmp_path, base, wrapped, folder, anatomy)
