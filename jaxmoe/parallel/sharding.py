@@ -102,7 +102,7 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
         for size, letter, axis in zip(
             declared.shape, declared.dims, tuple(partition_spec(declared)), strict=False
         ):
-            if axis is None:
+            if axis is None or declared.stored is not None:
                 continue
             parts, what = size, f"{letter}={size}"
             if letter in "QP" and declared.num_heads is not None:
@@ -111,7 +111,17 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
                 problems.append(f"{name}: {what} is not divisible by {axis}={mesh.shape[axis]}")
     if problems:
         raise UserError(f"mesh does not fit the model: {listed(sorted(problems), 8, '; ')}")
-    return jax.tree.map(lambda declared: NamedSharding(mesh, partition_spec(declared)), tree)
+    return jax.tree.map(lambda declared: NamedSharding(mesh, _fitting(declared, mesh)), tree)
+
+
+def _fitting(declared: Param, mesh: Mesh) -> PartitionSpec:
+    """`partition_spec`, but that blocks of a packed weight, which are few, stay together where an axis does not divide
+    them."""
+    spec = partition_spec(declared)
+    if declared.stored is None:
+        return spec
+    sizes = zip(tuple(spec), declared.shape, strict=False)
+    return PartitionSpec(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in sizes))
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:

@@ -120,7 +120,10 @@ def test_sections_are_frozen_and_can_be_made_in_python():
         ({"train__steps": None}, "train.steps: found null, expected an integer"),
         ({"train__steps": 0}, "train.steps: found 0, expected at least 1"),
         ({"train__seed": -1}, "train.seed: found -1, expected at least 0"),
-        ({"train__export": "yes"}, "train.export: found 'yes', expected 'adapter', 'merged' or 'both'"),
+        (
+            {"train__export": "yes"},
+            "train.export: found the string 'yes', expected 'adapter', 'merged' or 'both'",
+        ),
         ({"train__export": 1}, "train.export: found 1, expected true or false"),
         ({"train": 3}, "train: found 3, expected a mapping of keys"),
         ({"balance": None}, "balance: found null, expected a mapping of keys"),
