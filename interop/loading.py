@@ -77,6 +77,45 @@ def read_params(
     return jax.tree.unflatten(jax.tree.structure(tree), arrays)
 
 
+def read_at(
+    reader: TensorReader, declared: Param, parts: Sequence[Binding], fixed: Mapping[str, int]
+) -> np.ndarray:
+    """A part of one parameter, in the dtype that the checkpoint has.
+
+    Args:
+        reader: of the checkpoint.
+        declared: the parameter.
+        parts: tensors that together hold it.
+        fixed: letters of the parameter, and the index of each.
+
+    Returns:
+        The part, with the parameter's other letters in their order.
+    """
+    sizes = dict(zip(declared.dims, declared.shape, strict=True))
+    free = [letter for letter in declared.dims if letter not in fixed]
+    values: np.ndarray | None = None
+    for part in parts:
+        held = part.held
+        if any(not held[letter].start <= i < held[letter].stop for letter, i in fixed.items()):
+            continue
+        box = [
+            slice(fixed[letter] - held[letter].start, fixed[letter] - held[letter].start + 1)
+            if letter in fixed
+            else slice(0, size)
+            for letter, size in zip(part.letters, part.sizes, strict=True)
+        ]
+        read = reader.read_box(part.source, part.sizes, box)
+        if values is None:
+            values = np.empty([sizes[letter] for letter in free], read.dtype)
+        order = [place for place, letter in enumerate(part.letters) if letter in fixed]
+        order += [part.letters.index(letter) for letter in free if letter in part.letters]
+        inside = read.transpose(order)
+        at = tuple(part.index.get(letter, held[letter]) for letter in free)
+        values[at] = inside.reshape(values[at].shape)
+    assert values is not None  # bindings cover their parameter
+    return values
+
+
 class LocalShards:
     """Host buffers of the shards of one parameter that this process's devices hold.
 

@@ -7,7 +7,6 @@ what was one tensor is part of what a base is; `Form` says it.
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from jaxmoe.codecs import FourBit, Int8Rows, four_bit, int8_rows, unpack
 from jaxmoe.config import QuantizationConfig
 from jaxmoe.errors import UserError, first_line
 from jaxmoe.files import read_text
-from jaxmoe.interop.loading import TensorReader
+from jaxmoe.interop.loading import TensorReader, read_at
 from jaxmoe.interop.peft.today import Today
 from jaxmoe.interop.rules import Binding
 from jaxmoe.interop.source import Source
@@ -168,35 +167,7 @@ def read_tensor(
     reader: TensorReader, form: Form, parts: Sequence[Binding], index: tuple[int, ...]
 ) -> np.ndarray:
     """The values of one quantised tensor, in the dtype that the checkpoint has."""
-    fixed = dict(zip(form.stack, index, strict=True))
-    values: np.ndarray | None = None
-    for part in parts:
-        held = part.held
-        if any(not held[letter].start <= i < held[letter].stop for letter, i in fixed.items()):
-            continue
-        box = [
-            slice(fixed[letter] - held[letter].start, fixed[letter] - held[letter].start + 1)
-            if letter in fixed
-            else slice(0, size)
-            for letter, size in zip(part.letters, part.sizes, strict=True)
-        ]
-        read = reader.read_box(part.source, part.sizes, box)
-        if values is None:
-            values = np.empty(form.shape, read.dtype)
-        free = [letter for letter in form.tensor if letter in part.letters]
-        order = [part.letters.index(letter) for letter in part.letters if letter in fixed]
-        order += [part.letters.index(letter) for letter in free]
-        inside = read.transpose(order).reshape([held[x].stop - held[x].start for x in free])
-        at = tuple(part.index.get(letter, held[letter]) for letter in form.tensor)
-        values[at] = inside
-    assert values is not None
-    return values
-
-
-def packed_bytes(forms: Mapping[str, Form]) -> int:
-    """Of all packed arrays."""
-    leaves = jax.tree.leaves([form.packed for form in forms.values()])
-    return sum(math.prod(leaf.shape) * np.dtype(leaf.stored).itemsize for leaf in leaves)
+    return read_at(reader, form.declared, parts, dict(zip(form.stack, index, strict=True)))
 
 
 RECORD = "base_quantization.json"

@@ -1,6 +1,6 @@
 """A folder of a base model with an adapter merged into it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxmoe.errors import UserError
@@ -12,9 +12,11 @@ from jaxmoe.interop.export_plan import (
     source_files,
 )
 from jaxmoe.interop.peft.adapter import Adapter
+from jaxmoe.interop.peft.combining import extract, told, weighted
 from jaxmoe.interop.peft.merging import Merge
 from jaxmoe.interop.peft.reading import read_adapter
 from jaxmoe.interop.peft.today import Today, today
+from jaxmoe.interop.peft.writing import write_adapter
 from jaxmoe.interop.quantizing import Recorded, Replay
 from jaxmoe.interop.source import Source, open_source
 from jaxmoe.interop.storage.writer import FolderWriter
@@ -25,6 +27,8 @@ def merge_folder(
     adapter: str | Path,
     folder: str | Path,
     *,
+    weight: float = 1.0,
+    others: Sequence[tuple[str | Path, float]] = (),
     overwrite: bool = False,
     quantization: bool = False,
 ) -> tuple[int, list[str]]:
@@ -37,6 +41,8 @@ def merge_folder(
         base: folder or hub id of the model that the adapter was trained on.
         adapter: folder that PEFT or `write_adapter` wrote.
         folder: a new folder, or with `overwrite` an existing checkpoint that is replaced as a whole.
+        weight: factor of what the adapter adds.
+        others: further adapters of the same base, and the weight of each.
         overwrite: replace it.
         quantization: merge into the base as training saw it, which held it in few bits: its record is in the adapter's
             folder (`jaxmoe.interop.quantizing.Recorded`). What was quantised and is not adapted changes as well.
@@ -48,13 +54,14 @@ def merge_folder(
         UserError: one of the two cannot be read, they do not fit each other, or the folder cannot be written.
     """
     source = open_source(base)
-    if Path(adapter).resolve().is_relative_to(Path(folder).resolve()):
-        raise UserError(f"{folder}: holds {adapter}, which replacing it would delete; choose another folder")
+    chosen = [(adapter, weight), *others]
+    for one, _ in chosen:
+        if Path(one).resolve().is_relative_to(Path(folder).resolve()):
+            raise UserError(f"{folder}: holds {one}, which replacing it would delete; choose another folder")
     model = today(source)
+    whole = weighted([(read_adapter(one, model.anatomy), factor) for one, factor in chosen])
     replay = Replay(source, model, Recorded.read(Path(adapter))) if quantization else None
-    return write_merged(
-        source, model, read_adapter(adapter, model.anatomy), folder, overwrite=overwrite, replay=replay
-    )
+    return write_merged(source, model, whole, folder, overwrite=overwrite, replay=replay)
 
 
 def write_merged(
@@ -97,3 +104,34 @@ def write_merged(
             if path is not None:
                 writer.copy(path, name)
     return len(merge.touched), left_out
+
+
+def extract_folder(
+    base: str | Path, tuned: str | Path, folder: str | Path, rank: int, *, overwrite: bool = False
+) -> Mapping[str, float]:
+    """Write the adapter that is nearest to what a fine-tune changed; see `jaxmoe.interop.peft.combining.extract`.
+
+    Args:
+        base: folder or hub id of the model before.
+        tuned: after.
+        folder: a new folder, or with `overwrite` one with an adapter that is replaced.
+        rank: of every pair, per expert.
+        overwrite: see `folder`.
+
+    Returns:
+        The relative error of each adapted parameter, which ``errors.txt`` in the folder has as well.
+
+    Raises:
+        UserError: one of the two cannot be read, they are different models or the same, or the folder cannot be
+            written.
+    """
+    source, other = open_source(base), open_source(tuned)
+    for one in (source, other):
+        refuse_overlap(one.opened[0], Path(folder))
+    model = today(source)
+    found = extract(source, other, model, rank)
+    lines = "\n".join(told(found.errors)) + "\n"
+    write_adapter(
+        found.adapter, model.anatomy, folder, overwrite=overwrite, extra_files={"errors.txt": lines.encode()}
+    )
+    return found.errors
