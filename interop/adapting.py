@@ -7,9 +7,14 @@ some matrices of a parameter are adapted, the others have pairs of zeros, which 
 """
 
 import dataclasses
+import functools
+import json
+import logging
 import math
+import zlib
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import einops
@@ -21,17 +26,20 @@ from jaxmoe.config import AdapterConfig, QuantizationConfig
 from jaxmoe.errors import UserError, listed
 from jaxmoe.interop.peft.adapter import Adapter
 from jaxmoe.interop.peft.adapter import LowRank as Pair
-from jaxmoe.interop.peft.config import parse_adapter_config
+from jaxmoe.interop.peft.config import parse_adapter_config, read_adapter_config
 from jaxmoe.interop.peft.matching import match
 from jaxmoe.interop.peft.reading import read_adapter
 from jaxmoe.interop.peft.today import Today, today
-from jaxmoe.interop.quantizing import Form, forms_of
+from jaxmoe.interop.peft.writing import describe_adapter
+from jaxmoe.interop.quantizing import Form, Recorded, forms_of
 from jaxmoe.interop.rules import Binding
 from jaxmoe.interop.selection import regrouped
 from jaxmoe.interop.source import Source
 from jaxmoe.interop.storage.problems import raise_problems
 from jaxmoe.model.linear import LowRank
 from jaxmoe.params import Param, Tree, named
+
+_log = logging.getLogger(__name__)
 
 _WHERE = "adapter"
 
@@ -53,6 +61,7 @@ class Adapted:
         widths: of the pairs, by the name of the adapted parameter in transformers' model.
         saved: names of the parameters that are trained as a whole.
         given: the adapter that training begins with, or None for a new one.
+        given_from: the folder of `given`.
         init: how the factors of a new one begin, see `jaxmoe.config.AdapterConfig`.
         dropout: share of the inputs of A that training sets to zero.
         forms: of the frozen parameters that are held in few bits, by our names.
@@ -65,9 +74,10 @@ class Adapted:
     given: Adapter | None
     init: str
     dropout: float = 0.0
+    given_from: Path | None = None
     forms: Mapping[str, Form] = dataclasses.field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def declared(self) -> Tree:
         """`ModelSpec.declared` with a `LowRank` in the place of every adapted parameter, and packed bases."""
 
@@ -114,7 +124,7 @@ class Adapted:
                 leaves.append(other(name, declared))
         return jax.tree.unflatten(jax.tree.structure(spec.declared), leaves)
 
-    @property
+    @functools.cached_property
     def places(self) -> dict[str, list["Place"]]:
         """Of each of our parameters that are adapted, where the factors of its parts lie."""
         found: dict[str, list[Place]] = {}
@@ -213,7 +223,8 @@ class Adapted:
                     transposed=place.swapped or place.inputs_first,
                     wrapped=place.wrapped(self.model),
                 )
-        saved = {
+        saved = {} if self.given is None else {**self.given.saved}
+        saved |= {
             name: self.model.bindings[name].to_tensor(by_name[binding.target][binding.place])
             for name, binding in ((name, self.model.bindings[name]) for name in sorted(self.saved))
         }
@@ -235,6 +246,12 @@ class Adapted:
         ]
         whole = f"; as a whole {listed(sorted(self.saved), 4)}" if self.saved else ""
         return f"LoRA{rank} on {listed(parts, 12)}{whole}: {self.trained:,} parameters train"
+
+    @property
+    def fingerprint(self) -> int:
+        """Of what a checkpoint's factors mean: names, ranks, scales, dropout and what is trained as a whole."""
+        meant = [sorted(self.widths.items()), sorted(self.saved), self.dropout]
+        return zlib.crc32(json.dumps(meant).encode())
 
     @property
     def decomposes(self) -> bool:
@@ -345,7 +362,12 @@ def adapt(source: Source, config: AdapterConfig, quantization: QuantizationConfi
     if given is not None:
         widths = {name: Width(pair.rank, pair.scale) for name, pair in given.pairs.items()}
         # With an adapted embedding or head PEFT stores its weights too, which are not trained.
-        saved = frozenset(given.saved.keys() - given.pairs.keys())
+        endings = read_adapter_config(Path(config.path or "")).modules_to_save or ()
+        of_module = {name: name.rpartition(".")[0] for name in given.saved.keys() - given.pairs.keys()}
+        saved = frozenset(name for name, module in of_module.items() if any(map(module.endswith, endings)))
+        # What PEFT could not say at the end is found now.
+        describe_adapter(given, model.anatomy, f"adapter.path: {config.path}")
+        _check_base(Path(config.path or ""), quantization)
         lengths = [name for name, pair in given.pairs.items() if pair.magnitude is not None]
         if lengths:
             raise UserError(
@@ -365,7 +387,8 @@ def adapt(source: Source, config: AdapterConfig, quantization: QuantizationConfi
     layered = regrouped(source, _signatures(source, model, widths, saved))
     if layered is not source:
         model = today(layered)
-    adapted = Adapted(layered, model, widths, saved, given, config.init, dropout)
+    given_from = None if config.path is None else Path(config.path)
+    adapted = Adapted(layered, model, widths, saved, given, config.init, dropout, given_from)
     raise_problems(where, list(_uneven(adapted)))
     if quantization is not None:
         whole = {model.bindings[name].target for name in saved}
@@ -376,6 +399,24 @@ def adapt(source: Source, config: AdapterConfig, quantization: QuantizationConfi
     if config.init == "loftq":
         raise_problems(where, list(_unquantised(adapted)))
     return adapted
+
+
+def _check_base(folder: Path, quantization: QuantizationConfig | None) -> None:
+    """Whether training goes on on the base that an adapter was trained on.
+
+    Raises:
+        UserError: it carries what quantising lost, and the base would not lose it.
+    """
+    recorded = Recorded.find(folder)
+    if recorded is None or recorded.quantization == quantization:
+        return
+    now = "not quantised" if quantization is None else f"quantised as {quantization.kind}"
+    told = f"adapter.path: {folder} was trained on a base in {recorded.told}, and here it is {now}"
+    if recorded.init == "loftq":
+        raise UserError(
+            f"{told}: expected the same, as its factors hold what that loses; set model.quantization"
+        )
+    _log.warning("%s", told)
 
 
 def _as_peft(config: AdapterConfig) -> dict[str, Any]:
@@ -490,8 +531,10 @@ def declared_pair(declared: Param, places: Sequence[Place]) -> LowRank:
     sizes = [
         1 if letter in shared else size for letter, size in zip(declared.dims, declared.shape, strict=True)
     ]
-    a = Param(declared.dims[:-2] + "r" + declared.dims[-1], (*sizes[:-2], rank, sizes[-1]), "zeros", "matrix")
-    b = Param(declared.dims[:-1] + "r", (*declared.shape[:-1], rank), "zeros", "matrix")
+    a = Param(
+        declared.dims[:-2] + "r" + declared.dims[-1], (*sizes[:-2], rank, sizes[-1]), "zeros", declared.role
+    )
+    b = Param(declared.dims[:-1] + "r", (*declared.shape[:-1], rank), "zeros", declared.role)
     return LowRank(declared, a, b, place.width.scale)
 
 

@@ -77,6 +77,30 @@ def read_params(
     return jax.tree.unflatten(jax.tree.structure(tree), arrays)
 
 
+class Parts:
+    """The tensors that together hold a parameter, found by the index of some of its letters.
+
+    Args:
+        parts: all of them, which may be tens of thousands.
+        letters: of the parameter.
+    """
+
+    def __init__(self, parts: Sequence[Binding], letters: str) -> None:
+        self._letters = letters
+        self._found: dict[tuple[int | None, ...], list[Binding]] = {}
+        for part in parts:
+            self._found.setdefault(tuple(part.index.get(letter) for letter in letters), []).append(part)
+        self._named = {tuple(i is not None for i in key) for key in self._found}
+
+    def at(self, index: Sequence[int]) -> list[Binding]:
+        """Those that hold anything at an index, one number for each letter."""
+        keys = (
+            tuple(i if by_name else None for i, by_name in zip(index, one, strict=True))
+            for one in self._named
+        )
+        return [part for key in keys for part in self._found.get(key, ())]
+
+
 def read_at(
     reader: TensorReader, declared: Param, parts: Sequence[Binding], fixed: Mapping[str, int]
 ) -> np.ndarray:

@@ -20,7 +20,7 @@ from jaxmoe.codecs import FourBit, Int8Rows, four_bit, int8_rows, unpack
 from jaxmoe.config import QuantizationConfig
 from jaxmoe.errors import UserError, first_line
 from jaxmoe.files import read_text
-from jaxmoe.interop.loading import TensorReader, read_at
+from jaxmoe.interop.loading import Parts, TensorReader, read_at
 from jaxmoe.interop.peft.today import Today
 from jaxmoe.interop.rules import Binding
 from jaxmoe.interop.source import Source
@@ -110,8 +110,11 @@ def forms_of(declared: Tree, model: Today, config: QuantizationConfig) -> dict[s
             binding = parts[name]
             batch = {letter for group in binding.axes[:-2] for letter in group} | binding.index.keys()
             stack = "".join(letter for letter in parameter.dims if letter in batch)
-            if parameter.dims.startswith(stack):
-                forms[name] = Form(parameter, config.kind, config.block_size, config.double_quant, stack)
+            if not parameter.dims.startswith(stack):
+                raise ValueError(
+                    f"{name} is declared as {parameter.dims}, expected letters of tensors {stack} first"
+                )
+            forms[name] = Form(parameter, config.kind, config.block_size, config.double_quant, stack)
     return forms
 
 
@@ -126,7 +129,8 @@ def load_packed(
         parts: tensors of the checkpoint that together hold it.
         placements: shardings of the packed arrays.
     """
-    return pack(form, lambda index: read_tensor(reader, form, parts, index), placements)
+    found = Parts(parts, form.stack)
+    return pack(form, lambda index: read_tensor(reader, form, found, index), placements)
 
 
 def pack(
@@ -163,11 +167,10 @@ def _wanted(form: Form, declared: Any, placements: Any) -> Iterator[tuple[int, .
     yield from (tuple(map(int, index)) for index in np.argwhere(seen))
 
 
-def read_tensor(
-    reader: TensorReader, form: Form, parts: Sequence[Binding], index: tuple[int, ...]
-) -> np.ndarray:
-    """The values of one quantised tensor, in the dtype that the checkpoint has."""
-    return read_at(reader, form.declared, parts, dict(zip(form.stack, index, strict=True)))
+def read_tensor(reader: TensorReader, form: Form, parts: Parts, index: tuple[int, ...]) -> np.ndarray:
+    """The values of one quantised tensor, in the dtype that the checkpoint has, but of float64 in float32."""
+    values = read_at(reader, form.declared, parts.at(index), dict(zip(form.stack, index, strict=True)))
+    return values.astype(np.float32) if values.dtype == np.float64 else values
 
 
 RECORD = "base_quantization.json"
@@ -181,6 +184,7 @@ class Recorded(BaseModel):
         quantization: that of the run's config.
         dtype: that the values are computed with.
         parameters: of transformers' model, those that were held so; each is one tensor, or one for each expert.
+        init: how the adapter began, as in `jaxmoe.config.AdapterConfig`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -188,15 +192,17 @@ class Recorded(BaseModel):
     quantization: QuantizationConfig
     dtype: Literal["bfloat16", "float32", "float16"]
     parameters: tuple[str, ...]
+    init: str = "default"
 
     @classmethod
-    def of(cls, forms: Mapping[str, Form], model: Today, dtype: Any) -> "Recorded":
+    def of(cls, forms: Mapping[str, Form], model: Today, dtype: Any, init: str) -> "Recorded":
         """What there is to record of a run.
 
         Args:
             forms: of the frozen parameters, at least one.
             model: the same in transformers.
             dtype: that the run computes in.
+            init: how the adapter began.
         """
         one = next(iter(forms.values()))
         names = (name for name, binding in model.bindings.items() if binding.target in forms)
@@ -206,7 +212,19 @@ class Recorded(BaseModel):
             ),
             dtype=np.dtype(dtype).name,
             parameters=tuple(sorted(names)),
+            init=init,
         )
+
+    @classmethod
+    def find(cls, folder: Path) -> "Recorded | None":
+        """That of an adapter's folder, if it has one."""
+        return cls.read(folder) if (folder / RECORD).exists() else None
+
+    @property
+    def told(self) -> str:
+        """In a few words."""
+        double = ", scales quantised" if self.quantization.double_quant else ""
+        return f"{self.quantization.kind} in blocks of {self.quantization.block_size}{double}"
 
     @classmethod
     def read(cls, folder: Path) -> "Recorded":
@@ -235,8 +253,13 @@ class Replay:
         """Find what was quantised.
 
         Raises:
-            UserError: the record names parameters that the model has not.
+            UserError: the record names parameters that the model has not, or a base that was less than the model.
         """
+        if recorded.init in ("pissa", "olora"):
+            raise UserError(
+                f"{RECORD}: adapter.init was {recorded.init!r}, which quantised the weights without a part of them and "
+                "cannot be done again: merge it without --quantization"
+            )
         if unknown := sorted(set(recorded.parameters) - model.bindings.keys()):
             raise UserError(
                 f"{RECORD} names {unknown[0]}, which the model has not: give the adapter's own base"
@@ -244,8 +267,13 @@ class Replay:
         targets = {model.bindings[name].target for name in recorded.parameters}
         forms = forms_of(source.spec.declared, model, recorded.quantization)
         self._forms = {name: form for name, form in forms.items() if name in targets}
+        if missing := sorted(targets - forms.keys()):
+            raise UserError(
+                f"{RECORD} names a part of {missing[0]}, which is no matrix that could have been quantised"
+            )
         _, self._files = source.opened
-        self._parts = source.bindings.of_parameter
+        of_parameter = source.bindings.of_parameter
+        self._parts = {name: Parts(of_parameter[name], form.stack) for name, form in self._forms.items()}
         self._dtype = jnp.dtype(recorded.dtype)
         self._last: tuple[tuple[str, tuple[int, ...]], np.ndarray] | None = None
 

@@ -68,6 +68,7 @@ def main(argv: list[str]) -> None:
     assembled = assemble(config, make_mesh(fsdp=usable, devices=jax.devices()[:usable]), source=source)
     unread = jax.tree.map(lambda _: ..., assembled.state.saved)
     saved, extra = checkpoints.restore(step, unread._replace(params=assembled.state.trainable))
+    assembled.check_adapter(extra.get("adapter"))
     state = assembled.state._replace(frozen=assembled.frozen_weights())
     assembled.check_frozen(state.frozen, extra.get("frozen"))
     left_out = write_export(

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse.linalg import svds
 
 from jaxmoe.errors import UserError
-from jaxmoe.interop.loading import read_at
+from jaxmoe.interop.loading import Parts, read_at
 from jaxmoe.interop.peft.adapter import Adapter, LowRank
 from jaxmoe.interop.peft.anatomy import Module
 from jaxmoe.interop.peft.today import Today
@@ -68,7 +68,7 @@ class Extracted(NamedTuple):
 
 
 def extract(base: Source, tuned: Source, model: Today, rank: int) -> Extracted:
-    """The adapter that is nearest to what a fine-tune changed: truncated SVDs (Eckart and Young 1936), expert by expert.
+    """The adapter nearest to what a fine-tune changed: truncated SVDs (Eckart and Young 1936), expert by expert.
 
     Parameters that are no matrices, such as norms and biases, are replaced as a whole where they changed.
 
@@ -133,9 +133,14 @@ def _pair(
     batch = [letter for group in binding.axes[:-2] for letter in group]
     sizes = dict(zip(binding.letters, binding.sizes, strict=True))
     factors, lost, total = [], 0.0, 0.0
+    letters = "".join([*binding.index, *batch])
+    parts = [Parts(source.bindings.of_parameter[binding.target], letters) for source in (tuned, base)]
     for index in itertools.product(*(range(sizes[letter]) for letter in batch)):
         fixed = {**binding.index, **dict(zip(batch, index, strict=True))}
-        difference = np.subtract(*(_matrix(source, binding, fixed) for source in (tuned, base)))
+        at = [part.at([fixed[letter] for letter in letters]) for part in parts]
+        difference = np.subtract(
+            *(_matrix(source, binding, own, fixed) for source, own in zip((tuned, base), at, strict=True))
+        )
         a, b, rest = _truncated(difference, rank)
         factors.append((a, b))
         lost, total = lost + rest, total + float(np.sum(np.square(difference, dtype=np.float64)))
@@ -148,10 +153,12 @@ def _pair(
     return LowRank(name, a, b, 1.0, transposed=inputs_first, wrapped=wrapped), math.sqrt(lost / total)
 
 
-def _matrix(source: Source, binding: Binding, fixed: Mapping[str, int]) -> np.ndarray:
+def _matrix(
+    source: Source, binding: Binding, parts: Sequence[Binding], fixed: Mapping[str, int]
+) -> np.ndarray:
     """(out, in) float32, outputs in the order of the tensor."""
     _, files = source.opened
-    values = read_at(files, binding.declared, source.bindings.of_parameter[binding.target], fixed)
+    values = read_at(files, binding.declared, parts, fixed)
     free = [letter for letter in binding.declared.dims if letter not in fixed]
     inputs = binding.declared.dims[-1]
     first, second = binding.axes[-2:]

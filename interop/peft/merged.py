@@ -1,5 +1,6 @@
 """A folder of a base model with an adapter merged into it."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from jaxmoe.interop.peft.writing import write_adapter
 from jaxmoe.interop.quantizing import Recorded, Replay
 from jaxmoe.interop.source import Source, open_source
 from jaxmoe.interop.storage.writer import FolderWriter
+
+_log = logging.getLogger(__name__)
 
 
 def merge_folder(
@@ -61,6 +64,15 @@ def merge_folder(
     model = today(source)
     whole = weighted([(read_adapter(one, model.anatomy), factor) for one, factor in chosen])
     replay = Replay(source, model, Recorded.read(Path(adapter))) if quantization else None
+    for one, _ in chosen if replay is None else ():
+        recorded = Recorded.find(Path(one))
+        if recorded is not None and recorded.init == "loftq":
+            raise UserError(
+                f"{one}: its factors hold what quantising its base to {recorded.told} lost: expected --quantization, "
+                "which quantises the base again before it is merged"
+            )
+        if recorded is not None:
+            _log.warning("%s was trained on a base in %s, and is merged into it as it is", one, recorded.told)
     return write_merged(source, model, whole, folder, overwrite=overwrite, replay=replay)
 
 

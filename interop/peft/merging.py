@@ -114,7 +114,7 @@ class Merge:
         if self._replay is not None and self._replay.has(binding.target):
             values = self._replay.region(binding.target, held)
             # Wide enough for both: what is merged is rounded to the file's dtype.
-            return values.astype(np.promote_types(values.dtype, numpy_dtype(info.dtype)))
+            return values if values.dtype == numpy_dtype(info.dtype) else values.astype(np.float32)
         before = self._files.read_box(info.name, binding.sizes, box)
         letters = binding.declared.dims
         values = before.transpose(_order(binding.letters, letters)).reshape(

@@ -128,6 +128,21 @@ class Assembled:
             return self.state.frozen
         return self._weights(wanted).make()
 
+    def check_adapter(self, expected: int | None) -> None:
+        """Compare what is adapted, which ``adapter.path`` may say, with what it was when a checkpoint was written.
+
+        Args:
+            expected: `Adapted.fingerprint` in the checkpoint.
+
+        Raises:
+            UserError: they differ.
+        """
+        if self.adapted is not None and self.adapted.fingerprint != expected:
+            raise UserError(
+                f"adapter.path: {self.adapted.given_from} has other ranks, scales or targets than when the run began: "
+                "put back the adapter that it began with, or begin another run"
+            )
+
     def check_frozen(self, frozen: Tree, expected: int | None) -> None:
         """Compare frozen weights with what they were at the start. In several processes all must call it.
 
@@ -187,6 +202,7 @@ def assemble(
     else:
         chosen = select(source, config.trainable, config.frozen)
         declared, rates = chosen.source.spec.declared, None
+    shardings(chosen.source.spec.declared, mesh)
     shardings(declared, mesh)
     device = describe(mesh.devices.flat[0]) if device is None else device
     return Assembled(

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Literal
 
 from jaxmoe.config import RunConfig
+from jaxmoe.errors import UserError
+from jaxmoe.interop.peft.config import CONFIG_FILE
 from jaxmoe.run.assemble import Assembled
 from jaxmoe.run.data import tokenizer_files
 from jaxmoe.run.folder import RunLayout
@@ -23,6 +25,23 @@ def exports(config: RunConfig, layout: RunLayout) -> dict[Export, Path]:
     if wanted == "both":
         return {"adapter": layout.export, "merged": layout.merged}
     return {"merged" if wanted == "merged" else "adapter": layout.export}
+
+
+def holds(what: Export, folder: Path) -> bool:
+    """Whether a run's folder of an export holds it already.
+
+    Raises:
+        UserError: it holds another kind of export.
+    """
+    if not folder.exists():
+        return False
+    if (folder / CONFIG_FILE).exists() != (what == "adapter"):
+        found = "a model" if what == "adapter" else "an adapter"
+        raise UserError(
+            f"{folder}: holds {found}, and train.export now asks for {what}: write it with jaxmoe export to another "
+            "folder, or put train.export back"
+        )
+    return True
 
 
 def export(

@@ -259,7 +259,8 @@ def _refuse_other_run(layout: RunLayout, config: RunConfig) -> None:
     ]
     if differences:
         export = layout.export
-        longer = f"; to train further, start a new run with model.path={export}" if export.exists() else ""
+        key = "model.path" if config.adapter is None else "adapter.path"
+        longer = f"; to train further, start a new run with {key}={export}" if export.exists() else ""
         raise UserError(
             f"output_dir {layout.path}: holds another run: {'; '.join(differences)}: choose another output_dir, or "
             f"give the values from there to resume that run{longer}"

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from jaxmoe.run.assemble import Assembled, assemble
 from jaxmoe.run.checkpoints import Checkpoints, steps_in
 from jaxmoe.run.data import RunData, open_data
 from jaxmoe.run.display import RunDisplay, show_table
-from jaxmoe.run.exporting import export, exports
+from jaxmoe.run.exporting import export, exports, holds
 from jaxmoe.run.folder import RunFolder, RunLayout
 from jaxmoe.run.meter import Meter
 from jaxmoe.run.programs import Programs
@@ -205,6 +206,7 @@ class Trainer:
                 f"{jax.process_count()}: start it with as many as before, or export it and begin another run"
             )
         processes.agree(lambda: batches.set_state(positions[jax.process_index()]))
+        assembled.check_adapter(extra.get("adapter"))
         frozen = processes.agree(assembled.frozen_weights)
         assembled.check_frozen(frozen, extra.get("frozen"))
         self._frozen = extra.get("frozen")
@@ -231,6 +233,8 @@ class Trainer:
                 self._evaluate(number, state, display)
             if saves:
                 extra = {"data": processes.gather(position), "frozen": self._frozen}
+                if self.assembled.adapted is not None:
+                    extra["adapter"] = self.assembled.adapted.fingerprint
                 self.checkpoints.save(number, state.saved, extra)
             self.meter.restart()
         return state
@@ -340,7 +344,7 @@ class Trainer:
         left_out: list[str] = []
         for what, folder in exports(self.config, layout).items():
             rows["export" if folder == layout.export else "merged"] = str(folder)
-            if not processes.first(folder.exists):
+            if not processes.first(functools.partial(holds, what, folder)):
                 left_out += export(self.assembled, state, what, folder)
         if left_out:
             rows["not exported"] = f"{listed(left_out, 20)}: {LEFT_OUT}"

@@ -11,14 +11,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.interop.adapting import Adapted
-from jaxmoe.interop.export_plan import exported_shards
+from jaxmoe.interop.export_plan import exported_shards, refuse_overlap
 from jaxmoe.interop.peft.merged import write_merged
 from jaxmoe.interop.peft.writing import write_adapter
 from jaxmoe.interop.quantizing import RECORD, Recorded, Replay
 from jaxmoe.interop.saving import write_folder
 from jaxmoe.interop.source import Source, config_source, open_source
 from jaxmoe.interop.storage.writer import FolderWriter
-from jaxmoe.model.linear import LowRank, dense
+from jaxmoe.model.linear import PACKED, LowRank, dense
 from jaxmoe.parallel import processes
 from jaxmoe.params import Tree, count
 
@@ -105,18 +105,21 @@ def export_adapter(
         UserError: the folder is not empty or cannot be written, or values are not finite.
     """
     adapter = adapted.adapter(_on_host(trained), base, first)
-    recorded = _recorded(adapted, dtype, first)
+    recorded = _recorded(adapted, dtype)
     extra = {} if recorded is None else {RECORD: (recorded.model_dump_json(indent=2) + "\n").encode()}
-    processes.first(
-        lambda: write_adapter(adapter, adapted.model.anatomy, folder, overwrite=overwrite, extra_files=extra)
-    )
+
+    def write() -> None:
+        for origin in (adapted.source.folder, adapted.given_from):
+            if origin is not None:
+                refuse_overlap(origin, folder)
+        write_adapter(adapter, adapted.model.anatomy, folder, overwrite=overwrite, extra_files=extra)
+
+    processes.first(write)
 
 
-def _recorded(adapted: Adapted, dtype: Any, first: Factors | None) -> Recorded | None:
-    """How the base was held; of one that lost its first factors before that nothing can be replayed."""
-    if not adapted.forms or first is not None:
-        return None
-    return Recorded.of(adapted.forms, adapted.model, dtype)
+def _recorded(adapted: Adapted, dtype: Any) -> Recorded | None:
+    """How the base was held."""
+    return Recorded.of(adapted.forms, adapted.model, dtype, adapted.init) if adapted.forms else None
 
 
 def export_merged(
@@ -132,7 +135,7 @@ def export_merged(
 ) -> list[str]:
     """Write the model with the adapter merged in, as `jaxmoe.interop.peft.merged` does it; returns what was left out.
 
-    A base that was held in few bits is what it was in training.
+    A base that was held in few bits is what it was in training, unless it was less a part of itself before.
 
     Args:
         adapted, trained, first, overwrite: as in `export_adapter`.
@@ -144,7 +147,7 @@ def export_merged(
         UserError: the folder is not empty or cannot be written, or a value does not fit the tensor's dtype.
     """
     if adapted.source.folder is None:
-        whole = jax.tree.map(_multiplied_out, weights, is_leaf=lambda leaf: isinstance(leaf, LowRank))
+        whole = jax.tree.map(_multiplied_out, weights, is_leaf=_is_made_of_several)
         return export_model(
             adapted.source,
             whole,
@@ -154,7 +157,8 @@ def export_merged(
             overwrite=overwrite,
         )
     adapter = adapted.adapter(_on_host(trained), None, first)
-    recorded = _recorded(adapted, dtype, first)
+    # Without its first factors a base cannot be quantised as it was: these are taken off the weights as they are.
+    recorded = None if first is not None else _recorded(adapted, dtype)
 
     def write() -> list[str]:
         return write_merged(
@@ -170,9 +174,13 @@ def export_merged(
     return processes.first(write)
 
 
+def _is_made_of_several(leaf: Any) -> bool:
+    return isinstance(leaf, (LowRank, *PACKED))
+
+
 @jax.jit
 def _multiplied_out(weight: Any) -> jax.Array:
-    return dense(weight, jnp.float32) if isinstance(weight, LowRank) else weight
+    return dense(weight, jnp.float32) if _is_made_of_several(weight) else weight
 
 
 def _on_host(tree: Tree) -> Tree:

@@ -109,7 +109,7 @@ def test_it_is_exported_for_the_unchanged_model(taken_apart, workspace, tmp_path
 
 
 @pytest.mark.parametrize("init", ["pissa", "loftq"])
-def test_it_resumes_on_quantised_weights(init, workspace, tmp_path, monkeypatch):
+def test_it_resumes_on_quantised_weights(init, workspace, tmp_path, monkeypatch, capfd):
     changes = {
         "adapter": ATTENTION | {"init": init},
         "model": {"path": str(workspace / "model"), "quantization": "nf4"},
@@ -117,6 +117,27 @@ def test_it_resumes_on_quantised_weights(init, workspace, tmp_path, monkeypatch)
     config = config_of(workspace, tmp_path / "run", **changes, train__export="both")
     run_until(config, 4, monkeypatch)
     loop.run(config)
+    loop.run(config_of(workspace, tmp_path / "whole", **changes, train__export="both"))
+    for name in ("export/adapter_model.safetensors", "merged/model-00001-of-00002.safetensors"):
+        ours, whole = (tmp_path / run / name for run in ("run", "whole"))
+        assert ours.read_bytes() == whole.read_bytes(), name
+    arguments = [
+        "merge",
+        str(workspace / "model"),
+        str(tmp_path / "run" / "export"),
+        str(tmp_path / "merged"),
+    ]
+    replayed = cli([*arguments, "--quantization"])
+    told = capfd.readouterr().err
+    if init == "loftq":  # its factors belong to the quantised weights
+        assert replayed == 0
+        for path in (tmp_path / "run" / "merged").glob("*.safetensors"):
+            assert (tmp_path / "merged" / path.name).read_bytes() == path.read_bytes()
+        assert cli([*arguments, "--overwrite"]) == 2
+        assert "expected --quantization" in capfd.readouterr().err
+    else:
+        assert replayed == 2
+        assert "cannot be done again" in told
     said = json.loads((tmp_path / "run" / "export" / "adapter_config.json").read_text())
     assert said["r"] == {"pissa": 6, "loftq": 3}[init]
 

@@ -1,6 +1,7 @@
 """Runs that train adapters: what they change, resume, and leave for PEFT."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file
 
 from jaxmoe.cli import main as cli
 from jaxmoe.config import RunConfig
+from jaxmoe.errors import UserError
 from jaxmoe.run import loop
 
 LORA = {
@@ -190,3 +192,52 @@ def test_orthogonal_factors_begin_with_no_change(workspace, tmp_path):
         assert np.abs(pair.a).max() > 0.01
         assert np.abs(pair.b).max() > 0.01
         assert np.abs(pair.delta()).max() < 1e-6
+
+
+def test_another_export_of_a_finished_run(finished, tmp_path):
+    """`train.export` may change, but a folder that is there keeps what it has."""
+    from jaxmoe.run.exporting import holds
+
+    folder = finished[0]
+    assert holds("adapter", folder / "export")
+    assert holds("merged", folder / "merged")
+    assert not holds("merged", tmp_path / "nothing")
+    with pytest.raises(UserError, match="holds an adapter, and train.export now asks for merged"):
+        holds("merged", folder / "export")
+
+
+def test_an_export_replaces_neither_model_nor_adapter(finished, workspace, tmp_path, capfd):
+    given = {"path": str(finished[0] / "export")}
+    loop.run(config_of(workspace, tmp_path / "run", adapter=given, train__steps=2, train__export=False))
+    for taken in (workspace / "model", finished[0] / "export"):
+        before = {path.name: path.read_bytes() for path in taken.iterdir()}
+        assert cli(["export", str(tmp_path / "run"), str(taken), "--overwrite"]) == 2
+        assert "export to another one" in capfd.readouterr().err
+        assert {path.name: path.read_bytes() for path in taken.iterdir()} == before
+
+
+def test_an_adapter_that_changed_is_noticed(finished, workspace, tmp_path):
+    shutil.copytree(finished[0] / "export", tmp_path / "adapter")
+    changes = {
+        "adapter": {"path": str(tmp_path / "adapter")},
+        "train__export": False,
+        "train__checkpoint_every": 1,
+    }
+    loop.run(config_of(workspace, tmp_path / "run", **changes, train__steps=2))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 9}))
+    assert cli(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
+
+
+def test_merged_export_of_random_weights_in_few_bits(workspace, tmp_path):
+    raw = json.loads((workspace / "model" / "config.json").read_text())
+    model = {"config": raw, "dtype": "float32", "quantization": "int8"}
+    changes = {
+        "model": model,
+        "data__tokenizer": str(workspace / "model"),
+        "adapter": {"target_modules": ["q_proj"]},
+    }
+    loop.run(config_of(workspace, tmp_path / "run", **changes, train__steps=2, train__export="merged"))
+    found = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    assert all(np.isfinite(array).all() for array in found.values())
+    assert any("k_proj" in name for name in found)
