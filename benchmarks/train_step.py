@@ -173,7 +173,7 @@ def assembled_run(
             **({"trainable": list(TRAINED_BESIDE_FROZEN)} if frozen else {}),
         }
     )
-    return assemble(config, make_mesh(), source=source)
+    return assemble(config, make_mesh(devices=jax.devices()[:1]), source=source)
 
 
 def first_weights(assembled: Assembled, weights: Any) -> Any:

@@ -179,6 +179,49 @@ def test_parts_of_a_step(monkeypatch: pytest.MonkeyPatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.torch
+@pytest.mark.once
+def test_steps_of_adapters(monkeypatch: pytest.MonkeyPatch):
+    """PEFT and we compute the same loss after a step, from a base that QLoRA rounds."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import lora_step
+
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "moe_intermediate_size": 32, "num_experts": 4}
+    rows = lora_step.measure("tiny", size | {"top_k": 2, "batch": 2}, 16, 1)
+    losses = {row["contestant"].removesuffix(" (the peer)"): row["loss_of_step_2"] for row in rows}
+    ours = losses["jaxmoe, LoRA"]
+    for experts in ("eager", "grouped_mm"):
+        assert losses[f"transformers and PEFT, {experts}"] == pytest.approx(ours, rel=1e-4)
+    assert losses["jaxmoe, full"] < ours
+    assert losses["jaxmoe, QLoRA"] == pytest.approx(ours, rel=0.01)
+    assert losses["jaxmoe, QLoRA"] != ours
+    assert sum("(the peer)" in row["contestant"] for row in rows) == 1
+    (aim,) = lora_step.aims(rows)
+    assert aim["over_full"] == rows[1]["median_s"] / rows[0]["median_s"]
+    for name in ("common", "lora_step", "train_step"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.once
+def test_memory_of_qlora(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A run reads, quantises and takes its steps; the figures are those of a process of its own."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import checkpoint_memory
+    import qlora_memory
+
+    sizes = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "moe_intermediate_size": 64}
+    sizes |= {"num_experts": 4, "num_attention_heads": 4}
+    monkeypatch.setattr(checkpoint_memory, "CONFIG", checkpoint_memory.CONFIG | sizes)
+    checkpoint_memory.make_checkpoint(tmp_path, True, 10**6)
+    found = qlora_memory.measure(str(tmp_path), "nf4", 2, 32)
+    assert 0 < found["state"] < found["plan"]
+    assert 0 < found["loss"] < 10
+    line = qlora_memory.row("nf4", 2, 32, found | {"plan": 1e8, "steps": 1.11e8})
+    assert (line["tokens"], line["within 10 %"]) == (64, False)
+    for name in ("checkpoint_memory", "common", "data_memory", "qlora_memory"):
+        sys.modules.pop(name, None)
+
+
 @pytest.mark.once
 def test_floors_of_parts(monkeypatch: pytest.MonkeyPatch):
     """FLOPs of a dense step: six for every weight that a token meets, but for the embedding; and attention's."""
