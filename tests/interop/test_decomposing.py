@@ -177,6 +177,7 @@ def test_peft_loads_what_was_trained_on_the_unchanged_model(name, init, tmp_path
     assert float((theirs - plain).detach().abs().max()) > 0.01 * float(plain.detach().abs().max())
 
 
+@pytest.mark.torch
 def test_the_same_bits_again(tmp_path):
     families.torch_model("qwen3_moe").save_pretrained(tmp_path)
     quantization = QuantizationConfig(kind="nf4")
@@ -186,6 +187,7 @@ def test_the_same_bits_again(tmp_path):
             np.testing.assert_array_equal(left, right, err_msg=name)
 
 
+@pytest.mark.torch
 def test_quantising_follows(tmp_path):
     """PiSSA's base is quantised after it has lost a part, and LoftQ's factors are of what quantising lost."""
     families.torch_model("qwen3_moe").save_pretrained(tmp_path)
