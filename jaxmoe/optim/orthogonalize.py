@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxmoe.parallel.sharding import current_mesh
+
 Coefficients = Literal["you_jiacheng", "jordan", "polar_express"]
 """Names of the coefficient sets; see `orthogonalize`."""
 
@@ -80,8 +82,10 @@ def orthogonalize(
         gram = y @ y.mT
         return a * y + (b * gram + c * (gram @ gram)) @ y, None
 
-    # As a loop it is compiled once: unrolled, it would be a sixth of a whole training step's program.
-    y, _ = jax.lax.scan(polynomial, y, jnp.asarray(polynomials, dtype))
+    # As a loop it is compiled once: unrolled, it would be a sixth of a whole training step's program. On a mesh the
+    # partitioner gives what a loop carries more memory: 10 GB more of each GPU for Qwen3-30B on eight.
+    unroll = 1 if current_mesh() is None else len(polynomials)
+    y, _ = jax.lax.scan(polynomial, y, jnp.asarray(polynomials, dtype), unroll=unroll)
     return (y.mT if tall else y).astype(x.dtype)
 
 
