@@ -9,21 +9,27 @@ some matrices of a parameter are adapted, the others have pairs of zeros, which 
 import dataclasses
 import functools
 import json
-import logging
 import math
 import zlib
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.config import AdapterConfig, QuantizationConfig
-from jaxmoe.errors import UserError, listed
+from jaxmoe.errors import listed
+from jaxmoe.interop.adaptable import (
+    check_base,
+    unadaptable,
+    undroppable,
+    uneven,
+    unquantised,
+    without_lengths,
+)
 from jaxmoe.interop.peft.adapter import Adapter
 from jaxmoe.interop.peft.adapter import LowRank as Pair
 from jaxmoe.interop.peft.config import parse_adapter_config, read_adapter_config
@@ -31,24 +37,15 @@ from jaxmoe.interop.peft.matching import match
 from jaxmoe.interop.peft.reading import read_adapter
 from jaxmoe.interop.peft.today import Today, today
 from jaxmoe.interop.peft.writing import describe_adapter
-from jaxmoe.interop.quantizing import Form, Recorded, forms_of
-from jaxmoe.interop.rules import Binding
+from jaxmoe.interop.places import Place, Width, declared_lengths, declared_pair, draw
+from jaxmoe.interop.quantizing import Form, forms_of
 from jaxmoe.interop.selection import regrouped
 from jaxmoe.interop.source import Source
 from jaxmoe.interop.storage.problems import raise_problems
 from jaxmoe.model.linear import LowRank
 from jaxmoe.params import Param, Tree, named
 
-_log = logging.getLogger(__name__)
-
 _WHERE = "adapter"
-
-
-class Width(NamedTuple):
-    """Rank and scale of a pair."""
-
-    rank: int
-    scale: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +61,7 @@ class Adapted:
         given_from: the folder of `given`.
         init: how the factors of a new one begin, see `jaxmoe.config.AdapterConfig`.
         dropout: share of the inputs of A that training sets to zero.
+        dora: rows have lengths that are trained beside the pairs.
         forms: of the frozen parameters that are held in few bits, by our names.
     """
 
@@ -74,6 +72,7 @@ class Adapted:
     given: Adapter | None
     init: str
     dropout: float = 0.0
+    dora: bool = False
     given_from: Path | None = None
     forms: Mapping[str, Form] = dataclasses.field(default_factory=dict)
 
@@ -86,7 +85,9 @@ class Adapted:
 
         return self._with_pairs(
             lambda name, declared, places: dataclasses.replace(
-                declared_pair(declared, places), base=base(name, declared)
+                declared_pair(declared, places),
+                base=base(name, declared),
+                magnitude=declared_lengths(declared) if self.dora else None,
             ),
             base,
         )
@@ -100,16 +101,20 @@ class Adapted:
             return jax.tree.map(lambda _: False, self.forms[name].packed) if name in self.forms else trained
 
         return self._with_pairs(
-            lambda name, _, places: LowRank(base(name, False), True, True, places[0].width.scale),
+            lambda name, _, places: LowRank(
+                base(name, False), True, True, places[0].width.scale, magnitude=True if self.dora else None
+            ),
             lambda name, _: base(name, name in saved),
         )
 
     def rates(self, ratio: float) -> Tree | None:
-        """Factors on the learning rate, a tree like `declared`: `ratio` for every B; None where all are 1."""
+        """Factors on the learning rate, a tree like `declared`: `ratio` for every B and magnitude; None where all
+        are 1."""
         if ratio == 1.0:
             return None
         ones = jax.tree.map(lambda _: 1.0, self.declared)
-        raised = lambda one: dataclasses.replace(one, b=ratio) if _is_pair(one) else one
+        lengths = ratio if self.dora else None
+        raised = lambda one: dataclasses.replace(one, b=ratio, magnitude=lengths) if _is_pair(one) else one
         return jax.tree.map(raised, ones, is_leaf=_is_pair)
 
     def _with_pairs(self, pair: Any, other: Any) -> Tree:
@@ -125,7 +130,7 @@ class Adapted:
         return jax.tree.unflatten(jax.tree.structure(spec.declared), leaves)
 
     @functools.cached_property
-    def places(self) -> dict[str, list["Place"]]:
+    def places(self) -> dict[str, list[Place]]:
         """Of each of our parameters that are adapted, where the factors of its parts lie."""
         found: dict[str, list[Place]] = {}
         for name, width in self.widths.items():
@@ -144,7 +149,7 @@ class Adapted:
             declared = declared_pair(places[0].binding.declared, places)
             a, b = (jnp.zeros(factor.shape, jnp.float32) for factor in (declared.a, declared.b))
             for place in places:
-                own = _draw(self.init, jax.random.fold_in(key, order[place.name]), place)
+                own = draw(self.init, jax.random.fold_in(key, order[place.name]), place)
                 a, b = place.put((a, b), own)
             factors[target] = (a, b)
         return factors
@@ -164,6 +169,19 @@ class Adapted:
                 a, b = place.put((a, b), of_tensor)
             factors[target] = (a, b)
         return factors
+
+    def given_magnitudes(self) -> dict[str, np.ndarray]:
+        """Those of `given`, by our names."""
+        assert self.given is not None
+        magnitudes = {}
+        for target, places in self.places.items():
+            whole = np.zeros(declared_lengths(places[0].binding.declared).shape, np.float32)
+            for place in places:
+                lengths = self.given.pairs[place.name].magnitude
+                assert lengths is not None
+                place.put_lengths(whole, lengths)
+            magnitudes[target] = whole
+        return magnitudes
 
     def begun(self, weights: Tree) -> Tree:
         """Weights of the model, a tree like `ModelSpec.declared`, with those that a given adapter replaces.
@@ -202,7 +220,7 @@ class Adapted:
         Args:
             trained: host arrays in the tree of `declared`; None for what is frozen.
             base: path or hub id of the model, for the adapter's folder.
-            first: factors by our names that the base is without: each pair then is twice as wide, and takes them off
+            first: factors by our names that the base is without: their pairs then are twice as wide, and take them off
                 the unchanged weights.
         """
         pairs: dict[str, Pair] = {}
@@ -211,7 +229,7 @@ class Adapted:
         for target, places in self.places.items():
             for place in places:
                 a, b = place.take((by_name[target].a, by_name[target].b))
-                if first is not None:
+                if first is not None and target in first:
                     first_a, first_b = place.take(first[target])
                     a, b = np.concatenate([a, first_a], axis=-2), np.concatenate([b, -first_b], axis=-1)
                 a, b = (b.swapaxes(-1, -2), a.swapaxes(-1, -2)) if place.swapped else (a, b)
@@ -220,6 +238,7 @@ class Adapted:
                     a,
                     b,
                     place.width.scale,
+                    place.take_lengths(by_name[target].magnitude) if self.dora else None,
                     transposed=place.swapped or place.inputs_first,
                     wrapped=place.wrapped(self.model),
                 )
@@ -245,12 +264,13 @@ class Adapted:
             f"{number} x {kind}" + ("" if rank else f" (rank {r})") for (kind, r), number in kinds.items()
         ]
         whole = f"; as a whole {listed(sorted(self.saved), 4)}" if self.saved else ""
-        return f"LoRA{rank} on {listed(parts, 12)}{whole}: {self.trained:,} parameters train"
+        kind = "DoRA" if self.dora else "LoRA"
+        return f"{kind}{rank} on {listed(parts, 12)}{whole}: {self.trained:,} parameters train"
 
     @property
     def fingerprint(self) -> int:
         """Of what a checkpoint's factors mean: names, ranks, scales, dropout and what is trained as a whole."""
-        meant = [sorted(self.widths.items()), sorted(self.saved), self.dropout]
+        meant = [sorted(self.widths.items()), sorted(self.saved), self.dropout, self.dora]
         return zlib.crc32(json.dumps(meant).encode())
 
     @property
@@ -265,89 +285,8 @@ class Adapted:
         for places in self.places.values():
             for place in places:
                 total += math.prod(place.shapes[0]) + math.prod(place.shapes[1])
+                total += place.shapes[1][-2] if self.dora else 0
         return total + sum(math.prod(self.model.bindings[name].shape) for name in self.saved)
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where the factors of one parameter of transformers' model lie in those of ours.
-
-    Attributes:
-        name: in transformers' model.
-        binding: of it.
-        width: of its pair.
-    """
-
-    name: str
-    binding: Binding
-    width: Width
-
-    @property
-    def swapped(self) -> bool:
-        """PEFT's A of an embedding is (r, tokens) and its B (width, r): ours are b transposed and a transposed."""
-        return self.binding.target == "embed"
-
-    @property
-    def inputs_first(self) -> bool:
-        """The tensor is (…, in, out)."""
-        return self.binding.axes[-1] != (self.binding.declared.dims[-1],)
-
-    def wrapped(self, model: Today) -> bool:
-        """PEFT adds it to a bare parameter or an embedding."""
-        kind = model.anatomy.by_name[self.name.rpartition(".")[0]].kind
-        return self.swapped or kind in ("other", "router")
-
-    @property
-    def _outputs(self) -> tuple[str, ...]:
-        first, second = self.binding.axes[-2:]
-        return second if self.inputs_first else first
-
-    @property
-    def _batch(self) -> tuple[str, ...]:
-        return tuple(letter for group in self.binding.axes[:-2] for letter in group)
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(…, r, in) of A and (…, out, r) of B as they are for the tensor, before PEFT swaps those of an embedding."""
-        sizes = dict(zip(self.binding.letters, self.binding.sizes, strict=True))
-        batch = tuple(sizes[letter] for letter in self._batch)
-        outputs = math.prod(sizes[letter] for letter in self._outputs)
-        return (
-            (*batch, self.width.rank, sizes[self.binding.declared.dims[-1]]),
-            (*batch, outputs, self.width.rank),
-        )
-
-    def put(self, whole: Any, factors: Any) -> Any:
-        """A and B of the whole parameter with the tensor's in their place; numpy's are changed where they are."""
-        (a_at, b_at), (a, b) = self._indices(), factors
-        sizes = dict(zip(self.binding.letters, self.binding.sizes, strict=True))
-        a = a.reshape(whole[0][a_at].shape)
-        free = [letter for letter in self.binding.declared.dims[:-1] if letter not in self.binding.index]
-        b = einops.rearrange(b, f"{self._spelled} -> {' '.join([*free, 'r'])}", **self._known(sizes))
-        if isinstance(whole[0], np.ndarray):
-            whole[0][a_at], whole[1][b_at] = a, b
-            return whole
-        return whole[0].at[a_at].set(a), whole[1].at[b_at].set(b)
-
-    def take(self, whole: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """The tensor's A and B out of those of the whole parameter."""
-        a_at, b_at = self._indices()
-        free = [letter for letter in self.binding.declared.dims[:-1] if letter not in self.binding.index]
-        b = einops.rearrange(whole[1][b_at], f"{' '.join([*free, 'r'])} -> {self._spelled}")
-        return whole[0][a_at].reshape(self.shapes[0]), np.ascontiguousarray(b)
-
-    @property
-    def _spelled(self) -> str:
-        return " ".join([*self._batch, f"({' '.join(self._outputs)})", "r"])
-
-    def _known(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        return {letter: sizes[letter] for letter in self._outputs}
-
-    def _indices(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Of the parts in A and in B."""
-        leading = self.binding.declared.dims[:-1]
-        at = tuple(self.binding.index.get(letter, slice(None)) for letter in leading)
-        return at[:-1], at
 
 
 def adapt(source: Source, config: AdapterConfig, quantization: QuantizationConfig | None = None) -> Adapted:
@@ -367,29 +306,25 @@ def adapt(source: Source, config: AdapterConfig, quantization: QuantizationConfi
         saved = frozenset(name for name, module in of_module.items() if any(map(module.endswith, endings)))
         # What PEFT could not say at the end is found now.
         describe_adapter(given, model.anatomy, f"adapter.path: {config.path}")
-        _check_base(Path(config.path or ""), quantization)
-        lengths = [name for name, pair in given.pairs.items() if pair.magnitude is not None]
-        if lengths:
-            raise UserError(
-                f"adapter.path: {config.path} has DoRA magnitudes, such as of {lengths[0]}: expected LoRA without "
-                "DoRA; merge it (jaxmoe.merge) and train a new adapter"
-            )
+        check_base(Path(config.path or ""), quantization)
+        dora = any(pair.magnitude is not None for pair in given.pairs.values())
     else:
         matched = match(parse_adapter_config(_as_peft(config), _WHERE), model.anatomy, _WHERE)
         widths = {name: Width(target.rank, target.scale) for name, target in matched.targets.items()}
         saved = frozenset(matched.saved)
+        dora = config.dora
     where = _WHERE if config.path is None else f"adapter.path: {config.path}"
     dropout = config.dropout
     if dropout is None:
         dropout = 0.0 if given is None else given.dropout
-    problems = [*_problems(source, model, widths, saved, config.init), *_undroppable(model, widths, dropout)]
-    raise_problems(where, problems)
+    problems = [*unadaptable(source, model, widths, saved, config.init), *undroppable(model, widths, dropout)]
+    raise_problems(where, [*problems, *(without_lengths(model, widths) if dora else ())])
     layered = regrouped(source, _signatures(source, model, widths, saved))
     if layered is not source:
         model = today(layered)
     given_from = None if config.path is None else Path(config.path)
-    adapted = Adapted(layered, model, widths, saved, given, config.init, dropout, given_from)
-    raise_problems(where, list(_uneven(adapted)))
+    adapted = Adapted(layered, model, widths, saved, given, config.init, dropout, dora, given_from)
+    raise_problems(where, list(uneven(adapted)))
     if quantization is not None:
         whole = {model.bindings[name].target for name in saved}
         forms = forms_of(layered.spec.declared, model, quantization)
@@ -397,26 +332,8 @@ def adapt(source: Source, config: AdapterConfig, quantization: QuantizationConfi
             adapted, forms={name: form for name, form in forms.items() if name not in whole}
         )
     if config.init == "loftq":
-        raise_problems(where, list(_unquantised(adapted)))
+        raise_problems(where, list(unquantised(adapted)))
     return adapted
-
-
-def _check_base(folder: Path, quantization: QuantizationConfig | None) -> None:
-    """Whether training goes on on the base that an adapter was trained on.
-
-    Raises:
-        UserError: it carries what quantising lost, and the base would not lose it.
-    """
-    recorded = Recorded.find(folder)
-    if recorded is None or recorded.quantization == quantization:
-        return
-    now = "not quantised" if quantization is None else f"quantised as {quantization.kind}"
-    told = f"adapter.path: {folder} was trained on a base in {recorded.told}, and here it is {now}"
-    if recorded.init == "loftq":
-        raise UserError(
-            f"{told}: expected the same, as its factors hold what that loses; set model.quantization"
-        )
-    _log.warning("%s", told)
 
 
 def _as_peft(config: AdapterConfig) -> dict[str, Any]:
@@ -435,47 +352,6 @@ def _as_peft(config: AdapterConfig) -> dict[str, Any]:
     }
 
 
-def _problems(
-    source: Source, model: Today, widths: Mapping[str, Width], saved: frozenset[str], init: str
-) -> Iterator[str]:
-    holders = {module.full(name): module for module, name in model.anatomy.parameters()}
-    for name in [*widths, *saved]:
-        if name not in model.bindings:
-            yield f"{name} is not a part of the language model: expected a parameter of it"
-        elif model.bindings[name].declared.role == "constant":
-            yield f"{name} is a constant that no gradient changes: expected a parameter that can be trained"
-        elif model.bindings[name].target == "embed" and source.spec.tie_embeddings:
-            yield (
-                f"{name} is the output head as well (tie_word_embeddings), and PEFT would adapt one of the two alone: "
-                "expected target_modules and modules_to_save without it"
-            )
-    for name, width in widths.items():
-        if name in saved:
-            yield f"{name} is adapted and trained as a whole: expected one of them"
-        if name in holders and init not in ("default", "gaussian"):
-            module, parameter = holders[name], name.rpartition(".")[2]
-            if module.kind != "linear":
-                yield f"{name} is no linear layer: expected 'default' or 'gaussian' in place of adapter.init {init!r}"
-            elif init == "orthogonal" and width.rank % 2:
-                yield f"{name} has rank {width.rank}: expected an even one for adapter.init 'orthogonal'"
-            elif init != "orthogonal" and width.rank > min(module.parameters[parameter]):
-                yield (
-                    f"{name} {list(module.parameters[parameter])} has rank {width.rank}: expected at most its smaller "
-                    f"side for adapter.init {init!r}"
-                )
-
-
-def _undroppable(model: Today, widths: Mapping[str, Width], dropout: float) -> Iterator[str]:
-    if dropout >= 1:
-        yield f"lora_dropout {dropout:g} leaves nothing: expected less than 1; set adapter.dropout"
-    for name in widths:
-        if dropout and name in model.bindings and model.bindings[name].target == "lm_head":
-            yield (
-                f"{name} is adapted with dropout {dropout:g}, which the output head's fused loss does not have: "
-                "expected adapter.dropout 0, or target_modules without it"
-            )
-
-
 def _signatures(
     source: Source, model: Today, widths: Mapping[str, Width], saved: frozenset[str]
 ) -> Sequence[Hashable]:
@@ -490,83 +366,6 @@ def _signatures(
             found.setdefault(key, set()).add((rest, others, widths.get(name)))
     spec = source.spec
     return [frozenset(found.get(spec.locate(layer), ())) for layer in range(len(spec.layers))]
-
-
-def _uneven(adapted: Adapted) -> Iterator[str]:
-    """Parameters of ours whose parts would not be trained alike."""
-    for places in adapted.places.values():
-        if len({place.width for place in places}) > 1:
-            told = ", ".join(
-                f"{place.name} (rank {place.width.rank}, scale {place.width.scale:g})" for place in places
-            )
-            yield f"{told} are parts of one parameter here: expected one rank and alpha for them"
-    of_target: dict[str, list[str]] = {}
-    for name, binding in adapted.model.bindings.items():
-        of_target.setdefault(binding.target, []).append(name)
-    for name in sorted(adapted.saved):
-        missing = [
-            other for other in of_target[adapted.model.bindings[name].target] if other not in adapted.saved
-        ]
-        if missing:
-            yield (
-                f"{name} is trained and {missing[0]} is not, which is a part of the same parameter: expected both or "
-                "neither"
-            )
-
-
-def _unquantised(adapted: Adapted) -> Iterator[str]:
-    for target, places in adapted.places.items():
-        if target not in adapted.forms:
-            yield (
-                f"{places[0].name} is not held in few bits, and adapter.init 'loftq' begins with what these lose: "
-                "expected target_modules without it"
-            )
-
-
-def declared_pair(declared: Param, places: Sequence[Place]) -> LowRank:
-    """The declarations of an adapted parameter and its factors."""
-    place = places[0]
-    rank = place.width.rank
-    shared = [letter for letter in place._outputs if letter not in (declared.dims[-2], *place.binding.index)]
-    sizes = [
-        1 if letter in shared else size for letter, size in zip(declared.dims, declared.shape, strict=True)
-    ]
-    a = Param(
-        declared.dims[:-2] + "r" + declared.dims[-1], (*sizes[:-2], rank, sizes[-1]), "zeros", declared.role
-    )
-    b = Param(declared.dims[:-1] + "r", (*declared.shape[:-1], rank), "zeros", declared.role)
-    return LowRank(declared, a, b, place.width.scale)
-
-
-def _draw(init: str, key: jax.Array, place: Place) -> tuple[jax.Array, jax.Array]:
-    """A (…, r, in) and B (…, out, r) of one parameter, as peft's ``reset_lora_parameters`` draws them."""
-    a_shape, b_shape = place.shapes
-    rank, inputs = a_shape[-2:]
-    zeros = jnp.zeros(b_shape, jnp.float32)
-    if place.swapped:  # PEFT's A of an embedding is zero, and its B normal
-        return jax.random.normal(key, a_shape), zeros
-    if init == "gaussian":
-        return jax.random.normal(key, a_shape) / rank, zeros
-    if init == "orthogonal":
-        return _orthogonal(key, a_shape, b_shape)
-    bound = 1 / math.sqrt(inputs)
-    return jax.random.uniform(key, a_shape, minval=-bound, maxval=bound), zeros
-
-
-def _orthogonal(
-    key: jax.Array, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array]:
-    """Rows of A and columns of B in complementary subspaces of R^r, so that B A = 0 and both have gradients.
-
-    As peft's ``orthogonal_init``, after https://datta0.github.io/posts/rethink-lora-init.
-    """
-    rank = a_shape[-2]
-    of_basis, of_a, of_b = jax.random.split(key, 3)
-    basis, _ = jnp.linalg.qr(jax.random.normal(of_basis, (rank, rank)))
-    odd, even = basis[0::2], basis[1::2]
-    a = (jax.random.normal(of_a, (a_shape[-1], rank // 2)) @ odd).T / 10
-    b = jax.random.normal(of_b, (b_shape[-2], rank // 2)) @ even / 10
-    return a, b
 
 
 def base_of(tree: Tree) -> Tree:
@@ -584,6 +383,16 @@ def named_pairs(tree: Tree) -> list[tuple[str, LowRank]]:
         for path, leaf in leaves
         if _is_pair(leaf)
     ]
+
+
+def with_magnitudes(tree: Tree, magnitudes: Mapping[str, Any]) -> Tree:
+    """A tree of weights whose pairs have these, by the name of their parameter."""
+
+    def with_own(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return dataclasses.replace(leaf, magnitude=magnitudes[name]) if _is_pair(leaf) else leaf
+
+    return jax.tree_util.tree_map_with_path(with_own, tree, is_leaf=_is_pair)
 
 
 def _is_pair(leaf: Any) -> bool:

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.codecs import unpack
-from jaxmoe.interop.adapting import Adapted, Place, declared_pair
+from jaxmoe.interop.adapting import Adapted
 from jaxmoe.interop.loading import load_params
+from jaxmoe.interop.places import Place, declared_pair
 from jaxmoe.interop.quantizing import Form
 from jaxmoe.interop.source import Source
 from jaxmoe.params import draw_param, named
@@ -137,6 +138,23 @@ class Decomposed:
             if name not in self._factors:
                 self.take(name)
         return self._factors
+
+    def left(self, name: str, index: tuple[int, ...], values: np.ndarray) -> np.ndarray:
+        """What is left of one matrix of any parameter without the pair that it began with.
+
+        Args:
+            name: of the parameter.
+            index: of the matrix in it.
+            values: of the matrix (out, in).
+
+        Returns:
+            The values themselves of one that is not adapted; else (out, in) in float32.
+        """
+        if name not in self.names:
+            return values
+        a, b = (factor[index].astype(np.float64) for factor in self.factors[name])
+        scale = self._adapted.places[name][0].width.scale
+        return (values.astype(np.float64) - scale * (b @ a)).astype(np.float32)
 
     @property
     def checksum(self) -> int:

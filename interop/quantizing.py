@@ -246,16 +246,28 @@ class Recorded(BaseModel):
             ) from None
 
 
+Changed = Callable[[str, tuple[int, ...], np.ndarray], np.ndarray]
+
+
 class Replay:
     """The base of an adapter as its training saw it: what its quantised tensors stand for."""
 
-    def __init__(self, source: Source, model: Today, recorded: Recorded) -> None:
+    def __init__(
+        self, source: Source, model: Today, recorded: Recorded, changed: Changed | None = None
+    ) -> None:
         """Find what was quantised.
+
+        Args:
+            source: the base.
+            model: the same in transformers.
+            recorded: how it was held.
+            changed: of our name of a parameter, the index of one of its quantised tensors and its values: what was
+                quantised in their place.
 
         Raises:
             UserError: the record names parameters that the model has not, or a base that was less than the model.
         """
-        if recorded.init in ("pissa", "olora"):
+        if recorded.init in ("pissa", "olora") and changed is None:
             raise UserError(
                 f"{RECORD}: adapter.init was {recorded.init!r}, which quantised the weights without a part of them and "
                 "cannot be done again: merge it without --quantization"
@@ -274,7 +286,7 @@ class Replay:
         _, self._files = source.opened
         of_parameter = source.bindings.of_parameter
         self._parts = {name: Parts(of_parameter[name], form.stack) for name, form in self._forms.items()}
-        self._dtype = jnp.dtype(recorded.dtype)
+        self._dtype, self._changed = jnp.dtype(recorded.dtype), changed
         self._last: tuple[tuple[str, tuple[int, ...]], np.ndarray] | None = None
 
     def has(self, target: str) -> bool:
@@ -291,6 +303,9 @@ class Replay:
 
     def _tensor(self, target: str, form: Form, index: tuple[int, ...]) -> np.ndarray:
         if self._last is None or self._last[0] != (target, index):
-            packed = form.quantize_one(read_tensor(self._files, form, self._parts[target], index))
+            values = read_tensor(self._files, form, self._parts[target], index)
+            if self._changed is not None:
+                values = self._changed(target, index, values)
+            packed = form.quantize_one(values)
             self._last = (target, index), np.asarray(unpack(packed, self._dtype))
         return self._last[1]

@@ -10,8 +10,11 @@ from jaxmoe.errors import UserError, listed
 from jaxmoe.files import path_argument
 
 if TYPE_CHECKING:
+    from jaxmoe.run.assemble import Assembled
+    from jaxmoe.run.checkpoints import Checkpoints
     from jaxmoe.run.exporting import Export
     from jaxmoe.run.folder import RunLayout
+    from jaxmoe.training.state import TrainState
 
 
 def main(argv: list[str]) -> None:
@@ -42,15 +45,9 @@ def main(argv: list[str]) -> None:
     layout = RunLayout(run)
     if not layout.config.exists():
         raise UserError(f"{run}: found no {layout.config.name}, expected the folder of a run")
-    import jax
-
     from jaxmoe.interop.export_plan import LEFT_OUT
-    from jaxmoe.parallel.sharding import make_mesh
-    from jaxmoe.run.assemble import assemble
     from jaxmoe.run.checkpoints import Checkpoints
     from jaxmoe.run.exporting import export as write_export
-    from jaxmoe.run.model import open_model
-    from jaxmoe.training.state import Saved
 
     config = recorded_config(layout.config).model_copy(update={"output_dir": str(run)})
     what = _what(config, options.merged, options.quantization)
@@ -59,21 +56,13 @@ def main(argv: list[str]) -> None:
     if step is None:
         raise UserError(f"{run}: the run has no checkpoint yet")
     try:
-        source = open_model(config.model)
         _check_tokenizer(config, layout)
+        assembled = _assembled(config)
     except UserError as error:
         raise UserError(f"{error}{_hint(layout, config)}") from None
-    # Whatever mesh the run has: the weights alone, spread over the devices that are here.
-    usable = math.gcd(jax.device_count(), source.spec.width)
-    assembled = assemble(config, make_mesh(fsdp=usable, devices=jax.devices()[:usable]), source=source)
-    unread = jax.tree.map(lambda _: ..., assembled.state.saved)
-    saved, extra = checkpoints.restore(step, unread._replace(params=assembled.state.trainable))
-    assembled.check_adapter(extra.get("adapter"))
-    state = assembled.state._replace(frozen=assembled.frozen_weights())
-    assembled.check_frozen(state.frozen, extra.get("frozen"))
     left_out = write_export(
         assembled,
-        state.restored(Saved(*saved)),
+        _state(assembled, checkpoints, step),
         what,
         folder,
         overwrite=options.overwrite,
@@ -83,6 +72,33 @@ def main(argv: list[str]) -> None:
     print(f"{folder}: step {step} of {run}")
     if left_out:
         print(f"left out ({LEFT_OUT}): {listed(left_out, 20)}")
+
+
+def _assembled(config: RunConfig) -> "Assembled":
+    """The run on whatever devices are here: the weights alone, spread over them."""
+    import jax
+
+    from jaxmoe.parallel.sharding import make_mesh
+    from jaxmoe.run.assemble import assemble
+    from jaxmoe.run.model import open_model
+
+    source = open_model(config.model)
+    usable = math.gcd(jax.device_count(), source.spec.width)
+    return assemble(config, make_mesh(fsdp=usable, devices=jax.devices()[:usable]), source=source)
+
+
+def _state(assembled: "Assembled", checkpoints: "Checkpoints", step: int) -> "TrainState":
+    """That of a checkpoint, without the optimiser's."""
+    import jax
+
+    from jaxmoe.training.state import Saved
+
+    unread = jax.tree.map(lambda _: ..., assembled.state.saved)
+    saved, extra = checkpoints.restore(step, unread._replace(params=assembled.state.trainable))
+    assembled.check_adapter(extra.get("adapter"))
+    state = assembled.state._replace(frozen=assembled.frozen_weights())
+    assembled.check_frozen(state.frozen, extra.get("frozen"))
+    return state.restored(Saved(*saved))
 
 
 def _what(config: RunConfig, merged: bool, quantization: str | None) -> "Export":
@@ -115,6 +131,7 @@ def _hint(layout: "RunLayout", config: RunConfig) -> str:
         "model.path": config.model.path,
         "model.config": config.model.config,
         "data.tokenizer": config.data.tokenizer,
+        "adapter.path": None if config.adapter is None else config.adapter.path,
     }
     relative = [
         f"{key} {path!r}" for key, path in given.items() if isinstance(path, str) and _leads_nowhere(path)

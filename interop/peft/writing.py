@@ -137,7 +137,9 @@ def _says(config: AdapterConfig, adapter: Adapter, anatomy: Anatomy, where: str)
         matched = match(config, anatomy, where)
     except UserError:
         return False
-    whole = {name for name in adapter.saved if name not in adapter.pairs}
+    # What is stored of an adapted module, the bias of a head as well, goes with its pair.
+    carried = {module.full(name) for module in _adapted(adapter, anatomy) for name in module.parameters}
+    whole = adapter.saved.keys() - carried
     ranks = {name: target.rank for name, target in matched.targets.items()}
     return ranks == {name: pair.rank for name, pair in adapter.pairs.items()} and set(matched.saved) == whole
 
@@ -195,9 +197,10 @@ def adapter_tensors(adapter: Adapter, anatomy: Anatomy) -> Mapping[str, np.ndarr
             tensors[factor_key(module.name, depth, "b", embedding=embedding)] = b
             if pair.magnitude is not None:
                 tensors[factor_key(module.name, depth, "magnitude")] = pair.magnitude
+    adapted = {module.name for module in _adapted(adapter, anatomy)}
     for module, parameter in anatomy.parameters():
         name = module.full(parameter)
         if name in adapter.saved:
-            key = whole_key(module.name, parameter, adapted=name in adapter.pairs)
+            key = whole_key(module.name, parameter, adapted=module.name in adapted)
             tensors[key] = adapter.saved[name]
     return tensors

@@ -138,35 +138,6 @@ def dequantize(packed: FourBit, dtype: Any = jnp.bfloat16) -> Float[Array, "..."
     return values.reshape(*stack, *shape)
 
 
-def dequantize_rows(
-    packed: FourBit, start: Any, count: int, dtype: Any = jnp.bfloat16
-) -> Float[Array, "o i"]:
-    """Some rows of one tensor, of jax's arrays.
-
-    Args:
-        packed: one tensor, no stack. The axes before its last are counted as one: row e * o of (e, o, i) is the first
-            of the matrix e.
-        start: the first row; may be traced.
-        count: of rows.
-        dtype: of the result.
-    """
-    columns, block = packed.shape[-1], packed.block
-    codes, absmax = packed.codes.reshape(-1, block // 2), packed.absmax.reshape(-1)
-    whole = _has_whole_rows(packed.shape, block)
-    # Of rows that are not whole blocks, as many blocks as have any of them wherever they begin.
-    held = count * columns // block if whole else (count * columns + block - 2) // block + 1
-    held = min(held, len(absmax))
-    first = jnp.minimum(start * columns // block, len(absmax) - held)
-    codes, absmax = (jax.lax.dynamic_slice_in_dim(array, first, held) for array in (codes, absmax))
-    if packed.nested_absmax is not None and packed.offset is not None:
-        each = packed.nested_absmax[(first + jnp.arange(held)) // SCALES_PER_BLOCK]
-        absmax = _scales(absmax, each, packed.offset)
-    values = _decode(codes, absmax, packed.kind, dtype).reshape(-1)
-    if not whole:
-        values = jax.lax.dynamic_slice_in_dim(values, start * columns - first * block, count * columns)
-    return values.reshape(count, columns)
-
-
 def plain(packed: FourBit) -> FourBit:
     """The same without double quantisation: its scales are the values that the quantised ones stand for."""
     if packed.nested_absmax is None or packed.offset is None:

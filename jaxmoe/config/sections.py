@@ -305,6 +305,11 @@ class AdapterConfig(Section):
         "of what model.quantization loses; the exported adapter is for the quantised model. All but the first two are "
         "for linear layers alone.",
     )
+    dora: bool = Field(
+        default=False,
+        description="Train the lengths of the weights' rows apart from their directions (DoRA, arXiv 2402.09353), of "
+        "linear layers alone.",
+    )
     target_modules: Items[Text] | Text | None = Field(
         default=None,
         description="Linear layers and embeddings: a list of endings of names, a regular expression of whole names, or "

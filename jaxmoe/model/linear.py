@@ -26,18 +26,22 @@ PACKED = (FourBit, Int8Rows)
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("base", "a", "b", "dropout"), meta_fields=("scale",)
+    jax.tree_util.register_dataclass,
+    data_fields=("base", "a", "b", "dropout", "magnitude"),
+    meta_fields=("scale",),
 )
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """base + scale · b · a (Hu et al., arXiv 2106.09685); the sum is never formed in a product.
+    """V = base + scale · b · a (Hu et al., arXiv 2106.09685), with a magnitude each row of V set to that length
+    (DoRA, Liu et al., arXiv 2402.09353); the sum is never formed in a product.
 
     Attributes:
         base: (…, out, in), any weight.
         a: (…, r, in); a leading axis may be 1 where matrices share one, as gate and up of experts do.
         b: (…, out, r).
         scale: factor of the pair.
-        dropout: of what a is multiplied with, in training; None elsewhere.
+        dropout: of what a is multiplied with, in training; None elsewhere. With a magnitude, of what V is.
+        magnitude: (…, out), in float32; None where rows keep their lengths.
     """
 
     base: Weight
@@ -45,6 +49,7 @@ class LowRank:
     b: Any
     scale: float = 1.0
     dropout: Dropout | None = None
+    magnitude: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,7 +82,8 @@ def dense(weight: Weight, dtype: Any) -> jax.Array:
     """The array (…, out, in) that a weight stands for, in `dtype`; multiplied out in float32."""
     if isinstance(weight, LowRank):
         pair = jnp.einsum("...or,...ri->...oi", *(x.astype(jnp.float32) for x in (weight.b, weight.a)))
-        return (dense(weight.base, jnp.float32) + weight.scale * pair).astype(dtype)
+        total = dense(weight.base, jnp.float32) + weight.scale * pair
+        return (total if weight.magnitude is None else _gain(weight)[..., None] * total).astype(dtype)
     if isinstance(weight, BlockScaled):
         scales = weight.scales.astype(jnp.float32)
         for axis, size in zip((-2, -1), weight.block, strict=True):
@@ -119,7 +125,10 @@ def on_rows(
     """
     if isinstance(weight, LowRank):
         base = on_rows(weight.base, function, letters, dtype)
-        return dataclasses.replace(weight, base=base, b=function(weight.b, letters[0] + "r"))
+        lengths = None if weight.magnitude is None else function(weight.magnitude, letters[0])
+        return dataclasses.replace(
+            weight, base=base, b=function(weight.b, letters[0] + "r"), magnitude=lengths
+        )
     return function(dense(weight, dtype), letters)
 
 
@@ -153,9 +162,15 @@ def linear(
     product = functools.partial(_product, precision=precision, out_dtype=out_dtype)
     if isinstance(weight, LowRank):
         low = product(_low(x, weight, product).astype(x.dtype), weight.b)
-        out = linear(x, weight.base, precision=precision, out_dtype=out_dtype) + low * jnp.asarray(
-            weight.scale, low.dtype
-        )
+        low = low * jnp.asarray(weight.scale, low.dtype)
+        plain = functools.partial(linear, weight=weight.base, precision=precision, out_dtype=out_dtype)
+        if weight.magnitude is None:
+            out = plain(x) + low
+        else:
+            gain = along_last(_gain(weight), low).astype(low.dtype)
+            out = gain * (plain(x) + low)
+            if weight.dropout is not None:  # PEFT drops out of what the change of the lengths acts on as well
+                out = plain(x) + (gain - 1) * plain(weight.dropout(x)) + gain * low
     elif isinstance(weight, PACKED):
         # Multiplied out again in the backward pass, not kept for it.
         out = jax.checkpoint(lambda x, weight: product(x, dense(weight, x.dtype)))(x, weight)
@@ -170,6 +185,26 @@ def _low(x: jax.Array, weight: LowRank, product: Callable[..., jax.Array]) -> ja
         return product(x, weight.a)
     # The backward pass draws the mask again: x is kept anyway, and what is left of it would be as large.
     return jax.checkpoint(lambda x, a, dropout: product(dropout(x), a))(x, weight.a, weight.dropout)
+
+
+def row_lengths(weight: LowRank) -> jax.Array:
+    """Lengths of the rows of V, (…, out) in float32: what a magnitude begins with.
+
+    |V|² = |base|² + 2 scale · base aᵀ · b + scale² · b a aᵀ · b, row by row, so that V need not be formed.
+    """
+    base, a, b = (dense(x, jnp.float32) for x in (weight.base, weight.a, weight.b))
+    products = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    crossed = products("...oi,...ri->...or", base, a)
+    squares = products("...or,...rq->...oq", b, products("...ri,...qi->...rq", a, a))
+    total = jnp.sum(base**2, axis=-1)
+    total += jnp.sum((2 * weight.scale * crossed + weight.scale**2 * squares) * b, axis=-1)
+    return jnp.sqrt(jnp.maximum(total, 0))
+
+
+def _gain(weight: LowRank) -> jax.Array:
+    """What the rows of V are multiplied with, (…, out) in float32. Their lengths are constants to gradients."""
+    lengths = jax.lax.stop_gradient(row_lengths(jax.lax.stop_gradient(weight)))
+    return weight.magnitude.astype(jnp.float32) / jnp.where(lengths > 0, lengths, 1)
 
 
 def linear_gradients(
@@ -200,7 +235,9 @@ def letters_of(weight: Weight, letters: str) -> Weight:
     """The letters of every array that a weight with `letters` is made of, such as "VD" of a head."""
     if isinstance(weight, LowRank):
         base = letters_of(weight.base, letters)
-        return LowRank(base, letters[:-2] + "r" + letters[-1], letters[:-1] + "r", weight.scale)
+        lengths = None if weight.magnitude is None else letters[:-1]
+        a, b = letters[:-2] + "r" + letters[-1], letters[:-1] + "r"
+        return LowRank(base, a, b, weight.scale, magnitude=lengths)
     if isinstance(weight, BlockScaled):
         return BlockScaled(letters, letters[:-2] + "..", weight.block)
     return letters
@@ -220,7 +257,11 @@ def with_dropout(weights: Any, dropout: Dropout) -> Any:
 
 
 def unpacked(weight: Weight, dtype: Any) -> Weight:
-    """The weight in `dtype`, made of arrays alone: codes and scales multiplied out."""
+    """The weight in `dtype`, made of arrays alone: codes, scales and magnitudes multiplied out."""
+    if isinstance(weight, LowRank) and weight.magnitude is not None:
+        gain = _gain(weight)[..., None]
+        base, b = (gain * dense(x, jnp.float32) for x in (weight.base, weight.b))
+        weight = dataclasses.replace(weight, base=base, b=b, magnitude=None)
     if isinstance(weight, LowRank):
         weight = in_dtype(weight, dtype)
         return dataclasses.replace(weight, base=unpacked(weight.base, dtype))

@@ -54,31 +54,7 @@ def experts_on_mesh(
     mesh = current_mesh()
     if mesh is None:
         return layer(x_RD, experts, experts_RK, weights_RK, dropout=dropout)
-    num_experts = shape_of(experts.down)[0]
-
-    def local(
-        experts: Experts,
-        dropout: SlotDropout | None,
-        x_RD: jax.Array,
-        experts_RK: jax.Array,
-        weights_RK: jax.Array,
-    ) -> jax.Array:
-        gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
-        if experts.down_bias is not None:  # the partial sums over slices of the hidden width add it up once
-            first = jax.lax.axis_index("tensor") == 0
-            experts = experts._replace(down_bias=jnp.where(first, experts.down_bias, 0))
-        partial_RD = layer(
-            gather(x_RD),
-            experts,
-            gather(experts_RK),
-            gather(weights_RK),
-            num_experts=num_experts,
-            first=jax.lax.axis_index("expert") * shape_of(experts.down)[0],
-            dropout=None if dropout is None else _own_dropout(dropout),
-        )
-        wide_RD = jax.lax.psum(partial_RD.astype(jnp.float32), "tensor")
-        return jax.lax.psum_scatter(wide_RD, "expert", tiled=True).astype(x_RD.dtype)
-
+    local = functools.partial(_of_one_device, layer, shape_of(experts.down)[0])
     # shard_map wants equal parts; a single prompt may have any number of rows. Those added weigh nothing.
     missing = -x_RD.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     padded = (jnp.pad(x, ((0, missing), (0, 0))) for x in (x_RD, experts_RK, weights_RK))
@@ -91,6 +67,33 @@ def experts_on_mesh(
         check_vma=False,
     )(experts, dropout, *padded)
     return out_RD[: x_RD.shape[0]]
+
+
+def _of_one_device(
+    layer: Any,
+    num_experts: int,
+    experts: Experts,
+    dropout: SlotDropout | None,
+    x_RD: jax.Array,
+    experts_RK: jax.Array,
+    weights_RK: jax.Array,
+) -> jax.Array:
+    """What a device's own experts and slice of the hidden width add to all rows, summed and scattered back."""
+    gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
+    if experts.down_bias is not None:  # the partial sums over slices of the hidden width add it up once
+        first = jax.lax.axis_index("tensor") == 0
+        experts = experts._replace(down_bias=jnp.where(first, experts.down_bias, 0))
+    partial_RD = layer(
+        gather(x_RD),
+        experts,
+        gather(experts_RK),
+        gather(weights_RK),
+        num_experts=num_experts,
+        first=jax.lax.axis_index("expert") * shape_of(experts.down)[0],
+        dropout=None if dropout is None else _own_dropout(dropout),
+    )
+    wide_RD = jax.lax.psum(partial_RD.astype(jnp.float32), "tensor")
+    return jax.lax.psum_scatter(wide_RD, "expert", tiled=True).astype(x_RD.dtype)
 
 
 def _operands(params: Tree, dtype: Any) -> Experts:

@@ -80,10 +80,8 @@ def export(
             overwrite=overwrite,
             quantization=quantization or config.train.export_quantization,
         )
-    first = None if assembled.decomposed is None else assembled.decomposed.factors
-    if adapted.init == "loftq":
-        # What quantising lost is no part of the base: the pair belongs to the quantised weights as it is.
-        first = None
+    # With loftq the base is all of the weights, quantised, and the pair belongs to that as it is.
+    lessened = None if adapted.init == "loftq" else assembled.decomposed
     if what == "adapter":
         export_adapter(
             adapted,
@@ -91,7 +89,7 @@ def export(
             folder,
             base=config.model.path,
             dtype=assembled.dtype,
-            first=first,
+            first=None if lessened is None else lessened.factors,
             overwrite=overwrite,
         )
         return []
@@ -102,6 +100,6 @@ def export(
         folder,
         dtype=assembled.dtype,
         tokenizer_files=tokenizer_files(config),
-        first=first,
+        lessened=lessened,
         overwrite=overwrite,
     )

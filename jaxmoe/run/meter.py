@@ -80,7 +80,9 @@ class Meter:
             self.peak, self.peak_origin = peak_flops(assembled.dtype, assembled.device)
         else:
             self.peak, self.peak_origin = config.train.peak_tflops * 1e12, "configured"
-        self._flops_per_token = train_flops_per_token(assembled.spec, config.data.sequence_length)
+        self._flops_per_token = train_flops_per_token(
+            assembled.spec, config.data.sequence_length, base_trains=assembled.adapted is None
+        )
         self._devices = assembled.mesh.size
         self.restart()
 

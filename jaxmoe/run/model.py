@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.interop.adapting import Adapted
+from jaxmoe.interop.decomposing import Decomposed
 from jaxmoe.interop.export_plan import exported_shards, refuse_overlap
 from jaxmoe.interop.peft.merged import write_merged
 from jaxmoe.interop.peft.writing import write_adapter
@@ -102,7 +103,8 @@ def export_adapter(
         first: see `Adapted.adapter`.
 
     Raises:
-        UserError: the folder is not empty or cannot be written, or values are not finite.
+        UserError: the folder is not empty, holds the model or the adapter that the run began with, or cannot be
+            written.
     """
     adapter = adapted.adapter(_on_host(trained), base, first)
     recorded = _recorded(adapted, dtype)
@@ -130,18 +132,19 @@ def export_merged(
     *,
     dtype: Any,
     tokenizer_files: Mapping[str, Path | None],
-    first: Factors | None = None,
+    lessened: Decomposed | None = None,
     overwrite: bool = False,
 ) -> list[str]:
     """Write the model with the adapter merged in, as `jaxmoe.interop.peft.merged` does it; returns what was left out.
 
-    A base that was held in few bits is what it was in training, unless it was less a part of itself before.
+    A base that was held in few bits is what it was in training.
 
     Args:
-        adapted, trained, first, overwrite: as in `export_adapter`.
+        adapted, trained, overwrite: as in `export_adapter`.
         weights: all of them, for a model that has no folder.
         folder: a new folder, or with `overwrite` a checkpoint folder that is replaced.
         dtype, tokenizer_files: as in `export_model`.
+        lessened: the weights, whose base is without the pairs that training began with.
 
     Raises:
         UserError: the folder is not empty or cannot be written, or a value does not fit the tensor's dtype.
@@ -156,9 +159,11 @@ def export_merged(
             tokenizer_files=tokenizer_files,
             overwrite=overwrite,
         )
+    # What is quantised is made again, without those pairs; of the rest the adapter takes them off.
+    recorded, changed = _recorded(adapted, dtype), None if lessened is None else lessened.left
+    first = {} if lessened is None else lessened.factors
+    first = {name: factors for name, factors in first.items() if name not in adapted.forms}
     adapter = adapted.adapter(_on_host(trained), None, first)
-    # Without its first factors a base cannot be quantised as it was: these are taken off the weights as they are.
-    recorded = None if first is not None else _recorded(adapted, dtype)
 
     def write() -> list[str]:
         return write_merged(
@@ -168,7 +173,7 @@ def export_merged(
             folder,
             overwrite=overwrite,
             replaced_files=tokenizer_files,
-            replay=None if recorded is None else Replay(adapted.source, adapted.model, recorded),
+            replay=None if recorded is None else Replay(adapted.source, adapted.model, recorded, changed),
         )[1]
 
     return processes.first(write)

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmoe.interop.adapting import Adapted, base_of, named_pairs
+from jaxmoe.interop.adapting import Adapted, base_of, named_pairs, with_magnitudes
 from jaxmoe.interop.decomposing import Decomposed
 from jaxmoe.interop.loading import load_params
 from jaxmoe.interop.quantizing import Form, load_packed, pack
 from jaxmoe.interop.source import Source
-from jaxmoe.model.linear import PACKED
+from jaxmoe.model.linear import PACKED, row_lengths
 from jaxmoe.parallel.sharding import shardings
 from jaxmoe.params import Param, Tree, draw_param, initializer, named
 
@@ -146,7 +146,21 @@ class InitialWeights:
             )(key)
             factors = [drawn[name] for name, _ in named_pairs(adapted.declared)]
         pairs = dict(zip((name for name, _ in named_pairs(adapted.declared)), factors, strict=True))
-        return adapted.joined(weights, pairs)
+        joined = adapted.joined(weights, pairs)
+        return joined if not adapted.dora or factors[0][0] is None else self._with_magnitudes(adapted, joined)
+
+    def _with_magnitudes(self, adapted: Adapted, weights: Tree) -> Tree:
+        """Pairs with the lengths of their rows, or with those of a given adapter."""
+        given = None if adapted.given is None else adapted.given_magnitudes()
+        of_name = dict(named_pairs(shardings(adapted.declared, self._mesh)))
+        lengths = {}
+        for name, pair in named_pairs(weights):
+            where = of_name[name].magnitude
+            if given is not None:
+                lengths[name] = _place(given[name], where)
+            else:
+                lengths[name] = jax.jit(row_lengths, out_shardings=where)(pair)
+        return with_magnitudes(weights, lengths)
 
 
 def _place(array: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:

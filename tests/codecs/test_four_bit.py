@@ -18,7 +18,6 @@ from jaxmoe.codecs import tables
 from jaxmoe.codecs.four_bit import (
     Stored,
     dequantize,
-    dequantize_rows,
     from_stored,
     plain,
     quantize,
@@ -224,26 +223,6 @@ def test_experts_one_by_one(nested, columns):
     if columns % 64 == 0:
         np.testing.assert_array_equal(fused.codes, stacked.codes)
         assert (dequantize(fused) == np.asarray(found)).all() == (not nested)
-
-
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize(
-    ("shape", "block"), [((3, 10, 192), 64), ((7, 3, 160), 64), ((45, 100), 64), ((9, 1088), 32)]
-)
-def test_rows_in_a_loop(shape, block, nested):
-    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    packed = arrays(jnp.asarray, quantize(values, "nf4", block, nested))
-    whole = dequantize(packed, np.float32).reshape(-1, shape[-1])
-    for count in (1, 5):
-        steps = len(whole) // count
-
-        def pieces(one, count=count, steps=steps):
-            start = jnp.arange(steps) * count
-            return jax.lax.map(lambda row: dequantize_rows(one, row, count, jnp.float32), start)
-
-        found = optimised(pieces, packed)
-        assert found.shape == (steps, count, shape[-1])
-        np.testing.assert_array_equal(found.reshape(-1, shape[-1]), whole[: steps * count])
 
 
 def test_slices_of_rows_and_blocks_are_those_of_the_arrays():

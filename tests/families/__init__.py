@@ -143,6 +143,20 @@ def torch_model(model_type: str, variant: Mapping[str, Any] | None = None, seed:
     return with_random_weights(getattr(transformers, case.architecture)(config), case, seed)
 
 
+def written(factory: Any, *model_types: str) -> dict[str, Any]:
+    """Folders of these models as transformers writes them, by model_type.
+
+    Args:
+        factory: pytest's ``tmp_path_factory``.
+        model_types: of families with a case.
+    """
+    folders = {}
+    for name in model_types:
+        folders[name] = factory.mktemp(name)
+        torch_model(name).save_pretrained(folders[name])
+    return folders
+
+
 def with_random_weights(model: Any, case: Case, seed: int = 0) -> Any:
     """A model of a case in eval mode, every parameter and buffer random."""
     import torch

@@ -92,3 +92,15 @@ def load(model: Any, folder: Path) -> Any:
         wrapped = peft.PeftModel.from_pretrained(model, folder)
     assert not [str(one.message) for one in told if "missing adapter keys" in str(one.message)]
     return wrapped.eval()
+
+
+def with_random_factors(assembled: Any, seed: int = 5) -> Any:
+    """The first weights of a run of ours, but all that is trained drawn anew."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    drawn = lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32)
+    weights = assembled.initial_weights.make()
+    return jax.tree.map(lambda trained, leaf: drawn(leaf) if trained else leaf, assembled.mask, weights)

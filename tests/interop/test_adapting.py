@@ -6,13 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import adapters, parity
+from safetensors.numpy import load_file
 
 from jaxmoe.config import AdapterConfig
-from jaxmoe.interop.adapting import adapt
+from jaxmoe.interop.adapting import adapt, with_magnitudes
 from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.loading import load_params
-from jaxmoe.interop.peft.reading import read_adapter
+from jaxmoe.interop.peft.reading import WEIGHTS_FILE, read_adapter
 from jaxmoe.interop.peft.today import today
+from jaxmoe.interop.peft.writing import adapter_tensors
 from jaxmoe.interop.source import open_source
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import make_batch
@@ -48,6 +50,8 @@ def gradients(base, folder, tokens, cotangent, key=None):
     adapted = adapt(open_source(base), AdapterConfig(path=str(folder)))
     weights = adapted.begun(load_params(adapted.source, jnp.float32))
     params = adapted.joined(weights, adapted.given_factors())
+    if adapted.dora:
+        params = with_magnitudes(params, adapted.given_magnitudes())
     trainable, frozen = split(params, adapted.mask)
 
     @jax.jit
@@ -97,10 +101,12 @@ def compare(name, tmp_path, base, wrapped, folder, anatomy, key=None):
         for parameter_name, parameter in wrapped.named_parameters():
             if "lora_" in parameter_name:
                 parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-    expected = read_adapter(adapters.save(wrapped, tmp_path / "gradients"), anatomy)
+    written = adapters.save(wrapped, tmp_path / "gradients")
+    expected = read_adapter(written, anatomy)
+    assert adapter_tensors(expected, anatomy).keys() == load_file(written / WEIGHTS_FILE).keys()
     assert ours.pairs.keys() == expected.pairs.keys()
     for key, pair in expected.pairs.items():
-        for factor in ("a", "b"):
+        for factor in ("a", "b", *(() if pair.magnitude is None else ("magnitude",))):
             want = getattr(pair, factor)
             np.testing.assert_allclose(
                 getattr(ours.pairs[key], factor),
@@ -111,9 +117,8 @@ def compare(name, tmp_path, base, wrapped, folder, anatomy, key=None):
             )
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe"])
-def test_dropout_is_that_of_peft(name, tmp_path, monkeypatch):
-    """Where it acts, on every linear layer: both with the same mask in place of a random one."""
+def drop_the_same(wrapped, monkeypatch):
+    """One mask for PEFT's model and for ours, in place of random ones."""
     import torch
 
     def mask(width):
@@ -123,6 +128,17 @@ def test_dropout_is_that_of_peft(name, tmp_path, monkeypatch):
         def forward(self, x):
             return x * torch.from_numpy(mask(x.shape[-1]))
 
+    for module in wrapped.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = Masked()
+            if getattr(module, "use_dora", {}).get("default"):
+                module.training = True  # or it does without the product of its own that it has with dropout
+    monkeypatch.setattr(Dropout, "__call__", lambda _, x: x * mask(x.shape[-1])[None, None])
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe"])
+def test_dropout_is_that_of_peft(name, tmp_path, monkeypatch):
+    """Where it acts, on every linear layer: both with the same mask in place of a random one."""
     model = families.torch_model(name)
     anatomy = adapters.anatomy_of(model)
     model.save_pretrained(tmp_path / "base")
@@ -130,8 +146,30 @@ def test_dropout_is_that_of_peft(name, tmp_path, monkeypatch):
     modules = [module for module in modules if "attn" in module or "shared" in module]
     wrapped = adapters.adapted(model, r=3, lora_alpha=2, lora_dropout=0.4, target_modules=modules)
     folder = adapters.save(wrapped, tmp_path / "adapter")
-    for module in wrapped.modules():
-        if hasattr(module, "lora_dropout"):
-            module.lora_dropout["default"] = Masked()
-    monkeypatch.setattr(Dropout, "__call__", lambda _, x: x * mask(x.shape[-1])[None, None])
+    drop_the_same(wrapped, monkeypatch)
+    compare(name, tmp_path, tmp_path / "base", wrapped, folder, anatomy, jax.random.key(0))
+
+
+DORA = {
+    "qwen3_moe": ["self_attn", "lm_head"],
+    "qwen2_moe": ["self_attn", "shared_expert."],
+    "glm4_moe": ["self_attn"],
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("name", DORA)
+def test_dora_is_that_of_peft(name, dropout, tmp_path, monkeypatch):
+    """Logits and gradients, of magnitudes too; with dropout, that of which V is multiplied with."""
+    model = families.torch_model(name)
+    anatomy = adapters.anatomy_of(model)
+    model.save_pretrained(tmp_path / "base")
+    modules = targets_of(tmp_path / "base")["target_modules"]
+    endings = [ending for ending in DORA[name] if not dropout or ending != "lm_head"]
+    modules = [module for module in modules if any(ending in module for ending in endings)]
+    settings = {"r": 3, "lora_alpha": 2, "use_dora": True, "lora_dropout": dropout, "target_modules": modules}
+    wrapped = adapters.adapted(model, **settings)
+    folder = adapters.save(wrapped, tmp_path / "adapter")
+    if dropout:
+        drop_the_same(wrapped, monkeypatch)
     compare(name, tmp_path, tmp_path / "base", wrapped, folder, anatomy, jax.random.key(0))

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import parity
+from helpers.adapters import with_random_factors
 
 from jaxmoe.cli import main as cli
 from jaxmoe.codecs import four_bit, int8_rows, unpack
@@ -50,11 +51,7 @@ def assembled_for(folder, form, mesh, dtype="float32"):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Models with experts one by one, and fused and transposed, of widths that are and are not whole blocks."""
-    made = {}
-    for name in ("qwen3_moe", "gpt_oss"):
-        made[name] = tmp_path_factory.mktemp(name)
-        families.torch_model(name).save_pretrained(made[name])
-    return made
+    return families.written(tmp_path_factory, "qwen3_moe", "gpt_oss")
 
 
 def is_packed(leaf):
@@ -109,15 +106,7 @@ def test_double_quantisation_is_of_one_expert_at_a_time(folders):
 def test_computes_with_what_the_codes_stand_for(form, mesh, folders):
     """Outputs and gradients of the factors: those of the base that the codes stand for, in plain arrays."""
     assembled = assembled_for(folders["qwen3_moe"], form, mesh)
-    params = assembled.initial_weights.make()
-    rng = np.random.default_rng(5)
-    params = jax.tree.map(
-        lambda trained, leaf: (
-            jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32) if trained else leaf
-        ),
-        assembled.mask,
-        params,
-    )
+    params = with_random_factors(assembled)
     plain = jax.tree.map(
         lambda leaf: unpack(leaf, jnp.float32) if is_packed(leaf) else leaf, params, is_leaf=is_packed
     )
@@ -170,15 +159,7 @@ def test_no_array_of_all_experts_is_made(folders):
 def test_merging_into_what_training_saw(name, form, folders, tmp_path, capfd):
     """The merged model is base as quantised plus delta, tensor by tensor; without --quantization base plus delta."""
     assembled = assembled_for(folders[name], form, {})
-    params = assembled.initial_weights.make()
-    rng = np.random.default_rng(5)
-    params = jax.tree.map(
-        lambda trained, leaf: (
-            jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32) if trained else leaf
-        ),
-        assembled.mask,
-        params,
-    )
+    params = with_random_factors(assembled)
     trainable, _ = split(params, assembled.mask)
     export_adapter(assembled.adapted, trainable, tmp_path / "adapter", base=None, dtype=assembled.dtype)
     arguments = ["merge", str(folders[name]), str(tmp_path / "adapter")]

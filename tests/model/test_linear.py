@@ -20,6 +20,7 @@ from jaxmoe.model.linear import (
     linear_gradients,
     lookup,
     part,
+    row_lengths,
     unpacked,
 )
 from jaxmoe.parallel.sharding import make_mesh, shardings
@@ -47,13 +48,17 @@ def weights():
         "low rank": LowRank(array, *pair, 0.7),
         "blocks": blocks,
         "low rank beside blocks": LowRank(blocks, *pair, 1.6),
+        "rows of given lengths": LowRank(array, *pair, 0.7, magnitude=1 + jnp.abs(random(OUT, seed=7))),
     }
 
 
 def meaning(weight):
     """The matrix in float64, by the definitions."""
     if isinstance(weight, LowRank):
-        return meaning(weight.base) + weight.scale * (np.float64(weight.b) @ np.float64(weight.a))
+        total = meaning(weight.base) + weight.scale * (np.float64(weight.b) @ np.float64(weight.a))
+        if weight.magnitude is None:
+            return total
+        return np.float64(weight.magnitude)[:, None] * total / np.linalg.norm(total, axis=1, keepdims=True)
     if isinstance(weight, BlockScaled):
         rows, columns = (np.arange(n) // size for n, size in zip(weight.shape, weight.block, strict=True))
         return np.float64(weight.codes) * np.float64(weight.scales)[rows[:, None], columns[None]]
@@ -67,7 +72,8 @@ def test_every_kind_means_one_matrix(kind):
     np.testing.assert_allclose(dense(weight, jnp.float32), want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(linear(x, weight, bias), np.float64(x) @ want.T + bias[None, None], atol=2e-5)
     index = jnp.asarray([[3, 0], [11, 3]])
-    np.testing.assert_allclose(lookup(weight, index, jnp.float32), want[np.asarray(index)], atol=1e-5)
+    if kind != "rows of given lengths":  # no embedding has those
+        np.testing.assert_allclose(lookup(weight, index, jnp.float32), want[np.asarray(index)], atol=1e-5)
     np.testing.assert_allclose(dense(unpacked(weight, jnp.float32), jnp.float32), want, rtol=1e-5, atol=1e-5)
     stacked = jax.tree.map(lambda leaf: jnp.stack([0 * leaf, leaf]), weight)
     np.testing.assert_allclose(linear(x, part(stacked, 1)), np.float64(x) @ want.T, atol=2e-5)
@@ -82,6 +88,34 @@ def test_written_out_gradients_are_those_of_jax(kind):
     np.testing.assert_allclose(dx, want_dx, rtol=1e-5, atol=1e-5)
     for (name, a), (_, b) in zip(named(dweight), named(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_lengths_of_rows():
+    """Of the sum, by expansion; zero where the pair takes away all of a row, and constants to gradients."""
+    weight = weights()["low rank"]
+    np.testing.assert_allclose(row_lengths(weight), np.linalg.norm(meaning(weight), axis=1), rtol=1e-5)
+    base = -weight.scale * weight.b @ weight.a
+    zero = LowRank(base, weight.a, weight.b, weight.scale, magnitude=jnp.ones(OUT))
+    assert np.isfinite(row_lengths(zero)).all()
+    x = random(5, IN, seed=8)
+    assert np.isfinite(linear(x, zero)).all()
+    given = weights()["rows of given lengths"]
+
+    def detached(a, b, magnitude):
+        total = given.base + given.scale * b @ a
+        rows = jax.lax.stop_gradient(jnp.sqrt(jnp.sum(total**2, axis=1)))
+        return jnp.sum(jnp.sin(x @ ((magnitude / rows)[:, None] * total).T))
+
+    def ours(a, b, magnitude):
+        return jnp.sum(jnp.sin(linear(x, dataclasses.replace(given, a=a, b=b, magnitude=magnitude))))
+
+    operands = (given.a, given.b, given.magnitude)
+    for one, other in zip(
+        jax.grad(ours, argnums=(0, 1, 2))(*operands),
+        jax.grad(detached, argnums=(0, 1, 2))(*operands),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_the_sum_of_a_low_rank_weight_is_never_formed():

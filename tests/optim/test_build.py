@@ -242,3 +242,20 @@ def test_the_configuration_says_whether_an_idle_expert_moves(freeze_idle):
     moved = jnp.abs(update["layers"][0]["experts"]).max(axis=(0, 2, 3, 4))
     assert (float(moved[3]) == 0.0) == freeze_idle
     assert float(jnp.delete(moved, 3).min()) > 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_learning_rates_of_their_own(name):
+    """As LoRA+ has them; what is frozen has no factor either."""
+    params, gradients = tree(0), tree(1)
+    rates = jax.tree.map(lambda _: 1.0, params) | {"embedding": 16.0, "lm_head": None}
+    frozen = [values | {"lm_head": None} for values in (params, gradients)]
+    plain, raised = (
+        build_optimizer(config(name=name, weight_decay=0.3), ROLES, 10, given) for given in (None, rates)
+    )
+    one, other = (
+        optimizer.update(frozen[1], optimizer.init(frozen[0]), frozen[0])[0] for optimizer in (plain, raised)
+    )
+    np.testing.assert_allclose(other["embedding"], 16 * one["embedding"], rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, other["layers"], one["layers"])
+    assert other["lm_head"] is None

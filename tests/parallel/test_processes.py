@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers.devices import xla_flags
+from helpers.runs import run_config, write_config, write_workspace
 from safetensors.numpy import load_file
 
 from jaxmoe.errors import UserError
@@ -230,6 +231,47 @@ DISAGREEMENTS = """
     with jax.set_mesh(jax.make_mesh((1, 2, 1, 1), ("data", "fsdp", "expert", "tensor"))) as _:
         told(lambda: export_model(model, {}, here, dtype="float32", tokenizer_files={}))
 """
+
+
+@pytest.mark.once
+def test_two_processes_train_an_adapter_on_a_packed_base(tmp_path):
+    """Each reads and quantises what its devices hold; the adapter and the merged model are those of one process."""
+    workspace = write_workspace(tmp_path)
+    lora = {
+        "rank": 3,
+        "target_modules": ["q_proj"],
+        "target_parameters": ["experts.down_proj"],
+        "init": "gaussian",
+    }
+    model = {"path": str(workspace / "model"), "dtype": "float32", "quantization": "nf4"}
+    common = {
+        "model": model,
+        "adapter": lora,
+        "mesh": {"expert": 2},
+        "data__packing": False,
+        "data__eval_fraction": 0.0,
+    }
+    common |= {"train__steps": 2, "train__eval_every": None, "train__export": "both"}
+    for name, more in (("one", {}), ("two", {"train__distributed": True})):
+        path = write_config(
+            tmp_path / f"{name}.config", run_config(workspace, tmp_path / name, **common, **more)
+        )
+        command = ["-m", "jaxmoe.train", str(path)]
+        if name == "two":
+            found = finish(start_two(command, command))
+            assert [code for code, _, _ in found] == [0, 0], found
+        else:
+            subprocess.run([sys.executable, *command], env=environment(2), check=True, capture_output=True)
+    for file in ("export/adapter_model.safetensors", "merged/model-00001-of-00002.safetensors"):
+        theirs, ours = (load_file(tmp_path / name / file) for name in ("one", "two"))
+        assert ours.keys() == theirs.keys()
+        for key, array in theirs.items():
+            difference = np.abs(np.float32(ours[key]) - np.float32(array)).max()
+            assert difference <= 0.01 * np.abs(np.float32(array)).max(), (file, key)
+    recorded = [
+        (tmp_path / name / "export" / "base_quantization.json").read_bytes() for name in ("one", "two")
+    ]
+    assert recorded[0] == recorded[1]
 
 
 def test_what_one_process_finds_wrong_ends_both_alike(run_of, tmp_path):

@@ -5,13 +5,21 @@ import json
 import jax
 import numpy as np
 import pytest
+from helpers import adapters
 from helpers.runs import refused, run_config, run_until, small, write_workspace
 from safetensors.numpy import load_file
 
 from jaxmoe.cli import main as cli
 from jaxmoe.config import RunConfig
+from jaxmoe.interop.loading import load_params
+from jaxmoe.interop.source import open_source
 from jaxmoe.model.dropout import Dropout
+from jaxmoe.model.linear import PACKED, LowRank, dense
+from jaxmoe.parallel.sharding import make_mesh
+from jaxmoe.params import named
 from jaxmoe.run import loop
+from jaxmoe.run.assemble import assemble
+from jaxmoe.run.exporting import export
 
 ATTENTION = {"rank": 3, "alpha": 7, "target_modules": ["q_proj", "o_proj"]}
 EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
@@ -108,16 +116,16 @@ def test_it_is_exported_for_the_unchanged_model(taken_apart, workspace, tmp_path
     assert 1e-3 < moved < 0.1, "training moved weights of a deviation of 0.02 a little"
 
 
-@pytest.mark.parametrize("init", ["pissa", "loftq"])
-def test_it_resumes_on_quantised_weights(init, workspace, tmp_path, monkeypatch, capfd):
-    changes = {
-        "adapter": ATTENTION | {"init": init},
-        "model": {"path": str(workspace / "model"), "quantization": "nf4"},
-    }
-    config = config_of(workspace, tmp_path / "run", **changes, train__export="both")
+@pytest.mark.parametrize(
+    ("variant", "rank"), [({"init": "pissa"}, 6), ({"init": "loftq"}, 3), ({"dora": True}, 3)]
+)
+def test_it_resumes_on_quantised_weights(variant, rank, workspace, tmp_path, monkeypatch, capfd):
+    changes = {"adapter": ATTENTION | variant, "mesh": {"data": 4, "expert": 2}}
+    changes |= {"model": {"path": str(workspace / "model"), "quantization": "nf4"}, "train__export": "both"}
+    config = config_of(workspace, tmp_path / "run", **changes)
     run_until(config, 4, monkeypatch)
     loop.run(config)
-    loop.run(config_of(workspace, tmp_path / "whole", **changes, train__export="both"))
+    loop.run(config_of(workspace, tmp_path / "whole", **changes))
     for name in ("export/adapter_model.safetensors", "merged/model-00001-of-00002.safetensors"):
         ours, whole = (tmp_path / run / name for run in ("run", "whole"))
         assert ours.read_bytes() == whole.read_bytes(), name
@@ -129,17 +137,45 @@ def test_it_resumes_on_quantised_weights(init, workspace, tmp_path, monkeypatch,
     ]
     replayed = cli([*arguments, "--quantization"])
     told = capfd.readouterr().err
-    if init == "loftq":  # its factors belong to the quantised weights
+    if variant.get("init") != "pissa":
         assert replayed == 0
         for path in (tmp_path / "run" / "merged").glob("*.safetensors"):
             assert (tmp_path / "merged" / path.name).read_bytes() == path.read_bytes()
-        assert cli([*arguments, "--overwrite"]) == 2
-        assert "expected --quantization" in capfd.readouterr().err
+        # The factors of loftq belong to the quantised weights; others may be merged into the plain ones, with a line.
+        assert cli([*arguments, "--overwrite"]) == (2 if variant.get("init") == "loftq" else 0)
+        assert ("expected --quantization" in capfd.readouterr().err) == (variant.get("init") == "loftq")
     else:
         assert replayed == 2
         assert "cannot be done again" in told
     said = json.loads((tmp_path / "run" / "export" / "adapter_config.json").read_text())
-    assert said["r"] == {"pissa": 6, "loftq": 3}[init]
+    assert said["r"] == rank
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize(
+    "variant", [{"init": "pissa"}, {"init": "loftq"}, {"dora": True}, {"init": "olora", "dora": True}]
+)
+def test_merged_is_what_training_saw(variant, quantization, workspace, tmp_path):
+    """Whatever the base was, and with an output head that is in no few bits."""
+    if variant.get("init") == "loftq" and quantization is None:
+        return
+    modules = ["q_proj", *([] if variant.get("init") == "loftq" else ["lm_head"])]
+    model = {"path": str(workspace / "model"), "dtype": "float32", "quantization": quantization}
+    lora = ATTENTION | variant | {"target_modules": modules}
+    config = config_of(workspace, tmp_path / "run", model=model, adapter=lora, mesh={})
+    assembled = assemble(config, make_mesh(devices=jax.devices()[:1]))
+    rng = np.random.default_rng(5)
+    params = jax.tree.map(
+        lambda trained, x: x + 0.05 * rng.standard_normal(x.shape).astype(np.float32) if trained else x,
+        assembled.mask,
+        assembled.initial_weights.make(),
+    )
+    export(assembled, assembled.begin(params), "merged", tmp_path / "merged")
+    found = load_params(open_source(tmp_path / "merged").grouped(assembled.spec), np.float32)
+    is_weight = lambda leaf: isinstance(leaf, (LowRank, *PACKED))
+    for (name, ours), weight in zip(named(found), jax.tree.leaves(params, is_leaf=is_weight), strict=True):
+        want = np.asarray(dense(weight, np.float32))  # the folder is in bfloat16
+        np.testing.assert_allclose(ours, want, atol=0.005 * np.abs(want).max(), err_msg=name)
 
 
 def test_random_weights_without_a_part(workspace, tmp_path):
@@ -163,7 +199,93 @@ def test_random_weights_without_a_part(workspace, tmp_path):
         np.testing.assert_allclose(ours[name], array, atol=1e-6, err_msg=name)
 
 
+@pytest.fixture(scope="module")
+def lengthened(workspace, tmp_path_factory):
+    """A run with DoRA on attention and on the output head, with LoRA+."""
+    folder = tmp_path_factory.mktemp("dora") / "run"
+    lora = ATTENTION | {
+        "dora": True,
+        "learning_rate_ratio": 2,
+        "target_modules": ["k_proj", "o_proj", "lm_head"],
+    }
+    loop.run(config_of(workspace, folder, adapter=lora, train__export="both"))
+    return folder, lora
+
+
+def test_lengths_train_and_resume(lengthened, workspace, tmp_path, monkeypatch):
+    folder, lora = lengthened
+    config = config_of(workspace, tmp_path / "run", adapter=lora, train__export="both")
+    run_until(config, 4, monkeypatch)
+    loop.run(config)
+    for name in ("export/adapter_model.safetensors", "merged/model-00001-of-00002.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes()
+    assert json.loads((folder / "export" / "adapter_config.json").read_text())["use_dora"] is True
+    tensors, weights = load_file(folder / "export" / "adapter_model.safetensors"), {}
+    for path in (workspace / "model").glob("*.safetensors"):
+        weights |= load_file(path)
+    lengths = {name: value for name, value in tensors.items() if name.endswith("lora_magnitude_vector")}
+    assert len(lengths) == len(tensors) / 3 > 2
+    for name, value in lengths.items():
+        own = name.removeprefix("base_model.model.").replace("lora_magnitude_vector", "weight")
+        before = np.linalg.norm(np.float32(weights[own]), axis=1)
+        assert 1e-3 < np.abs(value - before).max() < 0.2, name
+
+
+@pytest.mark.torch
+def test_peft_computes_what_was_trained_with_dora(lengthened, workspace):
+    """PEFT loads the export, and merges it into the numbers of our merged folder."""
+    import torch
+    import transformers
+
+    def load(path):
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+
+    wrapped = adapters.load(load(workspace / "model"), lengthened[0] / "export")
+    with adapters.quiet():
+        theirs = wrapped.merge_and_unload().state_dict()
+    ours = load(lengthened[0] / "merged").state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        # PEFT rounds twice where we round once.
+        atol = 0.005 * float(value.float().abs().max())
+        np.testing.assert_allclose(ours[name].float(), value.float(), atol=atol, err_msg=name)
+
+
+def test_going_on_with_dora(lengthened, workspace, tmp_path):
+    """The first step starts where the other run ended, with its dropout or another."""
+    given = {"path": str(lengthened[0] / "export")}
+    changes = {"train__steps": 2, "optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0}
+    loop.run(config_of(workspace, tmp_path / "run", adapter=given, **changes))
+    ours, theirs = (
+        load_file(folder / "export" / "adapter_model.safetensors")
+        for folder in (lengthened[0], tmp_path / "run")
+    )
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_allclose(theirs[name], array, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+def test_dora_of_random_weights_that_lost_a_part(workspace, tmp_path):
+    """Magnitudes begin as the lengths of the whole weights: merged before anything was trained they are those."""
+    raw = json.loads((workspace / "model" / "config.json").read_text())
+    changes = {"model": {"config": raw, "dtype": "float32"}, "data__tokenizer": str(workspace / "model")}
+    changes |= {"optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0, "train__steps": 2}
+    for name, more in (("dora", {"init": "pissa", "dora": True}), ("plain", {})):
+        loop.run(
+            config_of(workspace, tmp_path / name, **changes, adapter=ATTENTION | more, train__export="merged")
+        )
+    ours, theirs = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("dora", "plain"))
+    for name, array in theirs.items():
+        np.testing.assert_allclose(ours[name], array, atol=1e-6, err_msg=name)
+
+
 REFUSED = [
+    ({"dora": True, **EXPERTS}, "is no linear layer: expected adapter.dora false"),
+    ({"dora": True, "target_modules": ["embed_tokens"]}, "is no linear layer: expected adapter.dora false"),
+    (
+        {"dora": True, "target_modules": ["mlp.gate_proj"]},
+        "up_proj.weight is not, which is a part of the same",
+    ),
     ({"init": "pissa", **EXPERTS}, "in place of adapter.init 'pissa'"),
     ({"init": "olora", "rank": 999}, "has rank 999: expected at most its smaller side"),
     ({"init": "loftq"}, "found 'loftq' without model.quantization"),

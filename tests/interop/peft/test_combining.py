@@ -21,11 +21,7 @@ pytestmark = pytest.mark.torch
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {}
-    for name in ("qwen3_moe", "gpt_oss"):
-        made[name] = tmp_path_factory.mktemp(name)
-        families.torch_model(name).save_pretrained(made[name])
-    return made
+    return families.written(tmp_path_factory, "qwen3_moe", "gpt_oss")
 
 
 def random_adapter(folder, seed, rank):
