@@ -34,10 +34,10 @@ import optax
 from common import print_table, write_results
 from jax.experimental import topologies
 
+from jaxmoe.codecs import PACKED
 from jaxmoe.config import load_config
 from jaxmoe.configs import published
 from jaxmoe.interop.source import config_source
-from jaxmoe.model.linear import PACKED
 from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.run.assemble import Assembled, assemble
 

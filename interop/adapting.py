@@ -25,11 +25,13 @@ from jaxmoe.errors import listed
 from jaxmoe.interop.adaptable import (
     check_base,
     unadaptable,
+    undivided,
     undroppable,
     uneven,
     unquantised,
     without_lengths,
 )
+from jaxmoe.interop.keeping import kept_forms, layer_schemes
 from jaxmoe.interop.peft.adapter import Adapter
 from jaxmoe.interop.peft.adapter import LowRank as Pair
 from jaxmoe.interop.peft.config import parse_adapter_config, read_adapter_config
@@ -319,7 +321,9 @@ def adapt(source: Source, config: AdapterConfig, quantization: QuantizationConfi
         dropout = 0.0 if given is None else given.dropout
     problems = [*unadaptable(source, model, widths, saved, config.init), *undroppable(model, widths, dropout)]
     raise_problems(where, [*problems, *(without_lengths(model, widths) if dora else ())])
-    layered = regrouped(source, _signatures(source, model, widths, saved))
+    keeps = quantization is not None and quantization.kind == "keep"
+    schemes = layer_schemes(source, model) if keeps else {}
+    layered = regrouped(source, _signatures(source, model, widths, saved, schemes))
     if layered is not source:
         model = today(layered)
     given_from = None if config.path is None else Path(config.path)
@@ -327,12 +331,15 @@ def adapt(source: Source, config: AdapterConfig, quantization: QuantizationConfi
     raise_problems(where, list(uneven(adapted)))
     if quantization is not None:
         whole = {model.bindings[name].target for name in saved}
-        forms = forms_of(layered.spec.declared, model, quantization)
+        declared = layered.spec.declared
+        forms = kept_forms(layered, model) if keeps else forms_of(declared, model, quantization)
         adapted = dataclasses.replace(
             adapted, forms={name: form for name, form in forms.items() if name not in whole}
         )
     if config.init == "loftq":
         raise_problems(where, list(unquantised(adapted)))
+    if adapted.decomposes:
+        raise_problems(where, list(undivided(adapted)))
     return adapted
 
 
@@ -353,10 +360,18 @@ def _as_peft(config: AdapterConfig) -> dict[str, Any]:
 
 
 def _signatures(
-    source: Source, model: Today, widths: Mapping[str, Width], saved: frozenset[str]
+    source: Source,
+    model: Today,
+    widths: Mapping[str, Width],
+    saved: frozenset[str],
+    schemes: Mapping[str, Mapping[int, Hashable]],
 ) -> Sequence[Hashable]:
-    """Of every layer, what of it is adapted, and how."""
+    """Of every layer, what of it is adapted, and how; and by `schemes` how its parameters are kept."""
     found: dict[tuple[int, int, int], set[Hashable]] = {}
+    for target, of_layer in schemes.items():
+        _, group, place, rest = target.split(".", 3)
+        for layer, scheme in of_layer.items():
+            found.setdefault((int(group), int(place), layer), set()).add((rest, scheme))
     for name in [*widths, *saved]:
         binding = model.bindings[name]
         if binding.target.startswith("groups."):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from jaxmoe.codecs import FourBit, Int8Rows, four_bit, int8_rows, unpack
+from jaxmoe.codecs import Packed, four_bit, fp8_blocks, int8_rows, unpack
 from jaxmoe.config import QuantizationConfig
 from jaxmoe.errors import UserError, first_line
 from jaxmoe.files import read_text
@@ -35,10 +35,12 @@ class Form:
 
     Attributes:
         declared: the parameter itself.
-        kind: "nf4", "fp4" or "int8".
+        kind: "nf4", "fp4", "int8", "mxfp4" or "fp8".
         block: elements that share a scale.
         double: scales are quantised too.
         stack: letters of which each index has a tensor of its own, such as "LE"; the others are of one tensor.
+        dtype: that values are rounded to, as `jaxmoe.codecs` has it.
+        kept: the checkpoint has it so, and no value is quantised.
     """
 
     declared: Param
@@ -46,6 +48,8 @@ class Form:
     block: int
     double: bool
     stack: str
+    dtype: str | None = None
+    kept: bool = False
 
     @property
     def tensor(self) -> str:
@@ -58,7 +62,7 @@ class Form:
         return self.declared.shape[len(self.stack) :]
 
     @property
-    def packed(self) -> FourBit | Int8Rows:
+    def packed(self) -> Packed:
         """Declarations of what it is made of."""
         stack, sizes = self.stack, self.declared.shape[: len(self.stack)]
         like = jax.eval_shape(self.quantize_one, jax.ShapeDtypeStruct(self.shape, jnp.float32))
@@ -73,13 +77,18 @@ class Form:
 
         return jax.tree.map(declare, like)
 
-    def quantize_one(self, values: Any) -> FourBit | Int8Rows:
+    def quantize_one(self, values: Any) -> Packed:
         """One quantised tensor, of jax's arrays or numpy's."""
+        packed: Packed
         if self.kind == "int8":
-            return int8_rows.quantize(values)
-        return four_bit.quantize(values, self.kind, self.block, self.double)
+            packed = int8_rows.quantize(values)
+        elif self.kind == "fp8":
+            packed = fp8_blocks.quantize(values, self.block)
+        else:
+            packed = four_bit.quantize(values, self.kind, self.block, self.double)
+        return dataclasses.replace(packed, dtype=self.dtype)
 
-    def quantize(self, weight: jax.Array) -> FourBit | Int8Rows:
+    def quantize(self, weight: jax.Array) -> Packed:
         """A whole parameter, tensor by tensor."""
         quantize = self.quantize_one
         for _ in self.stack:
@@ -118,9 +127,7 @@ def forms_of(declared: Tree, model: Today, config: QuantizationConfig) -> dict[s
     return forms
 
 
-def load_packed(
-    reader: TensorReader, form: Form, parts: Sequence[Binding], placements: FourBit | Int8Rows
-) -> FourBit | Int8Rows:
+def load_packed(reader: TensorReader, form: Form, parts: Sequence[Binding], placements: Packed) -> Packed:
     """Read one parameter, tensor by tensor: no more of it is ever there in full precision than one quantised tensor.
 
     Args:
@@ -133,9 +140,7 @@ def load_packed(
     return pack(form, lambda index: read_tensor(reader, form, found, index), placements)
 
 
-def pack(
-    form: Form, read: Callable[[tuple[int, ...]], np.ndarray], placements: FourBit | Int8Rows
-) -> FourBit | Int8Rows:
+def pack(form: Form, read: Callable[[tuple[int, ...]], np.ndarray], placements: Packed) -> Packed:
     """Quantise one parameter, tensor by tensor.
 
     Args:
@@ -144,10 +149,21 @@ def pack(
         placements: shardings of the packed arrays.
     """
     quantize = form.quantizer()
+    return gather(form, lambda index: jax.device_get(quantize(read(index))), placements)
+
+
+def gather(form: Form, packed_at: Callable[[tuple[int, ...]], Packed], placements: Packed) -> Packed:
+    """Bring the quantised tensors of one parameter to its devices.
+
+    Args:
+        form: of the parameter.
+        packed_at: the quantised tensor at an index of the letters of `Form.stack`, as numpy's arrays.
+        placements: shardings of the packed arrays.
+    """
     declared = form.packed
     buffers = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.stored), declared)
     for index in _wanted(form, declared, placements):
-        packed = jax.device_get(quantize(read(index)))
+        packed = packed_at(index)
         for buffer, own in zip(jax.tree.leaves(buffers), jax.tree.leaves(packed), strict=True):
             buffer[index] = own
 

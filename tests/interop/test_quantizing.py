@@ -9,14 +9,14 @@ from helpers import parity
 from helpers.adapters import with_random_factors
 
 from jaxmoe.cli import main as cli
-from jaxmoe.codecs import four_bit, int8_rows, unpack
+from jaxmoe.codecs import PACKED, four_bit, int8_rows, unpack
 from jaxmoe.config import RunConfig
 from jaxmoe.interop.adapting import base_of, named_pairs
 from jaxmoe.interop.loading import load_params
 from jaxmoe.interop.source import open_source
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import make_batch
-from jaxmoe.model.linear import PACKED, LowRank, dense
+from jaxmoe.model.linear import LowRank, dense
 from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import joined, named, split
 from jaxmoe.run.assemble import assemble
