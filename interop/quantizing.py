@@ -24,6 +24,7 @@ from jaxmoe.interop.loading import Parts, TensorReader, read_at
 from jaxmoe.interop.peft.today import Today
 from jaxmoe.interop.rules import Binding
 from jaxmoe.interop.source import Source
+from jaxmoe.model.linear import letters_of
 from jaxmoe.params import Param, Tree, named
 
 _MAX_BYTES = 16 << 20
@@ -67,15 +68,12 @@ class Form:
         stack, sizes = self.stack, self.declared.shape[: len(self.stack)]
         like = jax.eval_shape(self.quantize_one, jax.ShapeDtypeStruct(self.shape, jnp.float32))
 
-        def declare(array: jax.ShapeDtypeStruct) -> Param:
-            # Rows that are whole blocks keep the letters of the tensor, its last one counting blocks.
-            own = self.tensor[: array.ndim] if array.shape[: len(self.shape) - 1] == self.shape[:-1] else ""
-            own += "." * (array.ndim - len(own))
+        def declare(array: jax.ShapeDtypeStruct, own: str) -> Param:
             return Param(
                 stack + own, (*sizes, *array.shape), "zeros", self.declared.role, stored=array.dtype.name
             )
 
-        return jax.tree.map(declare, like)
+        return jax.tree.map(declare, like, letters_of(like, self.tensor))
 
     def quantize_one(self, values: Any) -> Packed:
         """One quantised tensor, of jax's arrays or numpy's."""

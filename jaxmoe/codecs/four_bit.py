@@ -86,9 +86,14 @@ class FourBit:
     dtype: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
+    def has_whole_rows(self) -> bool:
+        """Whether rows are whole blocks."""
+        return _has_whole_rows(self.shape, self.block)
+
+    @property
     def stack(self) -> tuple[int, ...]:
         """Sizes of the axes before those of one tensor."""
-        axes = len(self.shape) if _has_whole_rows(self.shape, self.block) else 1
+        axes = len(self.shape) if self.has_whole_rows else 1
         return self.absmax.shape[: self.absmax.ndim - axes]
 
 
@@ -164,7 +169,7 @@ def dequantize(packed: FourBit, dtype: Any = jnp.bfloat16) -> Float[Array, "..."
     """The values of a tensor or of a stack of them, (…, *shape)."""
     stack, shape = packed.stack, packed.shape
     values = _decode(packed.codes, plain(packed).absmax, packed.kind, dtype)
-    if not _has_whole_rows(shape, packed.block):
+    if not packed.has_whole_rows:
         values = values.reshape(*stack, -1)[..., : math.prod(shape)]
     return values.reshape(*stack, *shape)
 

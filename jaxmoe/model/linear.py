@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmoe.codecs import PACKED, unpack
+from jaxmoe.codecs import PACKED, FourBit, Fp8Blocks, Int8Rows, unpack
 from jaxmoe.model.dropout import Dropout
 from jaxmoe.model.embedding import rows_of
+from jaxmoe.parallel.sharding import constrain_fitting
 
 Weight = Any
 """A `jax.Array`, a `LowRank`, or what `jaxmoe.codecs` packs: that has no gradient."""
@@ -201,13 +202,40 @@ def linear_gradients(
 
 
 def letters_of(weight: Weight, letters: str) -> Weight:
-    """The letters of every array that a weight with `letters` is made of, such as "VD" of a head."""
+    """The letters of every array that a weight with `letters` is made of, such as "VD" of a head.
+
+    The last letter is that of blocks of columns as well.
+    """
     if isinstance(weight, LowRank):
         base = letters_of(weight.base, letters)
         lengths = None if weight.magnitude is None else letters[:-1]
         a, b = letters[:-2] + "r" + letters[-1], letters[:-1] + "r"
         return LowRank(base, a, b, weight.scale, magnitude=lengths)
+    if isinstance(weight, Int8Rows):
+        return dataclasses.replace(weight, codes=letters, absmax=letters[:-1])
+    if isinstance(weight, Fp8Blocks):
+        return dataclasses.replace(weight, codes=letters, scales=letters)
+    if isinstance(weight, FourBit):
+        stack = letters[: len(weight.stack)]
+        blocks = letters if weight.has_whole_rows else stack + "."
+        nested = (None, None) if weight.offset is None else (stack + ".", stack)
+        return FourBit(blocks + ".", blocks, *nested, weight.kind, weight.block, weight.shape, weight.dtype)
     return letters
+
+
+def gathered(weight: Weight, letters: str) -> Weight:
+    """The weight with the arrays of what is packed whole along the model width, so that devices exchange its bytes:
+    left alone XLA multiplies out each device's part, and gathers four times as much.
+
+    Args:
+        weight: of a layer that is about to be computed.
+        letters: its own.
+    """
+    if isinstance(weight, LowRank):
+        return dataclasses.replace(weight, base=gathered(weight.base, letters))
+    if isinstance(weight, PACKED):
+        return jax.tree.map(constrain_fitting, weight, letters_of(weight, letters.replace("D", ".")))
+    return weight
 
 
 def with_dropout(weights: Any, dropout: Dropout) -> Any:
