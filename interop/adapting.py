@@ -110,14 +110,22 @@ class Adapted:
         )
 
     def rates(self, ratio: float) -> Tree | None:
-        """Factors on the learning rate, a tree like `declared`: `ratio` for every B and magnitude; None where all
-        are 1."""
+        """Factors on the learning rate, a tree like `declared`; None where all are 1.
+
+        It is `ratio` for every B and magnitude, as in peft's ``create_loraplus_optimizer``, which leaves out those of
+        embeddings as well.
+        """
         if ratio == 1.0:
             return None
-        ones = jax.tree.map(lambda _: 1.0, self.declared)
         lengths = ratio if self.dora else None
-        raised = lambda one: dataclasses.replace(one, b=ratio, magnitude=lengths) if _is_pair(one) else one
-        return jax.tree.map(raised, ones, is_leaf=_is_pair)
+
+        def raised(path: Any, one: Any) -> Any:
+            if not _is_pair(one) or _name(path) == "embed":
+                return one
+            return dataclasses.replace(one, b=ratio, magnitude=lengths)
+
+        ones = jax.tree.map(lambda _: 1.0, self.declared)
+        return jax.tree_util.tree_map_with_path(raised, ones, is_leaf=_is_pair)
 
     def _with_pairs(self, pair: Any, other: Any) -> Tree:
         """`pair` of (name, declaration, places) for each adapted parameter; of the others `other` of both first."""
@@ -227,7 +235,7 @@ class Adapted:
         """
         pairs: dict[str, Pair] = {}
         weights = jax.tree_util.tree_leaves_with_path(trained, is_leaf=lambda x: isinstance(x, LowRank))
-        by_name = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in weights}
+        by_name = {_name(path): leaf for path, leaf in weights}
         for target, places in self.places.items():
             for place in places:
                 a, b = place.take((by_name[target].a, by_name[target].b))
@@ -393,18 +401,14 @@ def base_of(tree: Tree) -> Tree:
 def named_pairs(tree: Tree) -> list[tuple[str, LowRank]]:
     """The low-rank pairs of a tree, by the name of their parameter."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_pair)
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
-        for path, leaf in leaves
-        if _is_pair(leaf)
-    ]
+    return [(_name(path), leaf) for path, leaf in leaves if _is_pair(leaf)]
 
 
 def with_magnitudes(tree: Tree, magnitudes: Mapping[str, Any]) -> Tree:
     """A tree of weights whose pairs have these, by the name of their parameter."""
 
     def with_own(path: Any, leaf: Any) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        name = _name(path)
         return dataclasses.replace(leaf, magnitude=magnitudes[name]) if _is_pair(leaf) else leaf
 
     return jax.tree_util.tree_map_with_path(with_own, tree, is_leaf=_is_pair)
@@ -412,3 +416,7 @@ def with_magnitudes(tree: Tree, magnitudes: Mapping[str, Any]) -> Tree:
 
 def _is_pair(leaf: Any) -> bool:
     return isinstance(leaf, LowRank)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

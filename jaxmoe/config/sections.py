@@ -347,7 +347,9 @@ class AdapterConfig(Section):
         "expert of a token (PEFT has none there, so that the adapter's folder says 0). null: that of path, else 0.",
     )
     learning_rate_ratio: Annotated[Number, Field(ge=1)] = Field(
-        default=1.0, description="Learning rate of B over that of A (LoRA+, arXiv 2402.12354; 16 is common)."
+        default=1.0,
+        description="Learning rate of B over that of A, but for embeddings (LoRA+, arXiv 2402.12354; "
+        "16 is common).",
     )
 
     @model_validator(mode="after")
