@@ -218,8 +218,10 @@ def letters_of(weight: Weight, letters: str) -> Weight:
     if isinstance(weight, FourBit):
         stack = letters[: len(weight.stack)]
         blocks = letters if weight.has_whole_rows else stack + "."
-        nested = (None, None) if weight.offset is None else (stack + ".", stack)
-        return FourBit(blocks + ".", blocks, *nested, weight.kind, weight.block, weight.shape, weight.dtype)
+        of_arrays: dict[str, Any] = {"codes": blocks + ".", "absmax": blocks}
+        if weight.offset is not None:
+            of_arrays |= {"nested_absmax": stack + ".", "offset": stack}
+        return dataclasses.replace(weight, **of_arrays)
     return letters
 
 
