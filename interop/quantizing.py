@@ -94,8 +94,30 @@ class Form:
         return quantize(weight)
 
     def quantizer(self) -> Any:
-        """`quantize` of one tensor, jitted."""
-        return jax.jit(self.quantize_one)
+        """`quantize` of one tensor, jitted for the host: a device may round a scale another way than a replay does."""
+        return _on_host(self.quantize_one)
+
+
+def _on_host(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A function jitted for a CPU, whatever the devices of the run are.
+
+    Raises:
+        UserError: jax has no CPU.
+    """
+    compiled = jax.jit(function)
+
+    def run(values: Any) -> Any:
+        try:
+            (host, *_) = jax.local_devices(backend="cpu")
+        except RuntimeError:
+            raise UserError(
+                "model.quantization: weights are quantised on the CPU, of which jax was told not to make use; add cpu "
+                "to JAX_PLATFORMS, after the device"
+            ) from None
+        with jax.default_device(host):
+            return compiled(values)
+
+    return run
 
 
 def forms_of(declared: Tree, model: Today, config: QuantizationConfig) -> dict[str, Form]:
