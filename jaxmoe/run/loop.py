@@ -35,6 +35,7 @@ from jaxmoe.run.meter import Meter
 from jaxmoe.run.programs import Programs
 from jaxmoe.training.balance import router_metrics
 from jaxmoe.training.state import Saved, TrainState, checksum, not_finite
+from jaxmoe.training.step import TrainStep
 
 _FINISH_SECONDS = 60.0
 """How long an interrupted run waits for the checkpoint that is being written; a second signal ends it at once."""
@@ -176,11 +177,11 @@ class Trainer:
         self.checkpoints.close()
         return self._finish(state)
 
-    def _compiled(self) -> Any:
+    def _compiled(self) -> TrainStep:
         """The training step, of which it is known now that it fits."""
-        compiled = processes.agree(self.programs.train_step)
-        processes.agree(lambda: memory.check_compiled(self.assembled, compiled))
-        return compiled
+        step = processes.agree(self.programs.train_step)
+        processes.agree(lambda: memory.check_compiled(self.assembled, step.function))
+        return step
 
     def _start(self, batches: Any) -> TrainState:
         """The newest checkpoint, or the state before the first step."""
@@ -212,7 +213,7 @@ class Trainer:
         self._frozen = extra.get("frozen")
         return assembled.state._replace(frozen=frozen).restored(Saved(*saved))
 
-    def _train(self, step: Any, state: TrainState, batches: Any, display: RunDisplay) -> TrainState:
+    def _train(self, step: TrainStep, state: TrainState, batches: Any, display: RunDisplay) -> TrainState:
         train, done = self.config.train, int(state.step)
         self.meter.restart()
         batch = self._next(batches)

@@ -13,6 +13,7 @@ from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import split
 from jaxmoe.run.assemble import assemble
 from jaxmoe.run.model import export_adapter
+from jaxmoe.training.step import TrainStep
 
 STEPS, ROWS, LENGTH = 50, 3, 14
 RATE, BETAS, EPS, CLIP = 3e-3, (0.9, 0.95), 1e-8, 1.0
@@ -53,7 +54,7 @@ def our_losses(assembled, batches, folder):
         trained, _ = split(weights, assembled.adapted.mask)
         export_adapter(assembled.adapted, trained, folder, base=None, dtype=assembled.dtype)
         state = assembled.begin(weights)
-        step = assembled.lower().compile()
+        step = TrainStep(assembled.lower().compile())
         losses = []
         for tokens in batches:
             positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
