@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import quantize
+from helpers import quantize, tiny
 from helpers.adapters import with_random_factors
 from helpers.packed import bnb4, bnb_config
 from helpers.quantized import (
     BLOCK,
     GPT_OSS,
+    QWEN,
     any_fp8,
     any_mxfp4,
     folder_of,
@@ -171,18 +172,26 @@ def test_computes_with_what_the_codes_stand_for(kind, mesh, tmp_path):
 
 
 def test_layers_that_are_quantised_beside_others_that_are_not(tmp_path):
-    config, stored, plain = made("fp8")
-    first = {name: plain[name] for name in plain if ".layers.0." in name and is_matrix(name)}
-    stored = {name: array for name, array in stored.items() if name.removesuffix("_scale_inv") not in first}
-    quantize.write(tmp_path, config, stored | first)
+    """The same kinds of layers are then held in two groups."""
+    config = QWEN | {"num_hidden_layers": 4}
+    stored, plain, quantization = quantize.quantize(
+        tiny.random_tensors(config, "bfloat16"), "fp8", is_matrix, BLOCK, np.float32
+    )
+    third = {name: plain[name] for name in plain if ".layers.2." in name and is_matrix(name)}
+    stored = {name: array for name, array in stored.items() if name.removesuffix("_scale_inv") not in third}
+    quantize.write(tmp_path, config | {"quantization_config": quantization}, stored | third)
     assembled = assembled_for({"path": str(tmp_path)}, {})
+    spec = assembled.source.spec
     found = by_name(assembled, base_of(assembled.initial_weights.make()))
-    packed = {name for name, leaf in found.items() if is_packed(leaf)}
-    assert {name.rpartition(".")[2] for name in packed} == MATRICES
-    (group,) = {name.split(".")[1] for name in packed}
-    others = {name for name in found if name.endswith("down") and name not in packed}
-    assert len(others) == 1
-    assert f"groups.{group}." not in others.pop()
+    whole = by_name(assembled, load_params(assembled.source, jnp.float32))
+    for layer in range(4):
+        group, place, _ = spec.locate(layer)
+        own = {name: leaf for name, leaf in found.items() if name.startswith(f"groups.{group}.{place}.")}
+        packed = {name.rpartition(".")[2] for name, leaf in own.items() if is_packed(leaf)}
+        assert packed == (set() if layer == 2 else MATRICES)
+    for name, leaf in found.items():
+        values = unpack(leaf, jnp.float32) if is_packed(leaf) else leaf
+        np.testing.assert_array_equal(values, whole[name], err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
