@@ -194,7 +194,7 @@ def main() -> None:
         print(write_results("step_counts", rows, model="quickstart", optimizer="adamw"))
         return
     rows = [measure(recipe) for recipe in options.recipe]
-    kinds = [f"{name}, GB" for name in ("base packed", "base plain", "trained", "optimiser", "batch")]
+    kinds = [f"{kind}, GB" for kind in KINDS]
     for columns in (kinds, [name for name in rows[0] if name not in ("recipe", *kinds)]):
         print_table([{"recipe": row["recipe"], **{name: row[name] for name in columns}} for row in rows])
     if options.recipe == RECIPES:

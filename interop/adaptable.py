@@ -134,6 +134,8 @@ def check_base(folder: Path, quantization: QuantizationConfig | None) -> None:
     if recorded is None or recorded.quantization == quantization:
         return
     now = "not quantised" if quantization is None else f"quantised as {quantization.kind}"
+    if quantization is not None and quantization.kind == "keep":
+        now = "as the checkpoint has it"
     told = f"adapter.path: {folder} was trained on a base in {recorded.told}, and here it is {now}"
     if recorded.init == "loftq":
         raise UserError(

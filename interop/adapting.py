@@ -8,6 +8,7 @@ some matrices of a parameter are adapted, the others have pairs of zeros, which 
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import zlib
@@ -32,6 +33,7 @@ from jaxmoe.interop.adaptable import (
     without_lengths,
 )
 from jaxmoe.interop.keeping import kept_forms, layer_schemes
+from jaxmoe.interop.pairs import is_pair, name_of
 from jaxmoe.interop.peft.adapter import Adapter
 from jaxmoe.interop.peft.adapter import LowRank as Pair
 from jaxmoe.interop.peft.config import parse_adapter_config, read_adapter_config
@@ -112,20 +114,20 @@ class Adapted:
     def rates(self, ratio: float) -> Tree | None:
         """Factors on the learning rate, a tree like `declared`; None where all are 1.
 
-        It is `ratio` for every B and magnitude, as in peft's ``create_loraplus_optimizer``, which leaves out those of
-        embeddings as well.
+        It is `ratio` for every B and magnitude, as in peft's ``create_loraplus_optimizer``. That gives both factors of
+        an embedding a small rate of their own; here they have A's.
         """
         if ratio == 1.0:
             return None
         lengths = ratio if self.dora else None
 
         def raised(path: Any, one: Any) -> Any:
-            if not _is_pair(one) or _name(path) == "embed":
+            if not is_pair(one) or name_of(path) == "embed":
                 return one
             return dataclasses.replace(one, b=ratio, magnitude=lengths)
 
         ones = jax.tree.map(lambda _: 1.0, self.declared)
-        return jax.tree_util.tree_map_with_path(raised, ones, is_leaf=_is_pair)
+        return jax.tree_util.tree_map_with_path(raised, ones, is_leaf=is_pair)
 
     def _with_pairs(self, pair: Any, other: Any) -> Tree:
         """`pair` of (name, declaration, places) for each adapted parameter; of the others `other` of both first."""
@@ -235,7 +237,7 @@ class Adapted:
         """
         pairs: dict[str, Pair] = {}
         weights = jax.tree_util.tree_leaves_with_path(trained, is_leaf=lambda x: isinstance(x, LowRank))
-        by_name = {_name(path): leaf for path, leaf in weights}
+        by_name = {name_of(path): leaf for path, leaf in weights}
         for target, places in self.places.items():
             for place in places:
                 a, b = place.take((by_name[target].a, by_name[target].b))
@@ -280,7 +282,8 @@ class Adapted:
     @property
     def fingerprint(self) -> int:
         """Of what a checkpoint's factors mean: names, ranks, scales, dropout and what is trained as a whole."""
-        meant = [sorted(self.widths.items()), sorted(self.saved), self.dropout, self.dora]
+        meant: list[Any] = [sorted(self.widths.items()), sorted(self.saved), self.dropout]
+        meant += ["dora"] if self.dora else []
         return zlib.crc32(json.dumps(meant).encode())
 
     @property
@@ -344,6 +347,9 @@ def adapt(source: Source, config: AdapterConfig, quantization: QuantizationConfi
         adapted = dataclasses.replace(
             adapted, forms={name: form for name, form in forms.items() if name not in whole}
         )
+        for form in itertools.islice(adapted.forms.values(), 1):
+            if not form.kept:
+                form.quantizer()  # or what lacks for it, before anything is compiled
     if config.init == "loftq":
         raise_problems(where, list(unquantised(adapted)))
     if adapted.decomposes:
@@ -389,34 +395,3 @@ def _signatures(
             found.setdefault(key, set()).add((rest, others, widths.get(name)))
     spec = source.spec
     return [frozenset(found.get(spec.locate(layer), ())) for layer in range(len(spec.layers))]
-
-
-def base_of(tree: Tree) -> Tree:
-    """A tree of `Adapted.declared` without its factors: one of `ModelSpec.declared`."""
-    return jax.tree.map(
-        lambda leaf: leaf.base if _is_pair(leaf) else leaf, tree, is_leaf=lambda x: x is None or _is_pair(x)
-    )
-
-
-def named_pairs(tree: Tree) -> list[tuple[str, LowRank]]:
-    """The low-rank pairs of a tree, by the name of their parameter."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_pair)
-    return [(_name(path), leaf) for path, leaf in leaves if _is_pair(leaf)]
-
-
-def with_magnitudes(tree: Tree, magnitudes: Mapping[str, Any]) -> Tree:
-    """A tree of weights whose pairs have these, by the name of their parameter."""
-
-    def with_own(path: Any, leaf: Any) -> Any:
-        name = _name(path)
-        return dataclasses.replace(leaf, magnitude=magnitudes[name]) if _is_pair(leaf) else leaf
-
-    return jax.tree_util.tree_map_with_path(with_own, tree, is_leaf=_is_pair)
-
-
-def _is_pair(leaf: Any) -> bool:
-    return isinstance(leaf, LowRank)
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")

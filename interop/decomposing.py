@@ -18,7 +18,7 @@ from jaxmoe.codecs import unpack
 from jaxmoe.interop.adapting import Adapted
 from jaxmoe.interop.loading import load_params
 from jaxmoe.interop.places import Place, declared_pair
-from jaxmoe.interop.quantizing import Form
+from jaxmoe.interop.quantizing import Form, on_host
 from jaxmoe.interop.source import Source
 from jaxmoe.params import draw_param, named
 
@@ -97,7 +97,7 @@ def _rounded(values: np.ndarray) -> np.ndarray:
 
 def _quantised(form: Form, values: np.ndarray) -> np.ndarray:
     """What is left of a parameter in few bits, float32."""
-    quantize, dequantise = form.quantizer(), jax.jit(lambda packed: unpack(packed, jnp.float32))
+    quantize, dequantise = form.quantizer(), on_host(lambda packed: unpack(packed, jnp.float32))
     found = np.empty_like(values)
     for index in np.ndindex(values.shape[: len(form.stack)]):
         found[index] = dequantise(quantize(values[index]))

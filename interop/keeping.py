@@ -13,8 +13,9 @@ from jaxmoe.errors import UserError, listed
 from jaxmoe.interop.loading import Parts, inside
 from jaxmoe.interop.peft.today import Today
 from jaxmoe.interop.quantization.arithmetic import FP8, MXFP4, CodeBook, LLMInt8
-from jaxmoe.interop.quantization.folder import Files, QuantizedFolder, StoredOrder
+from jaxmoe.interop.quantization.folder import Files, QuantizedFolder
 from jaxmoe.interop.quantization.stored_form import QuantizedTensor
+from jaxmoe.interop.quantization.stored_order import StoredOrder
 from jaxmoe.interop.quantizing import Form, forms_of, gather
 from jaxmoe.interop.rules import Binding
 from jaxmoe.interop.source import Source
@@ -24,12 +25,20 @@ _log = logging.getLogger(__name__)
 KEPT = "FP8, MXFP4, and bitsandbytes' nf4, fp4 and int8"
 
 
+_FP8_NAN = 0x7F
+"""Its bits in float8_e4m3fn, but for the sign."""
+
+
 class Scheme(NamedTuple):
     """How codes and scales of a tensor are held, as in `Form`."""
 
     kind: str
     block: int
     dtype: str
+
+
+Schemes = frozenset[Scheme | None]
+"""Those of several tensors; None is that of one that is not quantised, or not so that it can be held."""
 
 
 def scheme_of(tensor: QuantizedTensor, binding: Binding) -> Scheme | None:
@@ -68,46 +77,52 @@ def kept_forms(source: Source, model: Today) -> dict[str, Form]:
     Raises:
         UserError: there is nothing.
     """
-    quantized = source.quantized
-    forms, others = {}, []
+    quantized, of_parameter = source.quantized, source.bindings.of_parameter
+    forms = {}
     for name, form in forms_of(source.spec.declared, model, QuantizationConfig()).items():
-        parts = source.bindings.of_parameter[name]
-        found = {scheme_of(quantized[one.source], one) if one.source in quantized else None for one in parts}
-        scheme = next(iter(found))
-        if len(found) == 1 and scheme is not None:
+        found = _schemes(quantized, of_parameter[name])
+        (scheme, *more) = found
+        if scheme is not None and not more:
             kind, block, dtype = scheme
             forms[name] = dataclasses.replace(
                 form, kind=kind, block=block, double=False, dtype=dtype, kept=True
             )
-        else:
-            others += [one.source for one in parts if one.source in quantized]
-    told = f"{source.folder or 'model.config'}"
+    kept = {one.source for name in forms for one in of_parameter[name]}
+    others = [name for name in source.bindings.of_tensor if name in quantized and name not in kept]
+    told = source.folder or "model.config"
     if not forms:
         why = f"{listed(others, 3)} have none of these" if others else "nothing in it is quantised"
+        if source.folder is None and source.format is not None and not others:
+            why = "without the checkpoint's files that is known of MXFP4 and of FP8 in blocks alone"
         raise UserError(
             f"model.quantization: found 'keep', but of {told} no weight of a layer can be kept in {KEPT} with blocks "
             f"along its inputs: {why}; expected nf4, fp4, int8 or null"
         )
     if others:
         _log.warning(
-            "model.quantization keep: %d quantised tensors of %s cannot be kept as they are and are held in "
-            "model.dtype, such as %s",
+            "model.quantization keep: %d quantised tensors of %s are held in model.dtype, such as %s: no matrices of a "
+            "layer, or without blocks along their inputs, or of a parameter with others that are quantised otherwise",
             *(len(others), told, others[0]),
         )
     return forms
 
 
-def layer_schemes(source: Source, model: Today) -> dict[str, Mapping[int, Scheme | None]]:
-    """Of each parameter that may be kept, how each of its layers' tensors are held, by their index of L."""
+def layer_schemes(source: Source, model: Today) -> dict[str, Mapping[int, Schemes]]:
+    """Of each parameter that may be kept, how the tensors of each of its layers are held, by their index of L."""
     quantized = source.quantized
-    found: dict[str, Mapping[int, Scheme | None]] = {}
+    found: dict[str, Mapping[int, Schemes]] = {}
     for name in forms_of(source.spec.declared, model, QuantizationConfig()):
-        of_layer: dict[int, Scheme | None] = {}
+        of_layer: dict[int, list[Binding]] = {}
         for one in source.bindings.of_parameter[name]:
-            if one.source in quantized:
-                of_layer[one.index["L"]] = scheme_of(quantized[one.source], one)
-        found[name] = of_layer
+            of_layer.setdefault(one.index["L"], []).append(one)
+        found[name] = {layer: _schemes(quantized, parts) for layer, parts in of_layer.items()}
     return found
+
+
+def _schemes(quantized: Mapping[str, QuantizedTensor], parts: Sequence[Binding]) -> Schemes:
+    return frozenset(
+        scheme_of(quantized[one.source], one) if one.source in quantized else None for one in parts
+    )
 
 
 def load_kept(files: Files, form: Form, parts: Sequence[Binding], placements: Packed) -> Packed:
@@ -125,7 +140,11 @@ def load_kept(files: Files, form: Form, parts: Sequence[Binding], placements: Pa
 
 
 def read_kept(files: QuantizedFolder, form: Form, parts: Parts, index: tuple[int, ...]) -> Packed:
-    """The codes and scales at an index of the letters of `Form.stack`, as numpy's arrays."""
+    """The codes and scales at an index of the letters of `Form.stack`, as numpy's arrays.
+
+    Raises:
+        UserError: a code of FP8 is nan.
+    """
     fixed = dict(zip(form.stack, index, strict=True))
     *rows, width = form.shape
     codes = np.empty(form.shape, np.uint8)
@@ -136,6 +155,11 @@ def read_kept(files: QuantizedFolder, form: Form, parts: Parts, index: tuple[int
         blocks = list(part.box)
         blocks[binding.letters.index(form.declared.dims[-1])] = slice(0, width, form.block)
         of_part = files.read_packed(binding.source, binding.sizes, part.box, blocks)
+        if form.kind == "fp8" and (of_part[0] & _FP8_NAN == _FP8_NAN).any():
+            # As bytes nothing would find it before it is computed with.
+            raise UserError(
+                f"tensor {binding.source} holds nan, expected finite weights: give a checkpoint without"
+            )
         part.put(of_part[0], codes)
         factors = of_part[1] if form.kind == "mxfp4" else quantized.arithmetic.factors(of_part[1])
         part.put(factors.view(np.uint8) if form.kind == "mxfp4" else factors, scales)

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from jax.sharding import Mesh
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from jaxmoe.codecs import Packed, four_bit, fp8_blocks, int8_rows, unpack
 from jaxmoe.config import QuantizationConfig
@@ -95,26 +96,27 @@ class Form:
 
     def quantizer(self) -> Any:
         """`quantize` of one tensor, jitted for the host: a device may round a scale another way than a replay does."""
-        return _on_host(self.quantize_one)
+        return on_host(self.quantize_one)
 
 
-def _on_host(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A function jitted for a CPU, whatever the devices of the run are.
+def on_host(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A function jitted for a CPU, whatever the devices of the run and the mesh around a call are.
 
     Raises:
         UserError: jax has no CPU.
     """
-    compiled = jax.jit(function)
+    try:
+        (host, *_) = jax.local_devices(backend="cpu")
+    except RuntimeError:
+        raise UserError(
+            "model.quantization: weights are quantised on the CPU, which JAX_PLATFORMS leaves out; add cpu at "
+            "its end"
+        ) from None
+    compiled, alone = jax.jit(function), Mesh(np.asarray([host]), ("host",))
 
     def run(values: Any) -> Any:
-        try:
-            (host, *_) = jax.local_devices(backend="cpu")
-        except RuntimeError:
-            raise UserError(
-                "model.quantization: weights are quantised on the CPU, of which jax was told not to make use; add cpu "
-                "to JAX_PLATFORMS, after the device"
-            ) from None
-        with jax.default_device(host):
+        # A mesh that is set is stronger than a default device.
+        with jax.set_mesh(alone):
             return compiled(values)
 
     return run
@@ -230,6 +232,13 @@ class Recorded(BaseModel):
     parameters: tuple[str, ...]
     init: str = "default"
 
+    @field_validator("quantization")
+    @classmethod
+    def _quantises(cls, given: QuantizationConfig) -> QuantizationConfig:
+        if given.kind == "keep":
+            raise ValueError("found kind 'keep', which quantises nothing and has no record")
+        return given
+
     @classmethod
     def of(cls, forms: Mapping[str, Form], model: Today, dtype: Any, init: str) -> "Recorded":
         """What there is to record of a run.
@@ -274,7 +283,8 @@ class Recorded(BaseModel):
             return cls.model_validate_json(read_text(path, _MAX_BYTES), strict=False)
         except FileNotFoundError:
             raise UserError(
-                f"{folder}: has no {RECORD}, so its base was not in few bits: merge it without --quantization"
+                f"{folder}: has no {RECORD}, so no weight of its base was quantised for it: merge it without "
+                "--quantization"
             ) from None
         except (ValidationError, OSError, ValueError) as error:
             raise UserError(

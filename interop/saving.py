@@ -26,7 +26,8 @@ from jaxmoe.interop.export_plan import (
     source_files,
 )
 from jaxmoe.interop.loading import numpy_dtype
-from jaxmoe.interop.quantization.folder import Files, QuantizedFolder, StoredOrder
+from jaxmoe.interop.quantization.folder import Files, QuantizedFolder
+from jaxmoe.interop.quantization.stored_order import StoredOrder
 from jaxmoe.interop.rules import Binding, Bindings
 from jaxmoe.interop.source import Source
 from jaxmoe.interop.storage.format import INDEX_FILE, Shard, TensorInfo, dtype_name

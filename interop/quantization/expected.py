@@ -15,14 +15,19 @@ def expected_tensors(format: Format, bindings: Bindings) -> Mapping[str, Quantiz
     """
     found = {}
     for name, binding in bindings.of_tensor.items():
-        if isinstance(format, MXFP4Experts) and is_mxfp4(name, binding.shape):
-            found[name] = mxfp4_tensor(name, binding.shape)
-        elif isinstance(format, FP8Weights) and format.block is not None and _is_linear(binding):
-            order = tuple(range(len(binding.shape)))
+        shape = binding.shape
+        if isinstance(format, MXFP4Experts) and is_mxfp4(name, shape):
+            found[name] = mxfp4_tensor(name, shape)
+        elif isinstance(format, FP8Weights) and format.block is not None and _is_fp8(name, binding, format):
             scales = Part(name + SCALES_ENDING, format.block)
-            found[name] = QuantizedTensor(name, binding.shape, order, FP8(format.powers), Part(name), scales)
+            order = tuple(range(len(shape)))
+            found[name] = QuantizedTensor(name, shape, order, FP8(format.powers), Part(name), scales)
     return found
 
 
-def _is_linear(binding: Binding) -> bool:
-    return binding.declared.role == "matrix" and binding.target.startswith("groups.")
+def _is_fp8(name: str, binding: Binding, format: FP8Weights) -> bool:
+    declared = binding.declared
+    is_linear = (
+        declared.role == "matrix" and binding.target.startswith("groups.") and "J" not in declared.dims
+    )
+    return is_linear and not any(part in name for part in format.left)

@@ -5,7 +5,6 @@ loading and export need not know.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,9 @@ from jaxmoe.interop.quantization.parts import (
     spread,
 )
 from jaxmoe.interop.quantization.stored_form import BF16, ROWS, Format, Part, QuantizedTensor
-from jaxmoe.interop.rules import Binding
 from jaxmoe.interop.storage.format import Shard, dtype_name, new_shard
 from jaxmoe.interop.storage.reader import BUFFER_BYTES, CheckpointFolder
-from jaxmoe.interop.storage.slices import Box, finer_axes, pieces, runs
+from jaxmoe.interop.storage.slices import Box, finer_axes, pieces
 
 TABLE_TOLERANCE = 1e-6
 """By which a table of values that a folder repeats may differ from the format's own."""
@@ -400,38 +398,3 @@ def is_zero_bias(files: Files, name: str) -> bool:
     if not isinstance(files, QuantizedFolder) or not name.endswith(".bias") or weight not in files.quantized:
         return False
     return not any(any(chunk) for chunk in files.iter_bytes(name))
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredOrder:
-    """The letters of a quantised tensor's binding in the order in which it is stored."""
-
-    tensor: QuantizedTensor
-    binding: Binding
-
-    @functools.cached_property
-    def axes(self) -> tuple[tuple[str, ...], ...]:
-        """Letters of each stored axis."""
-        return tuple(self.binding.axes[axis] for axis in self.tensor.order)
-
-    def parts(self, band: Box) -> Iterator[dict[str, slice]]:
-        """Parts of the parameter, a slice per letter, whose rows follow each other in `band`.
-
-        Rows may be several letters fused, of which a band begins and ends anywhere.
-        """
-        size_of = dict(zip(self.binding.letters, self.binding.sizes, strict=True))
-        boxes: list[Box] = [()]
-        for letters, part in zip(self.axes, band, strict=True):
-            finer = list(runs([size_of[letter] for letter in letters], part.start, part.stop))
-            boxes = [(*box, *more) for box in boxes for more in finer]
-        order = [letter for group in self.axes for letter in group]
-        for box in boxes:
-            of_letter = dict(zip(order, box, strict=True))
-            yield self.binding.within([of_letter[letter] for letter in self.binding.letters])
-
-    def rows(self, part: np.ndarray) -> np.ndarray:
-        """A part in the parameter's own order of the letters → (rows, columns)."""
-        dims = self.binding.declared.dims
-        order = [dims.index(letter) for group in self.axes for letter in group]
-        fixed = [dims.index(letter) for letter in self.binding.index]  # of length 1
-        return part.transpose([*fixed, *order]).reshape(-1, self.tensor.stored_shape[-1])

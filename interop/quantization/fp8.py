@@ -28,6 +28,7 @@ CODES = "F8_E4M3"
 SCALES = ("F32", "BF16", "F8_E8M0")
 SCALES_ENDING = "_scale_inv"
 _ENDINGS = (SCALES_ENDING, "_scale")
+_LEFT = ("modules_to_not_convert", "ignored_layers")
 _INERT = (".activation_scale", ".input_scale", ".k_scale", ".v_scale")
 
 # Which tensors are quantised, their own dtypes say; how activations would be, does not matter in bfloat16.
@@ -57,10 +58,12 @@ class FP8Weights:
     Attributes:
         block: rows and columns that share a scale, or None.
         powers: scales are powers of two.
+        left: parts of the names of modules that are not quantised; which tensors are, their dtypes say.
     """
 
     block: tuple[int, int] | None
     powers: bool = False
+    left: tuple[str, ...] = ()
 
     expected = f"{CODES} weights X with X{_ENDINGS[0]}"
 
@@ -80,7 +83,9 @@ class FP8Weights:
                 f"{where}.weight_block_size = {quote(block)}: expected two positive integers, rows and columns of a "
                 "block, or no such field for one scale per row or per tensor"
             )
-        return cls(None if block is None else (block[0], block[1]), given.get("scale_fmt") == "ue8m0")
+        left = [name for key in _LEFT for name in given.get(key) or () if isinstance(name, str)]
+        size = None if block is None else (block[0], block[1])
+        return cls(size, given.get("scale_fmt") == "ue8m0", tuple(left))
 
     def find(
         self, stored: CheckpointFolder, problems: list[str]

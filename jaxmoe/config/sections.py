@@ -117,7 +117,10 @@ class QuantizationConfig(Section):
 
     @model_validator(mode="after")
     def _nothing_beside_keep(self) -> "QuantizationConfig":
-        beside = sorted(self.model_fields_set - {"kind"})
+        fields = type(self).model_fields
+        beside = [
+            name for name in ("block_size", "double_quant") if getattr(self, name) != fields[name].default
+        ]
         if self.kind == "keep" and beside:
             raise ValueError(
                 f"found {beside[0]} beside kind 'keep', which leaves weights as the checkpoint has them; expected kind "
@@ -348,8 +351,8 @@ class AdapterConfig(Section):
     )
     learning_rate_ratio: Annotated[Number, Field(ge=1)] = Field(
         default=1.0,
-        description="Learning rate of B over that of A, but for embeddings (LoRA+, arXiv 2402.12354; "
-        "16 is common).",
+        description="Learning rate of B and of DoRA's lengths over that of A, but for embeddings (LoRA+, "
+        "arXiv 2402.12354; 16 is common).",
     )
 
     @model_validator(mode="after")

@@ -51,7 +51,7 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(…, out, in)."""
+        """(…, out, in), of a base that is an array or such a pair."""
         return self.base.shape
 
 
@@ -130,23 +130,31 @@ def linear(
         out_dtype: in which products are summed and given, by default x's.
     """
     product = functools.partial(_product, precision=precision, out_dtype=out_dtype)
-    if isinstance(weight, LowRank):
-        low = product(_low(x, weight, product).astype(x.dtype), weight.b)
-        low = low * jnp.asarray(weight.scale, low.dtype)
-        plain = functools.partial(linear, weight=weight.base, precision=precision, out_dtype=out_dtype)
-        if weight.magnitude is None:
-            out = plain(x) + low
-        else:
-            gain = along_last(_gain(weight), low).astype(low.dtype)
-            out = gain * (plain(x) + low)
-            if weight.dropout is not None:  # PEFT drops out of what the change of the lengths acts on as well
-                out = plain(x) + (gain - 1) * plain(weight.dropout(x)) + gain * low
+    if isinstance(weight, LowRank) and weight.magnitude is not None:
+        # A gain is near 1: what training changes of it is less than a step of bfloat16 there.
+        base = functools.partial(linear, weight=weight.base, precision=precision, out_dtype=jnp.float32)
+        update = _update(x, weight, functools.partial(product, out_dtype=jnp.float32))
+        gain, plain = along_last(_gain(weight), x), base(x)
+        if weight.dropout is None:
+            out = gain * (plain + update)
+        else:  # PEFT drops out of what the change of the lengths acts on as well
+            out = plain + (gain - 1) * base(weight.dropout(x)) + gain * update
+        out = out.astype(x.dtype if out_dtype is None else out_dtype)
+    elif isinstance(weight, LowRank):
+        plain = linear(x, weight.base, precision=precision, out_dtype=out_dtype)
+        out = plain + _update(x, weight, product)
     elif isinstance(weight, PACKED):
         # Multiplied out again in the backward pass, not kept for it.
         out = jax.checkpoint(lambda x, weight: product(x, dense(weight, x.dtype)))(x, weight)
     else:
         out = product(x, dense(weight, x.dtype))
     return out if bias is None else add_bias(out, bias.astype(out.dtype))
+
+
+def _update(x: jax.Array, weight: LowRank, product: Callable[..., jax.Array]) -> jax.Array:
+    """What the pair adds, (…, in) → (…, out)."""
+    update = product(_low(x, weight, product).astype(x.dtype), weight.b)
+    return update * jnp.asarray(weight.scale, update.dtype)
 
 
 def _low(x: jax.Array, weight: LowRank, product: Callable[..., jax.Array]) -> jax.Array:

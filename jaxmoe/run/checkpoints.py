@@ -171,7 +171,9 @@ class Checkpoints:
         except (jax.errors.JaxRuntimeError, MemoryError):
             raise
         except Exception as error:  # of many types, bare Exception among them
-            raise self._damaged(step, str(error) or type(error).__name__) from error
+            # Its files are what was written, so it may be another version's, put together in another way.
+            then = "go on with the version of jaxmoe that wrote it, or if that cannot read it either "
+            raise self._damaged(step, str(error) or type(error).__name__, then) from error
         if restored.state is None or restored.extra is None:
             raise self._damaged(step, "state or extra is missing")
         return restored.state, restored.extra
@@ -248,12 +250,14 @@ class Checkpoints:
             "make room and start the same command again"
         ) from error
 
-    def _damaged(self, step: int, reason: str) -> UserError:
+    def _damaged(self, step: int, reason: str, first: str = "") -> UserError:
         earlier = [other for other in self._steps_here() if other < step]
         then = f"to resume from step {earlier[-1]}" if earlier else "to start from the beginning"
         reason = shortened(" ".join(reason.split()))
         folder = self._folder / str(step)
-        return UserError(f"{folder}: this checkpoint cannot be read ({reason}): delete that folder {then}")
+        return UserError(
+            f"{folder}: this checkpoint cannot be read ({reason}): {first}delete that folder {then}"
+        )
 
     def _remove_leftovers(self) -> None:
         if self._folder.is_dir():

@@ -100,11 +100,10 @@ def _refuse(bound: str, needed: Mapping[str, int], free: int | None, assembled: 
         return
     parts = ", ".join(f"{decimal(size)} for {what}" for what, size in needed.items() if size * 100 > total)
     largest = max(needed, key=lambda what: needed[what])
-    less = (
-        "train less with trainable or frozen"
-        if assembled.adapted is None
-        else "lower adapter.rank, or set model.quantization"
-    )
+    less = "train less with trainable or frozen"
+    if assembled.adapted is not None:
+        packed = assembled.config.model.quantization is not None
+        less = "lower adapter.rank" + ("" if packed else ", or set model.quantization")
     lower = (
         f"shard over more devices with mesh.fsdp or mesh.expert, or {less}"
         if "weights" in largest or largest == "gradients"

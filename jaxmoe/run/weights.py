@@ -7,10 +7,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmoe.codecs import PACKED
-from jaxmoe.interop.adapting import Adapted, base_of, named_pairs, with_magnitudes
+from jaxmoe.interop.adapting import Adapted
 from jaxmoe.interop.decomposing import Decomposed
 from jaxmoe.interop.keeping import load_kept
 from jaxmoe.interop.loading import load_params
+from jaxmoe.interop.pairs import base_of, named_pairs, with_magnitudes
 from jaxmoe.interop.quantizing import Form, load_packed, pack
 from jaxmoe.interop.source import Source
 from jaxmoe.model.linear import row_lengths

@@ -9,9 +9,10 @@ from helpers import adapters, parity
 from safetensors.numpy import load_file
 
 from jaxmoe.config import AdapterConfig
-from jaxmoe.interop.adapting import adapt, named_pairs, with_magnitudes
+from jaxmoe.interop.adapting import adapt
 from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.loading import load_params
+from jaxmoe.interop.pairs import named_pairs, with_magnitudes
 from jaxmoe.interop.peft.reading import WEIGHTS_FILE, read_adapter
 from jaxmoe.interop.peft.today import today
 from jaxmoe.interop.peft.writing import adapter_tensors

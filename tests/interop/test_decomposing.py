@@ -11,8 +11,9 @@ from helpers import adapters, parity
 
 from jaxmoe.codecs import PACKED, unpack
 from jaxmoe.config import AdapterConfig, QuantizationConfig
-from jaxmoe.interop.adapting import adapt, base_of, named_pairs
+from jaxmoe.interop.adapting import adapt
 from jaxmoe.interop.decomposing import Decomposed, principal, triangular
+from jaxmoe.interop.pairs import base_of, named_pairs
 from jaxmoe.interop.peft.writing import write_adapter
 from jaxmoe.interop.source import open_source
 from jaxmoe.model import decoder

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import yaml
 from helpers import quantize, tiny
 from helpers.adapters import with_random_factors
 from helpers.packed import bnb4, bnb_config
@@ -27,8 +28,9 @@ from helpers.quantized import (
 from jaxmoe.codecs import PACKED, Fp8Blocks, four_bit, unpack
 from jaxmoe.config import RunConfig
 from jaxmoe.errors import UserError
-from jaxmoe.interop.adapting import base_of
 from jaxmoe.interop.loading import load_params
+from jaxmoe.interop.pairs import base_of
+from jaxmoe.interop.peft.reading import read_adapter
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import make_batch
 from jaxmoe.parallel.sharding import make_mesh
@@ -177,9 +179,11 @@ def test_layers_that_are_quantised_beside_others_that_are_not(tmp_path):
     stored, plain, quantization = quantize.quantize(
         tiny.random_tensors(config, "bfloat16"), "fp8", is_matrix, BLOCK, np.float32
     )
-    third = {name: plain[name] for name in plain if ".layers.2." in name and is_matrix(name)}
-    stored = {name: array for name, array in stored.items() if name.removesuffix("_scale_inv") not in third}
-    quantize.write(tmp_path, config | {"quantization_config": quantization}, stored | third)
+    plain_ones = {name: plain[name] for name in plain if ".layers.2." in name and is_matrix(name)}
+    one = "model.layers.3.mlp.experts.0.down_proj.weight"
+    plain_ones[one] = plain[one]
+    stored = {n: array for n, array in stored.items() if n.removesuffix("_scale_inv") not in plain_ones}
+    quantize.write(tmp_path, config | {"quantization_config": quantization}, stored | plain_ones)
     assembled = assembled_for({"path": str(tmp_path)}, {})
     spec = assembled.source.spec
     found = by_name(assembled, base_of(assembled.initial_weights.make()))
@@ -188,7 +192,7 @@ def test_layers_that_are_quantised_beside_others_that_are_not(tmp_path):
         group, place, _ = spec.locate(layer)
         own = {name: leaf for name, leaf in found.items() if name.startswith(f"groups.{group}.{place}.")}
         packed = {name.rpartition(".")[2] for name, leaf in own.items() if is_packed(leaf)}
-        assert packed == (set() if layer == 2 else MATRICES)
+        assert packed == {2: set(), 3: MATRICES - {"down"}}.get(layer, MATRICES)
     for name, leaf in found.items():
         values = unpack(leaf, jnp.float32) if is_packed(leaf) else leaf
         np.testing.assert_array_equal(values, whole[name], err_msg=name)
@@ -211,6 +215,24 @@ def test_exports(kind, tmp_path):
     export_merged(adapted, trained, weights, tmp_path / "merged", dtype=jnp.float32, tokenizer_files={})
     merged = tensors_of(tmp_path / "merged")
     assert merged.keys() == plain.keys()
+    pairs = read_adapter(tmp_path / "adapter", adapted.model.anatomy).pairs
+    assert {name.split(".", 3)[3] for name in pairs} >= {"self_attn.q_proj.weight", "mlp.experts.down_proj"}
+    for name, pair in pairs.items():
+        deltas = pair.scale * np.float64(pair.b) @ np.float64(pair.a)
+        if name in plain:
+            expected = {name: deltas.swapaxes(-1, -2) if pair.a.ndim == 3 else deltas}
+        else:  # experts one by one
+            stem = name.removesuffix("down_proj")
+            expected = {f"{stem}{e}.down_proj.weight": delta for e, delta in enumerate(deltas)}
+        for tensor, delta in expected.items():
+            found = np.frombuffer(merged[tensor][2], ml_dtypes.bfloat16).reshape(merged[tensor][1])
+            if pair.a.ndim == 3:  # PEFT rounds those of bare parameters first
+                delta = np.float32(delta).astype(ml_dtypes.bfloat16)
+            want = (np.float32(plain[tensor]) + np.float32(delta)).astype(ml_dtypes.bfloat16)
+            np.testing.assert_allclose(
+                np.float32(found), np.float32(want), rtol=0, atol=2**-8 * np.abs(delta).max()
+            )
+            assert (found == want).mean() > 0.99
     changed = {name for name in plain if merged[name][2] != plain[name].tobytes()}
     adapted_ones = re.compile(r"(q_proj|o_proj)\.weight|experts\.(\d+\.)?down_proj(\.weight)?$")
     assert changed == {name for name in plain if adapted_ones.search(name)}
@@ -228,6 +250,52 @@ def test_random_weights_of_a_quantised_config():
     forms = assembled_for({"config": fp8}, {}).adapted.forms
     assert {form.kind for form in forms.values()} == {"fp8"}
     assert {form.block for form in forms.values()} == {BLOCK[1]}
+
+
+def test_what_is_not_kept_is_told(tmp_path, caplog):
+    config, stored, plain = made("fp8")
+    head = quantize.quantize(
+        {"lm_head.weight": plain["lm_head.weight"]}, "fp8", lambda _: True, BLOCK, np.float32
+    )
+    quantize.write(tmp_path, config, {n: a for n, a in stored.items() if n != "lm_head.weight"} | head[0])
+    assembled_for({"path": str(tmp_path)}, {})
+    assert "1 quantised tensors of" in caplog.text
+    assert "such as lm_head.weight" in caplog.text
+
+
+def test_nan_among_the_codes(tmp_path):
+    config, stored, _ = made("fp8")
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    stored[name] = stored[name].copy()
+    stored[name].view(np.uint8)[3, 4] = 0xFF
+    quantize.write(tmp_path, config, stored)
+    with pytest.raises(UserError, match=rf"tensor {name} holds nan"):
+        assembled_for({"path": str(tmp_path)}, {}).initial_weights.make()
+
+
+@pytest.mark.parametrize(
+    "given", ["keep", {"kind": "keep"}, {"kind": "int8"}, {"kind": "nf4", "block_size": 128}]
+)
+def test_configs_are_read_as_they_are_written(given):
+    """A run goes on with the config that it wrote."""
+    config = RunConfig.from_mapping(
+        {
+            "model": {"path": "x", "quantization": given},
+            "data": {"path": "nothing.txt", "sequence_length": 16},
+            "optimizer": {"learning_rate": 0.01},
+            "train": {"steps": 2, "batch_size": 8},
+            "adapter": LORA,
+            "output_dir": "nowhere",
+        }
+    )
+    assert RunConfig.from_mapping(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_a_plan_leaves_out_what_the_config_does():
+    config = made("fp8")[0]
+    without = config["quantization_config"] | {"modules_to_not_convert": ["self_attn", "lm_head"]}
+    forms = assembled_for({"config": config | {"quantization_config": without}}, {}).adapted.forms
+    assert {name.rpartition(".")[2] for name in forms} == EXPERTS | {"gate_up", "down"}
 
 
 def test_refusals(tmp_path):
@@ -248,9 +316,12 @@ def test_refusals(tmp_path):
         assembled_for({"config": GPT_OSS}, {})
     config, stored, _ = made("fp8")
     quantize.write(tmp_path / "fp8", config, stored)
+    nf4 = GPT_OSS | {"quantization_config": bnb_config(4)}
+    with pytest.raises(UserError, match="without the checkpoint's files that is known of MXFP4 and of FP8"):
+        assembled_for({"config": nf4}, {})
     with pytest.raises(UserError, match=r"q_proj.weight stays in few bits .* 'pissa' takes a part out of it"):
         assembled_for({"path": str(tmp_path / "fp8")}, {}, init="pissa", target_parameters=[])
     with pytest.raises(UserError, match="found block_size beside kind 'keep'"):
-        assembled_for({"path": "x", "quantization": {"kind": "keep", "block_size": 64}}, {})
+        assembled_for({"path": "x", "quantization": {"kind": "keep", "block_size": 128}}, {})
     with pytest.raises(UserError, match="'loftq' without a model.quantization that loses anything"):
         assembled_for({"path": "x"}, {}, init="loftq")

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from helpers import parity
 from helpers.adapters import with_random_factors
+from jax.sharding import Mesh
 
 from jaxmoe.cli import main as cli
 from jaxmoe.codecs import PACKED, four_bit, int8_rows, unpack
 from jaxmoe.config import RunConfig
-from jaxmoe.interop.adapting import base_of, named_pairs
 from jaxmoe.interop.loading import load_params
+from jaxmoe.interop.pairs import base_of, named_pairs
+from jaxmoe.interop.quantizing import on_host
 from jaxmoe.interop.source import open_source
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import make_batch
@@ -214,3 +216,12 @@ def test_a_sharded_step_gathers_bytes(form, narrow, folders):
         not {tuple(sorted(map(int, dims.split(",")))) for dtype, dims in found if dtype == "f32" and dims}
         & whole
     )
+
+
+def test_quantising_is_done_on_the_host():
+    """Also within the mesh of a run, whose devices may round otherwise."""
+    others = Mesh(np.asarray(jax.devices()[2:4]), ("data",))
+    with jax.set_mesh(others):
+        found = on_host(lambda x: 2 * x)(np.arange(3.0, dtype=np.float32))
+        assert jax.sharding.get_abstract_mesh().axis_names == ("data",)
+    assert found.devices() == {jax.local_devices(backend="cpu")[0]}

@@ -14,6 +14,7 @@ from helpers import drawn, parity
 from jaxmoe.codecs import Fp8Blocks, fp8_blocks
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import learning_batch
+from jaxmoe.model.dropout import Dropout
 from jaxmoe.model.linear import (
     LowRank,
     dense,
@@ -85,6 +86,29 @@ def test_written_out_gradients_are_those_of_jax(kind):
     np.testing.assert_allclose(dx, want_dx, rtol=1e-5, atol=1e-5)
     for (name, a), (_, b) in zip(named(dweight), named(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_gains_near_1_in_bfloat16(dropped):
+    """What training changes of lengths is less than a step of bfloat16: none of it is lost before the sum."""
+    given = weights()["rows of given lengths"]
+    bare = dataclasses.replace(given, magnitude=None)
+    wide = lambda array: np.float64(jnp.asarray(array).astype(jnp.float32))
+    lengths = jnp.asarray(np.linalg.norm(meaning(bare), axis=1) * 1.003, jnp.float32)
+    arrays = {name: getattr(given, name).astype(jnp.bfloat16) for name in ("base", "a", "b")}
+    weight = dataclasses.replace(given, magnitude=lengths, **arrays)
+    if dropped:
+        weight = dataclasses.replace(weight, dropout=Dropout(jax.random.key(0), 1e-9))
+    x = random(50, IN, seed=8).astype(jnp.bfloat16)
+    found = linear(x, weight, out_dtype=jnp.float32)
+    total = wide(arrays["base"]) + given.scale * wide(arrays["b"]) @ wide(arrays["a"])
+    gains = np.float64(lengths) / np.linalg.norm(total, axis=1)
+    assert (np.abs(gains - 1) < 2**-7).all()
+    want = wide(x) @ total.T * gains
+    assert found.dtype == jnp.float32
+    # The update's first product is in bfloat16; its errors are of no row's length alone.
+    found, whole = np.float64(found), (want**2).sum(axis=0)
+    np.testing.assert_allclose((found * want).sum(axis=0) / whole, 1, atol=1e-3)
 
 
 def test_lengths_of_rows():
