@@ -3,7 +3,8 @@
 One persistent kernel of three warpgroups per multiprocessor. The producer streams operands into a ring of stages in
 shared memory: weights by the copy engine (TMA), rows of the left operand either so too, or gathered by index with
 cp.async (`mosaic.rows`). The two consumers run the tensor cores (wgmma) and the epilogue. The contraction may run over
-several segments, each a pair of operands: a low-rank update W + B A is one more segment, [x | x Aᵀ] · [W | B]ᵀ.
+several segments, each a pair of operands: a low-rank update W + B A is one more segment, [x | x Aᵀ] · [W | B]ᵀ. Where
+weights are packed in few bits a fourth warpgroup unpacks them on their way (`mosaic.unpacking`).
 """
 
 import dataclasses
@@ -16,9 +17,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxmoe.kernels.expert_mlp.mosaic import unpacking
+from jaxmoe.kernels.expert_mlp.mosaic.packed import PackedMatrices
 from jaxmoe.kernels.expert_mlp.mosaic.rows import SLAB, TILED, await_rows, issue_nothing, issue_rows
 from jaxmoe.kernels.expert_mlp.mosaic.slots import Slots
 from jaxmoe.kernels.expert_mlp.mosaic.tiles import FEWEST_STAGES, LAG, MatmulTiles
+from jaxmoe.kernels.expert_mlp.mosaic.unpacking import Unpacking
 
 WARPGROUP_ROWS = 64
 PRODUCER_REGISTERS = 56
@@ -32,12 +36,12 @@ class Segment:
 
     Attributes:
         rows: (R, c) to be gathered by token, or (p, c) in slot order; c a multiple of 64.
-        weights: (E * parts * n, c), or where `contract_first` (E * c, n) with one part.
+        weights: (E * parts * n, c), or where `contract_first` (E * c, n) with one part; or such a one packed.
         gathered: whether rows are gathered.
     """
 
     rows: jax.Array
-    weights: jax.Array
+    weights: jax.Array | PackedMatrices
     gathered: bool
 
 
@@ -62,6 +66,43 @@ class Geometry:
     @property
     def across(self) -> int:
         return self.size // self.tiles.columns
+
+    @property
+    def pieces(self) -> int:
+        """Of a stage's weights: stretches of rows that follow each other in an expert's matrix."""
+        return 1 if self.contract_first else self.halves * self.parts
+
+    @property
+    def weight_rows(self) -> int:
+        """Of a stage."""
+        return SLAB if self.contract_first else self.parts * self.tiles.columns
+
+    @property
+    def slabs(self) -> int:
+        """Columns of a stage's weights, in slabs."""
+        return self.tiles.columns // SLAB if self.contract_first else 1
+
+    def matrix_rows(self, contraction: int) -> int:
+        """Of an expert's matrix."""
+        return contraction if self.contract_first else self.parts * self.size
+
+    def rows_of_stage(self, n: Any, k: Any) -> list[tuple[Any, int, int]]:
+        """Each piece of a stage's weights: its first row in the matrix, its first row in the stage, its size."""
+        if self.contract_first:
+            return [(k * SLAB, 0, SLAB)]
+        return [
+            (
+                part * self.size + n * self.tiles.columns + half * self.columns,
+                (half * self.parts + part) * self.columns,
+                self.columns,
+            )
+            for half in range(self.halves)
+            for part in range(self.parts)
+        ]
+
+    def slabs_of_stage(self, n: Any, k: Any) -> list[Any]:
+        """Numbers, in a row of the matrix, of a stage's slabs."""
+        return [n * self.slabs + slab for slab in range(self.slabs)] if self.contract_first else [k]
 
     def place(self, wg: Any, m: Any, n: Any) -> "Place":
         half = wg if self.halves == 2 else 0
@@ -116,26 +157,30 @@ def grouped_matmul(
     _check(segments, geometry)
     chunk = store_chunk(geometry.columns)
     any_gathered = any(segment.gathered for segment in segments)
-    arrivals = geometry.halves * geometry.parts * (not geometry.contract_first) + geometry.contract_first
-    weight_tile = (SLAB, tiles.columns) if geometry.contract_first else (geometry.parts * tiles.columns, SLAB)
+    form = unpacking.form_of_all(segments)
+    packed = None if form is None else Unpacking(form, geometry, tiles.stages)
+    weight_tile = (geometry.weight_rows, geometry.slabs * SLAB)
     stored = (plgpu.TilingTransform((8, chunk)), plgpu.SwizzleTransform(2 * chunk))
     scratch: list[Any] = [
         plgpu.SMEM((tiles.stages, tiles.rows, SLAB), dtype, transforms=TILED),
         plgpu.SMEM((tiles.stages, *weight_tile), dtype, transforms=TILED),
         plgpu.SMEM((2, 2, WARPGROUP_ROWS, chunk), dtype, transforms=stored),
         # Copies of weights, and the rows: one more arrival, two if some rows are gathered (see `_produce`).
-        plgpu.Barrier(num_arrivals=arrivals + 1 + any_gathered, num_barriers=tiles.stages),
+        plgpu.Barrier(num_arrivals=geometry.pieces + 1 + any_gathered, num_barriers=tiles.stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
         *epilogue.scratch(geometry),
+        *([] if packed is None else packed.scratch()),
     ]
     outputs = list(epilogue.outputs(tiles.rows * slots.tile_expert.shape[0], geometry))
-    counts = (2 * len(segments), len(epilogue.operands), len(outputs))
+    operands, pairs = jax.tree.flatten([(segment.rows, segment.weights) for segment in segments])
+    extras = len(epilogue.operands) + len(outputs)
 
     def body(token: Any, tile_expert: Any, num_tiles: Any, *refs: Any) -> None:
-        operand_refs, refs = refs[: counts[0]], refs[counts[0] :]
-        extra_refs, refs = refs[: counts[1] + counts[2]], refs[counts[1] + counts[2] :]
+        operand_refs, refs = jax.tree.unflatten(pairs, refs[: len(operands)]), refs[len(operands) :]
+        extra_refs, refs = refs[:extras], refs[extras:]
         rows_s, weights_s, stored_s, full, empty = refs[:5]
-        epilogue_refs = (*extra_refs, *refs[5:])
+        packed_refs, refs = (refs[-3:], refs[5:-3]) if packed is not None else ((), refs[5:])
+        epilogue_refs = (*extra_refs, *refs)
         sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
         walk = _Walk(num_tiles[0], geometry.across, tiles.band, sm, multiprocessors)
         ring = Ring(rows_s, weights_s, full, empty, tiles.stages)
@@ -144,13 +189,29 @@ def grouped_matmul(
         def _() -> None:
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
             producer = _Producer(
-                segments, operand_refs, token, tile_expert, ring, geometry, interpret is not None
+                segments,
+                operand_refs,
+                token,
+                tile_expert,
+                ring,
+                geometry,
+                packed,
+                packed_refs,
+                interpret is not None,
             )
             producer.run(walk, any_gathered)
 
+        if packed is not None:
+
+            @pl.when(wg == 3)
+            def _() -> None:
+                plgpu.set_max_registers(unpacking.REGISTERS, action="decrease")
+                packed.run(segments, operand_refs, walk, ring, packed_refs, interpret=interpret is not None)
+
         @pl.when(wg < 2)
         def _() -> None:
-            plgpu.set_max_registers(consumer_registers(2), action="increase")
+            registers = consumer_registers(2, unpacking.REGISTERS if packed is not None else 0)
+            plgpu.set_max_registers(registers, action="increase")
             _consume(segments, walk, ring, geometry, epilogue, epilogue_refs, stored_s, wg)
 
     options = {} if interpret is None else {"interpret": interpret}
@@ -159,7 +220,7 @@ def grouped_matmul(
         out_type=outputs,
         grid=(multiprocessors,),
         grid_names=("sm",),
-        num_threads=3,
+        num_threads=3 if packed is None else 4,
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
@@ -170,13 +231,12 @@ def grouped_matmul(
         ),
         **options,
     )
-    operands = [array for segment in segments for array in (segment.rows, segment.weights)]
     return run(slots.token, slots.tile_expert, slots.num_tiles, *operands, *epilogue.operands)
 
 
-def consumer_registers(consumers: int) -> int:
-    """Registers of each thread of a consumer, once the producer has given up its share; a multiple of 8."""
-    return min(256, (REGISTERS - PRODUCER_REGISTERS) // consumers // 8 * 8)
+def consumer_registers(consumers: int, others: int = 0) -> int:
+    """Registers of each thread of a consumer, when the producer and `others` have their share; a multiple of 8."""
+    return min(256, (REGISTERS - PRODUCER_REGISTERS - others) // consumers // 8 * 8)
 
 
 def store_chunk(columns: int) -> int:
@@ -260,6 +320,8 @@ class _Producer:
     tile_expert: Any
     ring: Ring
     geometry: Geometry
+    packed: Unpacking | None
+    packed_refs: Sequence[Any]
     interpret: bool
 
     def run(self, walk: _Walk, any_gathered: bool) -> None:
@@ -296,30 +358,20 @@ class _Producer:
             self.ring.hand_over_the_last(step, LAG, self.interpret)
 
     def _copy_weights(self, number: int, expert: Any, n: Any, k: Any, slot: Any) -> None:
-        geometry, weights = self.geometry, self.operands[2 * number + 1]
-        target, full = self.ring.weights.at[slot], self.ring.full.at[slot]
-        if geometry.contract_first:
-            width = self.segments[number].rows.shape[1]
-            source = weights.at[
-                pl.ds(expert * width + k * SLAB, SLAB),
-                pl.ds(n * geometry.tiles.columns, geometry.tiles.columns),
-            ]
-            plgpu.copy_gmem_to_smem(source, target, full)
+        geometry, weights = self.geometry, self.operands[number][1]
+        width = self.segments[number].rows.shape[1]
+        if isinstance(weights, PackedMatrices):
+            assert self.packed is not None
+            self.packed.copy(weights, width, expert, n, k, slot, self.packed_refs)
             return
-        columns = geometry.columns
-        for half in range(geometry.halves):
-            for part in range(geometry.parts):
-                first = (
-                    (expert * geometry.parts + part) * geometry.size
-                    + n * geometry.tiles.columns
-                    + half * columns
-                )
-                source = weights.at[pl.ds(first, columns), pl.ds(k * SLAB, SLAB)]
-                place = (half * geometry.parts + part) * columns
-                plgpu.copy_gmem_to_smem(source, target.at[pl.ds(place, columns)], full)
+        target, full = self.ring.weights.at[slot], self.ring.full.at[slot]
+        columns = pl.ds(geometry.slabs_of_stage(n, k)[0] * SLAB, geometry.slabs * SLAB)
+        for first, place, count in geometry.rows_of_stage(n, k):
+            source = weights.at[pl.ds(expert * geometry.matrix_rows(width) + first, count), columns]
+            plgpu.copy_gmem_to_smem(source, target.at[pl.ds(place, count)], full)
 
     def _copy_rows(self, number: int, gathered: bool, m: Any, k: Any, slot: Any) -> None:
-        rows, tile = self.operands[2 * number], self.geometry.tiles.rows
+        rows, tile = self.operands[number][0], self.geometry.tiles.rows
         target, full = self.ring.rows.at[slot], self.ring.full.at[slot]
         if not gathered:
             plgpu.copy_gmem_to_smem(rows.at[pl.ds(m * tile, tile), pl.ds(k * SLAB, SLAB)], target, full)

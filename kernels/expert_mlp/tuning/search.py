@@ -53,7 +53,10 @@ class _Recorder(Mosaic):
     def matmul(
         self, launch: MatmulLaunch, segments: Sequence[Segment], slots: Slots, epilogue: Epilogue
     ) -> list[jax.Array]:
-        arrays = [array for segment in segments for array in (segment.rows, segment.weights)]
+        arrays = []
+        for segment in segments:
+            assert isinstance(segment.weights, jax.Array)  # layers here are in full precision
+            arrays += [segment.rows, segment.weights]
         gathered = [segment.gathered for segment in segments]
         kept, again = _without_arrays(epilogue)
 
