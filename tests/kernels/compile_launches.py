@@ -38,9 +38,10 @@ from jaxmoe.kernels.devices import Device, describe
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic.epilogues import Activate, ActivationGradient, StoreRows
+from jaxmoe.kernels.expert_mlp.mosaic.geometry import Geometry
 from jaxmoe.kernels.expert_mlp.mosaic.gradient import Side, weight_gradient
 from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
-from jaxmoe.kernels.expert_mlp.mosaic.matmul import Epilogue, Geometry, Segment, grouped_matmul
+from jaxmoe.kernels.expert_mlp.mosaic.matmul import Epilogue, Segment, grouped_matmul
 from jaxmoe.kernels.expert_mlp.mosaic.packed import Form, Lookup, PackedMatrices
 from jaxmoe.kernels.expert_mlp.mosaic.slots import Slots, sum_choices
 from jaxmoe.kernels.expert_mlp.mosaic.tiles import (

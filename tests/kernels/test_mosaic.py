@@ -18,8 +18,9 @@ from jaxmoe.codecs import four_bit, int8_rows, unpack
 from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, expert_mlp
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic.epilogues import Activate, ActivationGradient, StoreRows
+from jaxmoe.kernels.expert_mlp.mosaic.geometry import Geometry
 from jaxmoe.kernels.expert_mlp.mosaic.gradient import Side, weight_gradient
-from jaxmoe.kernels.expert_mlp.mosaic.matmul import Geometry, Segment, grouped_matmul
+from jaxmoe.kernels.expert_mlp.mosaic.matmul import Segment, grouped_matmul
 from jaxmoe.kernels.expert_mlp.mosaic.slots import Slots, make_slots
 from jaxmoe.kernels.expert_mlp.mosaic.tiles import GradientTiles, MatmulTiles
 from jaxmoe.kernels.expert_mlp.operands import is_packed

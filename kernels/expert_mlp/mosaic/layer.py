@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch
 from jaxmoe.kernels.expert_mlp.mosaic.epilogues import Activate, ActivationGradient, StoreRows
+from jaxmoe.kernels.expert_mlp.mosaic.geometry import Geometry
 from jaxmoe.kernels.expert_mlp.mosaic.gradient import Side, weight_gradient
-from jaxmoe.kernels.expert_mlp.mosaic.matmul import Epilogue, Geometry, Segment, grouped_matmul
+from jaxmoe.kernels.expert_mlp.mosaic.matmul import Epilogue, Segment, grouped_matmul
 from jaxmoe.kernels.expert_mlp.mosaic.packed import PackedMatrices, form_of, packed_matrices
 from jaxmoe.kernels.expert_mlp.mosaic.rows import SLAB
 from jaxmoe.kernels.expert_mlp.mosaic.slots import Slots, make_slots, sum_choices

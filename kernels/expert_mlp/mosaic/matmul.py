@@ -8,6 +8,7 @@ weights are packed in few bits a fourth warpgroup unpacks them on their way (`mo
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,15 +18,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxmoe.kernels.expert_mlp.mosaic import unpacking
+from jaxmoe.kernels.expert_mlp.mosaic.geometry import WARPGROUP_ROWS, Geometry, Place
 from jaxmoe.kernels.expert_mlp.mosaic.packed import PackedMatrices
 from jaxmoe.kernels.expert_mlp.mosaic.rows import SLAB, TILED, await_rows, issue_nothing, issue_rows
 from jaxmoe.kernels.expert_mlp.mosaic.slots import Slots
-from jaxmoe.kernels.expert_mlp.mosaic.tiles import FEWEST_STAGES, LAG, MatmulTiles
-from jaxmoe.kernels.expert_mlp.mosaic.unpacking import Unpacking
+from jaxmoe.kernels.expert_mlp.mosaic.tiles import FEWEST_STAGES, LAG
+from jaxmoe.kernels.expert_mlp.mosaic.unpacking import Unpacking, form_of_all, unpacking_scratch
 
-WARPGROUP_ROWS = 64
-PRODUCER_REGISTERS = 56
+PRODUCER_REGISTERS, UNPACKER_REGISTERS = 56, 88
 REGISTERS = 65_536 // 128
 """Of a multiprocessor, for each thread of a warpgroup."""
 
@@ -43,92 +43,6 @@ class Segment:
     rows: jax.Array
     weights: jax.Array | PackedMatrices
     gathered: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """How a tile is split over the two consumers: by rows, or a tile of 64 rows by columns."""
-
-    tiles: MatmulTiles
-    parts: int
-    size: int  # n, columns of one part
-    contract_first: bool
-
-    @property
-    def halves(self) -> int:
-        return 2 * WARPGROUP_ROWS // self.tiles.rows
-
-    @property
-    def columns(self) -> int:
-        """Of one part in one consumer."""
-        return self.tiles.columns // self.halves
-
-    @property
-    def across(self) -> int:
-        return self.size // self.tiles.columns
-
-    @property
-    def pieces(self) -> int:
-        """Of a stage's weights: stretches of rows that follow each other in an expert's matrix."""
-        return 1 if self.contract_first else self.halves * self.parts
-
-    @property
-    def weight_rows(self) -> int:
-        """Of a stage."""
-        return SLAB if self.contract_first else self.parts * self.tiles.columns
-
-    @property
-    def slabs(self) -> int:
-        """Columns of a stage's weights, in slabs."""
-        return self.tiles.columns // SLAB if self.contract_first else 1
-
-    def matrix_rows(self, contraction: int) -> int:
-        """Of an expert's matrix."""
-        return contraction if self.contract_first else self.parts * self.size
-
-    def rows_of_stage(self, n: Any, k: Any) -> list[tuple[Any, int, int]]:
-        """Each piece of a stage's weights: its first row in the matrix, its first row in the stage, its size."""
-        if self.contract_first:
-            return [(k * SLAB, 0, SLAB)]
-        return [
-            (
-                part * self.size + n * self.tiles.columns + half * self.columns,
-                (half * self.parts + part) * self.columns,
-                self.columns,
-            )
-            for half in range(self.halves)
-            for part in range(self.parts)
-        ]
-
-    def slabs_of_stage(self, n: Any, k: Any) -> list[Any]:
-        """Numbers, in a row of the matrix, of a stage's slabs."""
-        return [n * self.slabs + slab for slab in range(self.slabs)] if self.contract_first else [k]
-
-    def place(self, wg: Any, m: Any, n: Any) -> "Place":
-        half = wg if self.halves == 2 else 0
-        row_in_tile = 0 if self.halves == 2 else wg * WARPGROUP_ROWS
-        return Place(
-            wg=wg,
-            row_in_tile=row_in_tile,
-            row=m * self.tiles.rows + row_in_tile,
-            half=half,
-            column=n * self.tiles.columns + half * self.columns,
-            column_block=n * self.halves + half,
-            tile=m,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a consumer's part of a tile lies: indices into the tile and into the output."""
-
-    wg: Any
-    row_in_tile: Any
-    row: Any
-    half: Any
-    column: Any
-    column_block: Any
-    tile: Any
 
 
 @runtime_checkable
@@ -157,8 +71,7 @@ def grouped_matmul(
     _check(segments, geometry)
     chunk = store_chunk(geometry.columns)
     any_gathered = any(segment.gathered for segment in segments)
-    form = unpacking.form_of_all(segments)
-    packed = None if form is None else Unpacking(form, geometry, tiles.stages)
+    form = form_of_all(segments)
     weight_tile = (geometry.weight_rows, geometry.slabs * SLAB)
     stored = (plgpu.TilingTransform((8, chunk)), plgpu.SwizzleTransform(2 * chunk))
     scratch: list[Any] = [
@@ -168,8 +81,8 @@ def grouped_matmul(
         # Copies of weights, and the rows: one more arrival, two if some rows are gathered (see `_produce`).
         plgpu.Barrier(num_arrivals=geometry.pieces + 1 + any_gathered, num_barriers=tiles.stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
+        *([] if form is None else unpacking_scratch(form, geometry)),
         *epilogue.scratch(geometry),
-        *([] if packed is None else packed.scratch()),
     ]
     outputs = list(epilogue.outputs(tiles.rows * slots.tile_expert.shape[0], geometry))
     operands, pairs = jax.tree.flatten([(segment.rows, segment.weights) for segment in segments])
@@ -179,8 +92,8 @@ def grouped_matmul(
         operand_refs, refs = jax.tree.unflatten(pairs, refs[: len(operands)]), refs[len(operands) :]
         extra_refs, refs = refs[:extras], refs[extras:]
         rows_s, weights_s, stored_s, full, empty = refs[:5]
-        packed_refs, refs = (refs[-3:], refs[5:-3]) if packed is not None else ((), refs[5:])
-        epilogue_refs = (*extra_refs, *refs)
+        unpacking = None if form is None else Unpacking(form, geometry, *refs[5:8])
+        epilogue_refs = (*extra_refs, *refs[5 if form is None else 8 :])
         sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
         walk = _Walk(num_tiles[0], geometry.across, tiles.band, sm, multiprocessors)
         ring = Ring(rows_s, weights_s, full, empty, tiles.stages)
@@ -188,29 +101,20 @@ def grouped_matmul(
         @pl.when(wg == 2)
         def _() -> None:
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            producer = _Producer(
-                segments,
-                operand_refs,
-                token,
-                tile_expert,
-                ring,
-                geometry,
-                packed,
-                packed_refs,
-                interpret is not None,
-            )
+            refs = (operand_refs, token, tile_expert, ring)
+            producer = _Producer(segments, *refs, geometry, unpacking, interpret is not None)
             producer.run(walk, any_gathered)
 
-        if packed is not None:
+        def unpack(unpacking: Unpacking) -> None:
+            plgpu.set_max_registers(UNPACKER_REGISTERS, action="decrease")
+            unpacking.run(operand_refs, walk, ring, interpret=interpret is not None)
 
-            @pl.when(wg == 3)
-            def _() -> None:
-                plgpu.set_max_registers(unpacking.REGISTERS, action="decrease")
-                packed.run(segments, operand_refs, walk, ring, packed_refs, interpret=interpret is not None)
+        if unpacking is not None:
+            pl.when(wg == 3)(functools.partial(unpack, unpacking))
 
         @pl.when(wg < 2)
         def _() -> None:
-            registers = consumer_registers(2, unpacking.REGISTERS if packed is not None else 0)
+            registers = consumer_registers(2, 0 if form is None else UNPACKER_REGISTERS)
             plgpu.set_max_registers(registers, action="increase")
             _consume(segments, walk, ring, geometry, epilogue, epilogue_refs, stored_s, wg)
 
@@ -220,7 +124,7 @@ def grouped_matmul(
         out_type=outputs,
         grid=(multiprocessors,),
         grid_names=("sm",),
-        num_threads=3 if packed is None else 4,
+        num_threads=3 if form is None else 4,
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
@@ -320,8 +224,7 @@ class _Producer:
     tile_expert: Any
     ring: Ring
     geometry: Geometry
-    packed: Unpacking | None
-    packed_refs: Sequence[Any]
+    unpacking: Unpacking | None
     interpret: bool
 
     def run(self, walk: _Walk, any_gathered: bool) -> None:
@@ -361,8 +264,8 @@ class _Producer:
         geometry, weights = self.geometry, self.operands[number][1]
         width = self.segments[number].rows.shape[1]
         if isinstance(weights, PackedMatrices):
-            assert self.packed is not None
-            self.packed.copy(weights, width, expert, n, k, slot, self.packed_refs)
+            assert self.unpacking is not None
+            self.unpacking.copy(weights, width, expert, n, k, slot)
             return
         target, full = self.ring.weights.at[slot], self.ring.full.at[slot]
         columns = pl.ds(geometry.slabs_of_stage(n, k)[0] * SLAB, geometry.slabs * SLAB)

@@ -190,6 +190,8 @@ def form_of(weight: FourBit | Int8Rows) -> Form:
 def packed_matrices(weight: FourBit | Int8Rows) -> PackedMatrices:
     """Experts' matrices (E, …, o, i); raises as `form_of` does."""
     form = form_of(weight)
+    codes: Any
+    scales: Any
     if isinstance(weight, Int8Rows):
         codes, scales = lax.bitcast_convert_type(weight.codes, jnp.uint8), weight.absmax[..., None]
     else:

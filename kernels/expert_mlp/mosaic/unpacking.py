@@ -6,6 +6,7 @@ consumers look for weights, and arrives at the stage's barrier in place of the c
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,11 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxmoe.kernels.expert_mlp.mosaic.geometry import Geometry
 from jaxmoe.kernels.expert_mlp.mosaic.packed import Form, PackedMatrices, unpack_slab
 from jaxmoe.kernels.expert_mlp.mosaic.rows import SLAB
-
-REGISTERS = 88
-"""Of each thread of the unpacker."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,26 +26,18 @@ class Unpacking:
     Attributes:
         form: how they are packed.
         geometry: the launch's.
-        stages: of the ring.
+        codes: those of every stage, in shared memory (stages, slabs, rows, bytes).
+        scales: likewise (stages, slabs, scales, rows).
+        loaded: barriers that say that a stage's are there.
     """
 
     form: Form
-    geometry: Any
-    stages: int
+    geometry: Geometry
+    codes: Any
+    scales: Any
+    loaded: Any
 
-    def scratch(self) -> list[Any]:
-        """Codes and scales of every stage, and the barriers that say that these are there."""
-        slabs, rows = self.geometry.slabs, self.geometry.weight_rows
-        copies = self.geometry.pieces * slabs * (1 + self.form.slab_scales)
-        return [
-            plgpu.SMEM((self.stages, slabs, rows, self.form.slab_bytes), jnp.uint8),
-            plgpu.SMEM((self.stages, slabs, self.form.slab_scales, rows), jnp.float32),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=self.stages),
-        ]
-
-    def copy(
-        self, weights: PackedMatrices, width: int, expert: Any, n: Any, k: Any, slot: Any, refs: Any
-    ) -> None:
+    def copy(self, weights: PackedMatrices, width: int, expert: Any, n: Any, k: Any, slot: Any) -> None:
         """Begin to copy a stage's codes and scales.
 
         Args:
@@ -56,10 +47,8 @@ class Unpacking:
             n: column tile.
             k: step along the contraction.
             slot: stage.
-            refs: those of `scratch`.
         """
-        geometry, form = self.geometry, self.form
-        codes_s, scales_s, loaded = refs
+        geometry, form, loaded = self.geometry, self.form, self.loaded.at[slot]
         rows = geometry.matrix_rows(width)
         blocks = (geometry.size if geometry.contract_first else width) // form.block
         for first, place, count in geometry.rows_of_stage(n, k):
@@ -68,60 +57,60 @@ class Unpacking:
                 source = weights.codes.at[
                     pl.ds(expert * rows + first, count), pl.ds(form.first_byte(slab), form.slab_bytes)
                 ]
-                plgpu.copy_gmem_to_smem(source, codes_s.at[slot, number, target], loaded.at[slot])
+                plgpu.copy_gmem_to_smem(source, self.codes.at[slot, number, target], loaded)
                 for scale in range(form.slab_scales):
                     block = expert * blocks + form.first_scale(slab) + scale
                     source = weights.scales.at[block, pl.ds(first, count)]
-                    plgpu.copy_gmem_to_smem(source, scales_s.at[slot, number, scale, target], loaded.at[slot])
+                    plgpu.copy_gmem_to_smem(source, self.scales.at[slot, number, scale, target], loaded)
 
-    def _unpack(
-        self, table: Any, n: Any, k: Any, slot: Any, ring: Any, refs: Any, *, interpret: bool
-    ) -> None:
-        """Wait for a stage's codes and scales, write their values and hand them over; arguments as of `copy`."""
-        codes_s, scales_s, loaded = refs
-        plgpu.barrier_wait(loaded.at[slot])
-        for number, slab in enumerate(self.geometry.slabs_of_stage(n, k)):
-            for half in self.form.halves:
-
-                def write(number: int = number, half: int | None = half) -> None:
-                    unpack_slab(
-                        self.form,
-                        codes_s.at[slot, number],
-                        scales_s.at[slot, number],
-                        table,
-                        ring.weights.at[slot],
-                        number,
-                        half,
-                        interpret=interpret,
-                    )
-
-                if half is None:
-                    write()
-                else:
-                    pl.when(self.form.half(slab) == half)(write)
-        plgpu.commit_smem()
-        for _ in range(self.geometry.pieces):
-            plgpu.barrier_arrive(ring.full.at[slot])
-
-    def run(self, segments: Any, operands: Any, walk: Any, ring: Any, refs: Any, *, interpret: bool) -> None:
+    def run(self, operands: Any, walk: Any, ring: Any, *, interpret: bool) -> None:
         """What the unpacker does: all steps of all tiles but those whose weights are plain."""
 
         def tile(i: Any, step: Any) -> Any:
             _, n = walk.at(i)
-            for segment, (_, weights) in zip(segments, operands, strict=True):
-                steps = segment.rows.shape[1] // SLAB
+            for rows, weights in operands:
+                steps = rows.shape[1] // SLAB
                 if not isinstance(weights, PackedMatrices):
                     step = step + steps
                     continue
 
                 def one(k: Any, step: Any, table: Any = weights.table) -> Any:
-                    self._unpack(table, n, k, ring.slot(step), ring, refs, interpret=interpret)
+                    slot = ring.slot(step)
+                    plgpu.barrier_wait(self.loaded.at[slot])
+                    self._write(table, n, k, slot, ring.weights.at[slot], interpret=interpret)
+                    plgpu.commit_smem()
+                    for _ in range(self.geometry.pieces):
+                        plgpu.barrier_arrive(ring.full.at[slot])
                     return step + 1
 
                 step = lax.fori_loop(0, steps, one, step)
             return step
 
         lax.fori_loop(0, walk.length, tile, jnp.int32(0))
+
+    def _write(self, table: Any, n: Any, k: Any, slot: Any, target: Any, *, interpret: bool) -> None:
+        """A stage's values to `target`."""
+        for number, slab in enumerate(self.geometry.slabs_of_stage(n, k)):
+            codes, scales = self.codes.at[slot, number], self.scales.at[slot, number]
+            for half in self.form.halves:
+                write = functools.partial(
+                    unpack_slab, self.form, codes, scales, table, target, number, half, interpret=interpret
+                )
+                if half is None:
+                    write()
+                else:
+                    pl.when(self.form.half(slab) == half)(write)
+
+
+def unpacking_scratch(form: Form, geometry: Geometry) -> list[Any]:
+    """The last three of `Unpacking`."""
+    stages, slabs, rows = geometry.tiles.stages, geometry.slabs, geometry.weight_rows
+    copies = geometry.pieces * slabs * (1 + form.slab_scales)
+    return [
+        plgpu.SMEM((stages, slabs, rows, form.slab_bytes), jnp.uint8),
+        plgpu.SMEM((stages, slabs, form.slab_scales, rows), jnp.float32),
+        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+    ]
 
 
 def form_of_all(segments: Any) -> Form | None:
