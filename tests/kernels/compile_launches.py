@@ -149,7 +149,7 @@ def _name(epilogue: Epilogue) -> str:
 
 
 def pack(values: jax.Array, how: str) -> Any:
-    """Matrices (E, …, o, i) as `how` says it: "int8", or a kind and a block of `four_bit`."""
+    """Matrices (E, …, n, c) as `how` says it: "int8", or a kind and a block of `four_bit`."""
     if how == "int8":
         return int8_rows.quantize(values)
     kind, block = how.split("/")

@@ -342,7 +342,7 @@ class Layer:
     packed: tuple[str, int] | None = None  # the kind of the matrices, and its block
 
     def packed_or_not(self, values):
-        """A matrix (E, …, o, i), packed with scales that differ a lot, or as it is."""
+        """A matrix (E, …, n, c), packed with scales that differ a lot, or as it is."""
         if self.packed is None:
             return values
         kind, block = self.packed

@@ -35,6 +35,11 @@ class Decoding(Protocol):
         ...
 
     @property
+    def dtype(self) -> str:
+        """Of the array of codes, which the copy engine moves as it is: converted it would be copied."""
+        ...
+
+    @property
     def table(self) -> np.ndarray | None:
         """16 float32 that the kernel is to have at hand."""
         ...
@@ -45,7 +50,7 @@ class Decoding(Protocol):
         ...
 
     def values(self, codes: jax.Array, table: jax.Array | None) -> jax.Array:
-        """uint8 → float32, for the interpreter."""
+        """Codes, below 16 where they have 4 bits → float32, for the interpreter."""
         ...
 
     def assembly(self, value: str, word: str, bit: int) -> str:
@@ -63,6 +68,7 @@ class Lookup:
 
     kind: str
     bits: int = 4
+    dtype: str = "uint8"
     unit: None = None
 
     @property
@@ -83,12 +89,13 @@ class Integers:
     """int8."""
 
     bits: int = 8
+    dtype: str = "int8"
     table: None = None
     unit: np.float32 = int8_rows.UNIT
 
     def values(self, codes: jax.Array, table: jax.Array | None) -> jax.Array:
         del table
-        return lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.float32)
+        return codes.astype(jnp.float32)
 
     def assembly(self, value: str, word: str, bit: int) -> str:
         return f"bfe.s32 c, {word}, {bit}, 8; cvt.rn.f32.s32 {value}, c;"
@@ -145,7 +152,7 @@ class Form:
     def values(
         self, codes: jax.Array, scales: jax.Array, table: jax.Array | None, half: int | None
     ) -> jax.Array:
-        """Codes (r, bytes) and scales (s, r) of a slab → (r, 64) float32: what the assembly computes."""
+        """Codes (n, bytes) and scales (b, n) of a slab → (n, 64) float32: what the assembly computes."""
         rows = codes.shape[0]
         if self.decoding.bits == 4 and half is None:
             blocks = codes.reshape(rows, self.slab_scales, -1)
@@ -159,11 +166,11 @@ class Form:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedMatrices:
-    """The matrices (E, o, i) of all experts.
+    """The matrices (E, n, c) of all experts.
 
     Attributes:
-        codes: uint8 (E * o, bytes).
-        scales: float32 (E * b, o), those of one block of columns side by side, as the copy engine wants them.
+        codes: (E * n, bytes), in the dtype of the decoding.
+        scales: float32 (E * b, n), those of one block of columns side by side, as the copy engine wants them.
         table: that of the decoding.
         form: what they mean.
     """
@@ -188,16 +195,18 @@ def form_of(weight: FourBit | Int8Rows) -> Form:
 
 
 def packed_matrices(weight: FourBit | Int8Rows) -> PackedMatrices:
-    """Experts' matrices (E, …, o, i); raises as `form_of` does."""
+    """Experts' matrices (E, …, c), packed; raises as `form_of` does."""
     form = form_of(weight)
     codes: Any
     scales: Any
     if isinstance(weight, Int8Rows):
-        codes, scales = lax.bitcast_convert_type(weight.codes, jnp.uint8), weight.absmax[..., None]
+        codes, scales = weight.codes, weight.absmax[..., None]
     else:
         codes, scales = weight.codes, four_bit.plain(weight).absmax
     held, blocks = scales.shape[0], scales.shape[-1]
-    scales = scales.reshape(held, -1, blocks).swapaxes(1, 2).reshape(held * blocks, -1)
+    # Of one axis and behind a barrier: else XLA would transpose those of all layers before a loop over them.
+    flat = lax.optimization_barrier(scales.reshape(-1))
+    scales = flat.reshape(held, -1, blocks).swapaxes(1, 2).reshape(held * blocks, -1)
     table = form.decoding.table
     return PackedMatrices(
         codes.reshape(held * scales.shape[1], -1), scales, None if table is None else jnp.asarray(table), form
@@ -219,10 +228,10 @@ def unpack_slab(
 
     Args:
         form: how it is packed.
-        packed: ref (r, bytes) uint8 in shared memory, r a multiple of 32.
-        scales: ref (s, r) float32 in shared memory.
+        packed: ref (n, bytes) in shared memory, n a multiple of 32.
+        scales: ref (b, n) float32 in shared memory.
         table: ref (16,) float32 in GPU memory, or None.
-        target: ref (r, c) of 16-bit elements in shared memory, laid out as `TILED`.
+        target: ref (n, c) of 16-bit elements in shared memory, laid out as `TILED`.
         slab: which of the c / 64 slabs of `target` this is.
         half: of the bytes, see `Form.halves`.
         interpret: whether the interpreter runs this.

@@ -2,7 +2,8 @@
 
 Each stage of the ring has room for codes and scales beside the one for weights. When the consumers have freed a stage
 the producer has the copy engine bring them there; the unpacker waits for that, writes the values to where the
-consumers look for weights, and arrives at the stage's barrier in place of the copies of a plain matrix.
+consumers look for weights, and arrives at the stage's barrier in place of the copies of a plain matrix. Nobody says
+that codes may be overwritten: the producer does that when the consumers are done with what was made of them.
 """
 
 import dataclasses
@@ -107,7 +108,7 @@ def unpacking_scratch(form: Form, geometry: Geometry) -> list[Any]:
     stages, slabs, rows = geometry.tiles.stages, geometry.slabs, geometry.weight_rows
     copies = geometry.pieces * slabs * (1 + form.slab_scales)
     return [
-        plgpu.SMEM((stages, slabs, rows, form.slab_bytes), jnp.uint8),
+        plgpu.SMEM((stages, slabs, rows, form.slab_bytes), form.decoding.dtype),
         plgpu.SMEM((stages, slabs, form.slab_scales, rows), jnp.float32),
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
     ]
