@@ -14,6 +14,7 @@ import pytest
 from jaxmoe.codecs import FourBit, Int8Rows, four_bit, int8_rows, unpack
 from jaxmoe.kernels.expert_mlp.mosaic.packed import Form, PackedMatrices, assembly, form_of, packed_matrices
 from jaxmoe.kernels.expert_mlp.mosaic.rows import SLAB
+from jaxmoe.kernels.expert_mlp.mosaic.tiles import FEWEST_STAGES, MatmulLaunch, slot_rows
 
 THREADS = np.arange(384, 512)  # those of the fourth warpgroup
 TARGET, CODES, SCALES, TABLE = 0x4000, 0x80, 0x10000, 0x7F0000000000
@@ -200,6 +201,19 @@ def test_machine_code_for_tiles_of_any_height(rows):
     expected = form.values(jnp.asarray(codes), jnp.asarray(scales), jnp.asarray(form.decoding.table), None)
     found = execute(form, codes, scales, None, 0, 1, "bfloat16")
     np.testing.assert_array_equal(found, np.asarray(expected.astype(jnp.bfloat16)))
+
+
+@pytest.mark.parametrize(("kind", "block"), KINDS)
+def test_shared_memory_has_room_for_stages_whatever_the_number_of_tokens(kind, block):
+    """A launch that did not fit would be met in the backward pass, when another backend is no way out."""
+    row_bytes = form_of(pack(kind, block, draw(1, 32, COLUMNS))).row_bytes
+    for slots in (10, 100_000):
+        rows = slot_rows(slots, 128, row_bytes)
+        for launch in (
+            MatmulLaunch(rows, 768, 2048, parts=2, packed_bytes=row_bytes),
+            MatmulLaunch(rows, 768, 2048, contract_first=True, kept_parts=2, packed_bytes=row_bytes),
+        ):
+            assert launch.tiles({}).stages >= FEWEST_STAGES
 
 
 def test_rows_that_are_no_whole_blocks_are_refused():
