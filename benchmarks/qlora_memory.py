@@ -47,6 +47,7 @@ def measure(folder: str, kind: str, rows: int, length: int) -> dict[str, Any]:
     from jaxmoe.model.batch import learning_batch
     from jaxmoe.parallel.sharding import make_mesh
     from jaxmoe.run.assemble import assemble
+    from jaxmoe.training.step import TrainStep
 
     config = RunConfig.from_mapping(
         {
@@ -74,8 +75,9 @@ def measure(folder: str, kind: str, rows: int, length: int) -> dict[str, Any]:
         loading = peak.beyond()
         peak.reset()
         placed = jax.device_put(batch, jax.tree.map(lambda leaf: leaf.sharding, assembled.batch))
+        step = TrainStep(compiled)
         for _ in range(STEPS):
-            state, metrics = compiled(state, placed)
+            state, metrics = step(state, placed)
         loss = float(metrics["loss"])
     return {
         "state": analysis.argument_size_in_bytes,

@@ -37,9 +37,9 @@ from jax.experimental import topologies
 from jaxmoe.config import load_config
 from jaxmoe.configs import published
 from jaxmoe.interop.source import config_source
-from jaxmoe.model.linear import PACKED
 from jaxmoe.parallel.sharding import make_mesh
-from jaxmoe.run.assemble import Assembled, assemble
+from jaxmoe.run.assemble import assemble
+from jaxmoe.run.memory import held_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = (ROOT / "tests" / "kernels" / "h200.textproto").read_text(encoding="utf-8")
@@ -50,6 +50,9 @@ CALLS = {
     "expert kernels": r'custom_call_target="mosaic_gpu',
 }
 """Custom calls in the compiled program; a layer of a scan is in it once."""
+
+
+KINDS = ("packed weights", "frozen weights", "trained weights", "optimiser")
 
 
 def described(count: int) -> Any:
@@ -71,6 +74,7 @@ def measure(recipe: Path) -> dict[str, Any]:
     compiled = assembled.lower().compile()
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    held = held_bytes(assembled)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     whole = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
     budget = re.search(r"on one GPU of (\d+) GB", recipe.read_text(encoding="utf-8"))
@@ -80,7 +84,7 @@ def measure(recipe: Path) -> dict[str, Any]:
         "tokens per GPU and pass": config.train.rows
         * config.data.sequence_length
         // config.mesh.batch_shards,
-        **{f"{name}, GB": size / 1e9 for name, size in held_bytes(assembled).items()},
+        **{f"{kind}, GB": held.get(kind, 0) / 1e9 for kind in KINDS},
         "arguments, GB": memory.argument_size_in_bytes / 1e9,
         "temporaries, GB": memory.temp_size_in_bytes / 1e9,
         "in all, GB": whole / 1e9,
@@ -89,28 +93,6 @@ def measure(recipe: Path) -> dict[str, Any]:
         **{name: len(re.findall(pattern, text)) for name, pattern in CALLS.items()},
         "compiled in, s": seconds,
     }
-
-
-def held_bytes(assembled: Assembled) -> dict[str, int]:
-    """What a device holds between steps, by its kind: frozen in few bits, frozen, trained, moments and the batch."""
-    state = assembled.state
-    is_packed = lambda leaf: isinstance(leaf, PACKED)
-    frozen = jax.tree.leaves(state.frozen, is_leaf=is_packed)
-    return {
-        "base packed": shard_bytes([leaf for leaf in frozen if is_packed(leaf)]),
-        "base plain": shard_bytes([leaf for leaf in frozen if not is_packed(leaf)]),
-        "trained": shard_bytes(state.trainable),
-        "optimiser": shard_bytes(state.opt_state),
-        "batch": shard_bytes(assembled.batch),
-    }
-
-
-def shard_bytes(tree: Any) -> int:
-    """Of one device's part of every leaf, each of which has a sharding."""
-    return sum(
-        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 LARGE = 2**20

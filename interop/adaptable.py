@@ -114,6 +114,16 @@ def unquantised(adapted: "Adapted") -> Iterator[str]:
             )
 
 
+def undivided(adapted: "Adapted") -> Iterator[str]:
+    """Parameters that stay as the checkpoint has them, of which pairs cannot begin as a part."""
+    for target, places in adapted.places.items():
+        if target in adapted.forms and adapted.forms[target].kept:
+            yield (
+                f"{places[0].name} stays in few bits as it is (model.quantization keep), and adapter.init "
+                f"{adapted.init!r} takes a part out of it: expected 'default', 'gaussian' or 'orthogonal'"
+            )
+
+
 def check_base(folder: Path, quantization: QuantizationConfig | None) -> None:
     """Whether training goes on on the base that an adapter was trained on.
 

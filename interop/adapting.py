@@ -25,11 +25,13 @@ from jaxmoe.errors import listed
 from jaxmoe.interop.adaptable import (
     check_base,
     unadaptable,
+    undivided,
     undroppable,
     uneven,
     unquantised,
     without_lengths,
 )
+from jaxmoe.interop.keeping import kept_forms, layer_schemes
 from jaxmoe.interop.peft.adapter import Adapter
 from jaxmoe.interop.peft.adapter import LowRank as Pair
 from jaxmoe.interop.peft.config import parse_adapter_config, read_adapter_config
@@ -108,14 +110,22 @@ class Adapted:
         )
 
     def rates(self, ratio: float) -> Tree | None:
-        """Factors on the learning rate, a tree like `declared`: `ratio` for every B and magnitude; None where all
-        are 1."""
+        """Factors on the learning rate, a tree like `declared`; None where all are 1.
+
+        It is `ratio` for every B and magnitude, as in peft's ``create_loraplus_optimizer``, which leaves out those of
+        embeddings as well.
+        """
         if ratio == 1.0:
             return None
-        ones = jax.tree.map(lambda _: 1.0, self.declared)
         lengths = ratio if self.dora else None
-        raised = lambda one: dataclasses.replace(one, b=ratio, magnitude=lengths) if _is_pair(one) else one
-        return jax.tree.map(raised, ones, is_leaf=_is_pair)
+
+        def raised(path: Any, one: Any) -> Any:
+            if not _is_pair(one) or _name(path) == "embed":
+                return one
+            return dataclasses.replace(one, b=ratio, magnitude=lengths)
+
+        ones = jax.tree.map(lambda _: 1.0, self.declared)
+        return jax.tree_util.tree_map_with_path(raised, ones, is_leaf=_is_pair)
 
     def _with_pairs(self, pair: Any, other: Any) -> Tree:
         """`pair` of (name, declaration, places) for each adapted parameter; of the others `other` of both first."""
@@ -225,7 +235,7 @@ class Adapted:
         """
         pairs: dict[str, Pair] = {}
         weights = jax.tree_util.tree_leaves_with_path(trained, is_leaf=lambda x: isinstance(x, LowRank))
-        by_name = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in weights}
+        by_name = {_name(path): leaf for path, leaf in weights}
         for target, places in self.places.items():
             for place in places:
                 a, b = place.take((by_name[target].a, by_name[target].b))
@@ -319,7 +329,9 @@ def adapt(source: Source, config: AdapterConfig, quantization: QuantizationConfi
         dropout = 0.0 if given is None else given.dropout
     problems = [*unadaptable(source, model, widths, saved, config.init), *undroppable(model, widths, dropout)]
     raise_problems(where, [*problems, *(without_lengths(model, widths) if dora else ())])
-    layered = regrouped(source, _signatures(source, model, widths, saved))
+    keeps = quantization is not None and quantization.kind == "keep"
+    schemes = layer_schemes(source, model) if keeps else {}
+    layered = regrouped(source, _signatures(source, model, widths, saved, schemes))
     if layered is not source:
         model = today(layered)
     given_from = None if config.path is None else Path(config.path)
@@ -327,12 +339,15 @@ def adapt(source: Source, config: AdapterConfig, quantization: QuantizationConfi
     raise_problems(where, list(uneven(adapted)))
     if quantization is not None:
         whole = {model.bindings[name].target for name in saved}
-        forms = forms_of(layered.spec.declared, model, quantization)
+        declared = layered.spec.declared
+        forms = kept_forms(layered, model) if keeps else forms_of(declared, model, quantization)
         adapted = dataclasses.replace(
             adapted, forms={name: form for name, form in forms.items() if name not in whole}
         )
     if config.init == "loftq":
         raise_problems(where, list(unquantised(adapted)))
+    if adapted.decomposes:
+        raise_problems(where, list(undivided(adapted)))
     return adapted
 
 
@@ -353,10 +368,18 @@ def _as_peft(config: AdapterConfig) -> dict[str, Any]:
 
 
 def _signatures(
-    source: Source, model: Today, widths: Mapping[str, Width], saved: frozenset[str]
+    source: Source,
+    model: Today,
+    widths: Mapping[str, Width],
+    saved: frozenset[str],
+    schemes: Mapping[str, Mapping[int, Hashable]],
 ) -> Sequence[Hashable]:
-    """Of every layer, what of it is adapted, and how."""
+    """Of every layer, what of it is adapted, and how; and by `schemes` how its parameters are kept."""
     found: dict[tuple[int, int, int], set[Hashable]] = {}
+    for target, of_layer in schemes.items():
+        _, group, place, rest = target.split(".", 3)
+        for layer, scheme in of_layer.items():
+            found.setdefault((int(group), int(place), layer), set()).add((rest, scheme))
     for name in [*widths, *saved]:
         binding = model.bindings[name]
         if binding.target.startswith("groups."):
@@ -378,18 +401,14 @@ def base_of(tree: Tree) -> Tree:
 def named_pairs(tree: Tree) -> list[tuple[str, LowRank]]:
     """The low-rank pairs of a tree, by the name of their parameter."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_pair)
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
-        for path, leaf in leaves
-        if _is_pair(leaf)
-    ]
+    return [(_name(path), leaf) for path, leaf in leaves if _is_pair(leaf)]
 
 
 def with_magnitudes(tree: Tree, magnitudes: Mapping[str, Any]) -> Tree:
     """A tree of weights whose pairs have these, by the name of their parameter."""
 
     def with_own(path: Any, leaf: Any) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        name = _name(path)
         return dataclasses.replace(leaf, magnitude=magnitudes[name]) if _is_pair(leaf) else leaf
 
     return jax.tree_util.tree_map_with_path(with_own, tree, is_leaf=_is_pair)
@@ -397,3 +416,7 @@ def with_magnitudes(tree: Tree, magnitudes: Mapping[str, Any]) -> Tree:
 
 def _is_pair(leaf: Any) -> bool:
     return isinstance(leaf, LowRank)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -1,5 +1,6 @@
 """Loading: a checkpoint folder → parameters on their devices, reading what they need once."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -101,6 +102,46 @@ class Parts:
         return [part for key in keys for part in self._found.get(key, ())]
 
 
+@dataclasses.dataclass(frozen=True)
+class Inside:
+    """What one tensor holds of a part of a parameter.
+
+    Attributes:
+        binding: of the tensor.
+        box: in the tensor, on its letters.
+        order: of the axes of what is read there, those that the part has not got first.
+        at: where it is in the part.
+    """
+
+    binding: Binding
+    box: Box
+    order: tuple[int, ...]
+    at: tuple[int | slice, ...]
+
+    def put(self, read: np.ndarray, values: np.ndarray) -> None:
+        """Put what was read into the part."""
+        values[self.at] = read.transpose(self.order).reshape(values[self.at].shape)
+
+
+def inside(declared: Param, parts: Sequence[Binding], fixed: Mapping[str, int]) -> Iterator[Inside]:
+    """What tensors hold of the part of a parameter at the index of some letters, see `read_at`."""
+    free = [letter for letter in declared.dims if letter not in fixed]
+    for part in parts:
+        held = part.held
+        if any(not held[letter].start <= i < held[letter].stop for letter, i in fixed.items()):
+            continue
+        box = tuple(
+            slice(fixed[letter] - held[letter].start, fixed[letter] - held[letter].start + 1)
+            if letter in fixed
+            else slice(0, size)
+            for letter, size in zip(part.letters, part.sizes, strict=True)
+        )
+        order = [place for place, letter in enumerate(part.letters) if letter in fixed]
+        order += [part.letters.index(letter) for letter in free if letter in part.letters]
+        at = tuple(part.index.get(letter, held[letter]) for letter in free)
+        yield Inside(part, box, tuple(order), at)
+
+
 def read_at(
     reader: TensorReader, declared: Param, parts: Sequence[Binding], fixed: Mapping[str, int]
 ) -> np.ndarray:
@@ -116,26 +157,12 @@ def read_at(
         The part, with the parameter's other letters in their order.
     """
     sizes = dict(zip(declared.dims, declared.shape, strict=True))
-    free = [letter for letter in declared.dims if letter not in fixed]
     values: np.ndarray | None = None
-    for part in parts:
-        held = part.held
-        if any(not held[letter].start <= i < held[letter].stop for letter, i in fixed.items()):
-            continue
-        box = [
-            slice(fixed[letter] - held[letter].start, fixed[letter] - held[letter].start + 1)
-            if letter in fixed
-            else slice(0, size)
-            for letter, size in zip(part.letters, part.sizes, strict=True)
-        ]
-        read = reader.read_box(part.source, part.sizes, box)
+    for part in inside(declared, parts, fixed):
+        read = reader.read_box(part.binding.source, part.binding.sizes, part.box)
         if values is None:
-            values = np.empty([sizes[letter] for letter in free], read.dtype)
-        order = [place for place, letter in enumerate(part.letters) if letter in fixed]
-        order += [part.letters.index(letter) for letter in free if letter in part.letters]
-        inside = read.transpose(order)
-        at = tuple(part.index.get(letter, held[letter]) for letter in free)
-        values[at] = inside.reshape(values[at].shape)
+            values = np.empty([sizes[letter] for letter in declared.dims if letter not in fixed], read.dtype)
+        part.put(read, values)
     assert values is not None  # bindings cover their parameter
     return values
 

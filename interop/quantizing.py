@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from jaxmoe.codecs import FourBit, Int8Rows, four_bit, int8_rows, unpack
+from jaxmoe.codecs import Packed, four_bit, fp8_blocks, int8_rows, unpack
 from jaxmoe.config import QuantizationConfig
 from jaxmoe.errors import UserError, first_line
 from jaxmoe.files import read_text
@@ -24,6 +24,7 @@ from jaxmoe.interop.loading import Parts, TensorReader, read_at
 from jaxmoe.interop.peft.today import Today
 from jaxmoe.interop.rules import Binding
 from jaxmoe.interop.source import Source
+from jaxmoe.model.linear import letters_of
 from jaxmoe.params import Param, Tree, named
 
 _MAX_BYTES = 16 << 20
@@ -35,10 +36,12 @@ class Form:
 
     Attributes:
         declared: the parameter itself.
-        kind: "nf4", "fp4" or "int8".
+        kind: "nf4", "fp4", "int8", "mxfp4" or "fp8".
         block: elements that share a scale.
         double: scales are quantised too.
         stack: letters of which each index has a tensor of its own, such as "LE"; the others are of one tensor.
+        dtype: that values are rounded to, as `jaxmoe.codecs` has it.
+        kept: the checkpoint has it so, and no value is quantised.
     """
 
     declared: Param
@@ -46,6 +49,8 @@ class Form:
     block: int
     double: bool
     stack: str
+    dtype: str | None = None
+    kept: bool = False
 
     @property
     def tensor(self) -> str:
@@ -58,28 +63,30 @@ class Form:
         return self.declared.shape[len(self.stack) :]
 
     @property
-    def packed(self) -> FourBit | Int8Rows:
+    def packed(self) -> Packed:
         """Declarations of what it is made of."""
         stack, sizes = self.stack, self.declared.shape[: len(self.stack)]
         like = jax.eval_shape(self.quantize_one, jax.ShapeDtypeStruct(self.shape, jnp.float32))
 
-        def declare(array: jax.ShapeDtypeStruct) -> Param:
-            # Rows that are whole blocks keep the letters of the tensor, its last one counting blocks.
-            own = self.tensor[: array.ndim] if array.shape[: len(self.shape) - 1] == self.shape[:-1] else ""
-            own += "." * (array.ndim - len(own))
+        def declare(array: jax.ShapeDtypeStruct, own: str) -> Param:
             return Param(
                 stack + own, (*sizes, *array.shape), "zeros", self.declared.role, stored=array.dtype.name
             )
 
-        return jax.tree.map(declare, like)
+        return jax.tree.map(declare, like, letters_of(like, self.tensor))
 
-    def quantize_one(self, values: Any) -> FourBit | Int8Rows:
+    def quantize_one(self, values: Any) -> Packed:
         """One quantised tensor, of jax's arrays or numpy's."""
+        packed: Packed
         if self.kind == "int8":
-            return int8_rows.quantize(values)
-        return four_bit.quantize(values, self.kind, self.block, self.double)
+            packed = int8_rows.quantize(values)
+        elif self.kind == "fp8":
+            packed = fp8_blocks.quantize(values, self.block)
+        else:
+            packed = four_bit.quantize(values, self.kind, self.block, self.double)
+        return dataclasses.replace(packed, dtype=self.dtype)
 
-    def quantize(self, weight: jax.Array) -> FourBit | Int8Rows:
+    def quantize(self, weight: jax.Array) -> Packed:
         """A whole parameter, tensor by tensor."""
         quantize = self.quantize_one
         for _ in self.stack:
@@ -87,8 +94,30 @@ class Form:
         return quantize(weight)
 
     def quantizer(self) -> Any:
-        """`quantize` of one tensor, jitted."""
-        return jax.jit(self.quantize_one)
+        """`quantize` of one tensor, jitted for the host: a device may round a scale another way than a replay does."""
+        return _on_host(self.quantize_one)
+
+
+def _on_host(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A function jitted for a CPU, whatever the devices of the run are.
+
+    Raises:
+        UserError: jax has no CPU.
+    """
+    compiled = jax.jit(function)
+
+    def run(values: Any) -> Any:
+        try:
+            (host, *_) = jax.local_devices(backend="cpu")
+        except RuntimeError:
+            raise UserError(
+                "model.quantization: weights are quantised on the CPU, of which jax was told not to make use; add cpu "
+                "to JAX_PLATFORMS, after the device"
+            ) from None
+        with jax.default_device(host):
+            return compiled(values)
+
+    return run
 
 
 def forms_of(declared: Tree, model: Today, config: QuantizationConfig) -> dict[str, Form]:
@@ -118,9 +147,7 @@ def forms_of(declared: Tree, model: Today, config: QuantizationConfig) -> dict[s
     return forms
 
 
-def load_packed(
-    reader: TensorReader, form: Form, parts: Sequence[Binding], placements: FourBit | Int8Rows
-) -> FourBit | Int8Rows:
+def load_packed(reader: TensorReader, form: Form, parts: Sequence[Binding], placements: Packed) -> Packed:
     """Read one parameter, tensor by tensor: no more of it is ever there in full precision than one quantised tensor.
 
     Args:
@@ -133,9 +160,7 @@ def load_packed(
     return pack(form, lambda index: read_tensor(reader, form, found, index), placements)
 
 
-def pack(
-    form: Form, read: Callable[[tuple[int, ...]], np.ndarray], placements: FourBit | Int8Rows
-) -> FourBit | Int8Rows:
+def pack(form: Form, read: Callable[[tuple[int, ...]], np.ndarray], placements: Packed) -> Packed:
     """Quantise one parameter, tensor by tensor.
 
     Args:
@@ -144,10 +169,21 @@ def pack(
         placements: shardings of the packed arrays.
     """
     quantize = form.quantizer()
+    return gather(form, lambda index: jax.device_get(quantize(read(index))), placements)
+
+
+def gather(form: Form, packed_at: Callable[[tuple[int, ...]], Packed], placements: Packed) -> Packed:
+    """Bring the quantised tensors of one parameter to its devices.
+
+    Args:
+        form: of the parameter.
+        packed_at: the quantised tensor at an index of the letters of `Form.stack`, as numpy's arrays.
+        placements: shardings of the packed arrays.
+    """
     declared = form.packed
     buffers = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.stored), declared)
     for index in _wanted(form, declared, placements):
-        packed = jax.device_get(quantize(read(index)))
+        packed = packed_at(index)
         for buffer, own in zip(jax.tree.leaves(buffers), jax.tree.leaves(packed), strict=True):
             buffer[index] = own
 

@@ -15,7 +15,9 @@ from jaxmoe.interop.families import family_of
 from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.locating import resolve_folder
 from jaxmoe.interop.quantization.config import split_config
-from jaxmoe.interop.quantization.folder import Files, is_zero_bias, open_files
+from jaxmoe.interop.quantization.expected import expected_tensors
+from jaxmoe.interop.quantization.folder import Files, QuantizedFolder, is_zero_bias, open_files
+from jaxmoe.interop.quantization.stored_form import Format, QuantizedTensor
 from jaxmoe.interop.rules import Bindings, bind, tensor_count
 from jaxmoe.interop.storage.format import MAX_TENSORS, TensorInfo
 from jaxmoe.interop.storage.problems import raise_problems
@@ -46,6 +48,7 @@ class Source:
         folder: the Hugging Face folder, read as far as its config and the headers of its files; None where the
             model is known by its config alone, whose weights are random or somebody else's.
         files: the folder's safetensors files; of a quantised one, as if they were stored in bfloat16.
+        format: in which the config says that weights are quantised, if it does.
         beside: tensors by name that are not the model's (towers of other modalities) and that an export without a
             folder to follow takes along.
     """
@@ -56,6 +59,7 @@ class Source:
     bindings: Bindings
     folder: Path | None = None
     files: Files | None = None
+    format: Format | None = None
     beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
@@ -68,6 +72,13 @@ class Source:
         if self.folder is None or self.files is None:
             raise ValueError("this model is known by its config alone and has no folder")
         return self.folder, self.files
+
+    @property
+    def quantized(self) -> Mapping[str, QuantizedTensor]:
+        """Quantised tensors by name; without a folder those that its makers' would have."""
+        if self.files is not None:
+            return self.files.quantized if isinstance(self.files, QuantizedFolder) else {}
+        return {} if self.format is None else expected_tensors(self.format, self.bindings)
 
     def grouped(self, spec: ModelSpec) -> "Source":
         """The same model with its layers grouped as in `spec`."""
@@ -99,7 +110,7 @@ def open_source(path_or_hub_id: str | Path) -> Source:
     raise_problems(folder, problems + _problems(bindings, files))
     for note in family.notes(raw):
         log_once(_log, logging.WARNING, f"{folder / 'config.json'}: {note}")
-    return Source(family, raw, spec, bindings, folder, files)
+    return Source(family, raw, spec, bindings, folder, files, quantization)
 
 
 def config_source(config: str | Path | Mapping[str, Any]) -> Source:
@@ -114,9 +125,9 @@ def config_source(config: str | Path | Mapping[str, Any]) -> Source:
     if not isinstance(raw.get("model_type"), str):
         raise UserError(f"{file}: expected a string 'model_type', got {quote(raw.get('model_type'))}")
     family = family_of(raw, file)
-    raw, _ = split_config(raw, file)
+    raw, quantization = split_config(raw, file)
     spec = _plausible_spec(family, raw, file)
-    return Source(family, raw, spec, bind(family.rules(spec), spec))
+    return Source(family, raw, spec, bind(family.rules(spec), spec), format=quantization)
 
 
 def _plausible_spec(family: Family, raw: Mapping[str, Any], file: str) -> ModelSpec:

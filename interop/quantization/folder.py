@@ -79,28 +79,59 @@ class QuantizedFolder:
         if name not in self.quantized:
             return self.stored.read_box(name, sizes, box)
         tensor = self.quantized[name]
-        lengths = [len(range(*part.indices(size))) for part, size in zip(box, sizes, strict=True)]
+        lengths = _lengths(sizes, box)
         if 0 in lengths:
             return np.empty(lengths, tensor.dtype)
-        finer = finer_axes(tensor.shape, sizes)
-        order = [axis for logical in tensor.order for axis in finer[logical]]
-        wanted = [
-            Axis(tuple(sizes[i] for i in axes), tuple(box[i] for i in axes), tensor.shape[logical])
-            for logical, axes in ((logical, finer[logical]) for logical in tensor.order)
-        ]
-        values = self._read(tensor, wanted)
-        return values.reshape([lengths[axis] for axis in order]).transpose(np.argsort(order))
+        wanted = self._grouped(tensor, _wanted(tensor, sizes, box))
+        held, words = self._checked_words(tensor, wanted)
+        return _arranged(tensor, sizes, box, self._values(tensor, words, held, wanted))
 
-    def _read(self, tensor: QuantizedTensor, wanted: Sequence[Axis]) -> np.ndarray:
-        """What is wanted of a tensor on its axes as they are stored."""
+    def read_packed(
+        self, name: str, sizes: Sequence[int], box: Sequence[slice], blocks: Sequence[slice]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and scales of a part of a quantised tensor that has no zero points.
+
+        Args:
+            name: of the tensor without quantisation.
+            sizes, box: see `CheckpointFolder.read_box`.
+            blocks: `box` with every element left out whose scale an element before it has.
+
+        Returns:
+            The codes, uint8, and the scales of what is in `blocks`: as they are stored, those that are quantised
+            themselves in float32.
+        """
+        tensor = self.quantized[name]
+        wanted = _wanted(tensor, sizes, box)
+        fewer = [
+            whole if whole.box == part.box else part
+            for whole, part in zip(wanted, _wanted(tensor, sizes, blocks), strict=True)
+        ]
+        held, words = self._checked_words(tensor, wanted)
+        codes = numbers(tensor.codes, words[tensor.codes], held, wanted).view(np.uint8)
+        found = {
+            part: numbers(part, words[part], held, fewer) for part in tensor.parts if part != tensor.codes
+        }
+        scales = spread(tensor.scales, self._wide(tensor, found, fewer)[tensor.scales], fewer)
+        scales = np.broadcast_to(scales, [len(axis.at) for axis in fewer])
+        return _arranged(tensor, sizes, box, codes), _arranged(tensor, sizes, blocks, scales)
+
+    def _checked_words(
+        self, tensor: QuantizedTensor, wanted: Sequence[Axis]
+    ) -> tuple[Sequence[Axis], dict[Part, np.ndarray]]:
         self._check_shape(tensor)
         self._check_table(tensor)
-        wanted = self._grouped(tensor, wanted)
         held, words = self._words(tensor, wanted)
-        found = {
-            part: numbers(part, part_words, held, wanted)
-            for part, part_words in zip(tensor.parts, words, strict=True)
-        }
+        return held, dict(zip(tensor.parts, words, strict=True))
+
+    def _values(
+        self,
+        tensor: QuantizedTensor,
+        words: Mapping[Part, np.ndarray],
+        held: Sequence[Axis],
+        wanted: Sequence[Axis],
+    ) -> np.ndarray:
+        """What is wanted of a tensor on its axes as they are stored."""
+        found = {part: numbers(part, one, held, wanted) for part, one in words.items()}
         return _decode(tensor, self._wide(tensor, found, wanted), wanted)
 
     def _wide(
@@ -257,6 +288,32 @@ class QuantizedFolder:
             elif tensor is not None and info.name == tensor.codes.tensor:
                 there.append((tensor.name, dtype_name(tensor.dtype), tensor.shape))
         return new_shard(shard.file, there, shard.metadata)
+
+
+def _lengths(sizes: Sequence[int], box: Sequence[slice]) -> list[int]:
+    return [len(range(*part.indices(size))) for part, size in zip(box, sizes, strict=True)]
+
+
+def _wanted(tensor: QuantizedTensor, sizes: Sequence[int], box: Sequence[slice]) -> list[Axis]:
+    """A box of a tensor, seen with axes `sizes`, on its axes as they are stored."""
+    finer = finer_axes(tensor.shape, sizes)
+    return [
+        Axis(
+            tuple(sizes[i] for i in finer[logical]),
+            tuple(box[i] for i in finer[logical]),
+            tensor.shape[logical],
+        )
+        for logical in tensor.order
+    ]
+
+
+def _arranged(
+    tensor: QuantizedTensor, sizes: Sequence[int], box: Sequence[slice], stored: np.ndarray
+) -> np.ndarray:
+    """What there is of a box on the axes as they are stored → on those of the box."""
+    finer, lengths = finer_axes(tensor.shape, sizes), _lengths(sizes, box)
+    order = [axis for logical in tensor.order for axis in finer[logical]]
+    return stored.reshape([lengths[axis] for axis in order]).transpose(np.argsort(order))
 
 
 def _decode(tensor: QuantizedTensor, found: Mapping[Part, np.ndarray], wanted: Sequence[Axis]) -> np.ndarray:

@@ -26,7 +26,8 @@ from jaxmoe.interop.storage.reader import CheckpointFolder
 
 CODES = "F8_E4M3"
 SCALES = ("F32", "BF16", "F8_E8M0")
-_ENDINGS = ("_scale_inv", "_scale")
+SCALES_ENDING = "_scale_inv"
+_ENDINGS = (SCALES_ENDING, "_scale")
 _INERT = (".activation_scale", ".input_scale", ".k_scale", ".v_scale")
 
 # Which tensors are quantised, their own dtypes say; how activations would be, does not matter in bfloat16.

@@ -20,6 +20,7 @@ from jaxmoe.interop.quantization.stored_form import (
 from jaxmoe.interop.storage.reader import CheckpointFolder
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
+_EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")
 _COLUMNS = 32
 _BYTES = _COLUMNS // 2
 _KNOWN = frozenset({"quant_method", "modules_to_not_convert", "dequantize"})
@@ -65,16 +66,20 @@ class MXFP4Experts:
                 )
             else:
                 experts, rows, groups, _ = info.shape
-                tensor = QuantizedTensor(
-                    plain,
-                    (experts, groups * _COLUMNS, rows),
-                    (0, 2, 1),
-                    MXFP4(),
-                    Part(name, packing=packed(8, 4, COLUMNS), fold=_BYTES),
-                    Part(plain + _SCALES, (1, _COLUMNS)),
-                )
+                tensor = mxfp4_tensor(plain, (experts, groups * _COLUMNS, rows))
                 found.append(tensor)
                 problems += part_problems(
                     tensors, tensor.scales, "scales", name, tensor.stored_shape, ("U8",)
                 )
         return found, frozenset(hidden)
+
+
+def mxfp4_tensor(name: str, shape: tuple[int, ...]) -> QuantizedTensor:
+    """The tensor that has that name and that shape (E, in, out) without quantisation."""
+    codes = Part(name + _BLOCKS, packing=packed(8, 4, COLUMNS), fold=_BYTES)
+    return QuantizedTensor(name, shape, (0, 2, 1), MXFP4(), codes, Part(name + _SCALES, (1, _COLUMNS)))
+
+
+def is_mxfp4(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether gpt-oss has a tensor so: the matrices of its experts."""
+    return len(shape) == 3 and name.endswith(_EXPERTS) and shape[1] % _COLUMNS == 0

@@ -1,12 +1,14 @@
-"""nf4 and fp4 (arXiv 2305.14314): four bits a weight, and a float32 scale for each block of the tensor's elements.
+"""nf4 and fp4 (arXiv 2305.14314): four bits a weight, and a float32 scale for each block of the tensor's elements; and
+mxfp4 (OCP Microscaling Formats 1.0), whose scales are powers of two of a byte each.
 
 The elements of a tensor in row-major order are cut into blocks, of 64 by default. The scale is the block's largest
 magnitude, and an element's code that of the nearest value to what it is of the scale:
 
     absmax = max |x|        code = nearest(x * (1 / absmax))        x ≈ value[code] * absmax
 
-in float32, rounded once to the dtype that is asked for. With double quantisation the scales are quantised in turn: less
-the mean of all scales of the tensor, in blocks of 256, to the 8 bits of `tables.DYNAMIC`. So which elements make up one
+in float32, rounded once to the dtype that is asked for; of mxfp4 the scale is the smallest power of two with which no
+number is cut off. With double quantisation the scales are quantised in turn: less the mean of all scales of the tensor,
+in blocks of 256, to the 8 bits of `tables.DYNAMIC`. So which elements make up one
 tensor is part of what a tensor is: experts quantised one by one have other values than all of a layer as one. Without
 double quantisation they do not, as long as no block has elements of two of them.
 
@@ -24,17 +26,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jaxmoe.codecs.tables import DYNAMIC, VALUES, ZERO, namespace, nearest, nearest_dynamic, values_of
+from jaxmoe.codecs.tables import (
+    DYNAMIC,
+    ZERO,
+    namespace,
+    nearest,
+    nearest_dynamic,
+    nearest_e2m1,
+    values_of,
+)
 
 Array = jax.Array | np.ndarray
 """Of jax or of numpy."""
 
+MX_BLOCK = 32
+"""Numbers of mxfp4 that share a scale."""
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Sizes of blocks."""
 SCALES_PER_BLOCK = 256
 """Scales that share one, with double quantisation."""
 
 _LEAST = np.float32(1e-38)  # scale of a last block that is shorter
+_MX_BIAS = 127
 _LEAST_NORMAL = np.finfo(np.float32).tiny
 
 
@@ -53,12 +66,14 @@ class FourBit:
 
     Attributes:
         codes: uint8.
-        absmax: float32 scales, or with double quantisation their codes in `tables.DYNAMIC`, uint8.
+        absmax: float32 scales, or with double quantisation their codes in `tables.DYNAMIC`, uint8; of mxfp4 exponents,
+            uint8, from 2^-127 up.
         nested_absmax: with double quantisation float32, one for 256 scales in row-major order.
         offset: with it float32, the mean of all scales.
-        kind: "nf4" or "fp4".
+        kind: "nf4", "fp4" or "mxfp4".
         block: elements that share a scale.
         shape: of one tensor. Axes before it are of several tensors, each with an offset of its own.
+        dtype: that values are rounded to, whatever dtype is asked for; None for that one alone.
     """
 
     codes: Array
@@ -68,11 +83,17 @@ class FourBit:
     kind: str = dataclasses.field(metadata={"static": True})
     block: int = dataclasses.field(metadata={"static": True})
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def has_whole_rows(self) -> bool:
+        """Whether rows are whole blocks."""
+        return _has_whole_rows(self.shape, self.block)
 
     @property
     def stack(self) -> tuple[int, ...]:
         """Sizes of the axes before those of one tensor."""
-        axes = len(self.shape) if _has_whole_rows(self.shape, self.block) else 1
+        axes = len(self.shape) if self.has_whole_rows else 1
         return self.absmax.shape[: self.absmax.ndim - axes]
 
 
@@ -99,9 +120,9 @@ def quantize(
 
     Args:
         values: (…, i), finite, of bfloat16, float16 or float32.
-        kind: "nf4" or "fp4".
-        block: one of `BLOCKS`.
-        nested: quantise the scales, too.
+        kind: "nf4", "fp4" or "mxfp4".
+        block: one of `BLOCKS`, of mxfp4 32.
+        nested: quantise the scales, too, but of mxfp4.
 
     Raises:
         ValueError: another kind or block, or a tensor without elements.
@@ -112,6 +133,8 @@ def quantize(
         raise TypeError(f"found values of {values.dtype}, expected bfloat16, float16 or float32")
     xp = namespace(values)
     blocks, short = _blocks(values.astype(xp.float32), block)
+    if kind == "mxfp4":
+        return _quantize_mx(blocks, values.shape)
     absmax = xp.abs(blocks).max(-1)
     divisor = xp.maximum(absmax, _LEAST_NORMAL)
     scaled = blocks * (np.float32(1) / divisor)[..., None]
@@ -120,8 +143,7 @@ def quantize(
         # Where one number divides many, XLA takes the reciprocal, too.
         each = divisor[-1:, None] + 0 * blocks[-1:]
         scaled = xp.concatenate([scaled[:-1], blocks[-1:] / each])
-    half = block // 2
-    codes = (nearest(scaled[..., :half], kind) << 4) | nearest(scaled[..., half:], kind)
+    codes = _paired(nearest(scaled, kind))
     if not nested:
         return FourBit(codes, absmax, None, None, kind, block, values.shape)
     offset = _mean(absmax.reshape(-1))
@@ -129,20 +151,36 @@ def quantize(
     return FourBit(codes, scales.reshape(absmax.shape), nested_absmax, offset, kind, block, values.shape)
 
 
+def _quantize_mx(blocks: Array, shape: tuple[int, ...]) -> FourBit:
+    """Blocks (…, 32) with the smallest power of two with which no number exceeds 6, the largest code's value."""
+    xp = namespace(blocks)
+    mantissas, exponents = xp.frexp(xp.abs(blocks).max(-1))
+    # largest <= 6 * 2^e, where 6 is 0.75 * 2^3
+    powers = xp.maximum(exponents - 3 + (mantissas > 0.75), -_MX_BIAS)
+    powers = xp.where(mantissas > 0, powers, -_MX_BIAS)
+    # By halves of the power: 2^127, the inverse of the smallest, would leave no room for the rest.
+    first = powers // 2
+    scaled = xp.ldexp(xp.ldexp(blocks, -first[..., None]), (first - powers)[..., None])
+    codes = _paired(nearest_e2m1(scaled))
+    return FourBit(codes, (powers + _MX_BIAS).astype(xp.uint8), None, None, "mxfp4", MX_BLOCK, shape)
+
+
 def dequantize(packed: FourBit, dtype: Any = jnp.bfloat16) -> Float[Array, "..."]:
     """The values of a tensor or of a stack of them, (…, *shape)."""
     stack, shape = packed.stack, packed.shape
     values = _decode(packed.codes, plain(packed).absmax, packed.kind, dtype)
-    if not _has_whole_rows(shape, packed.block):
+    if not packed.has_whole_rows:
         values = values.reshape(*stack, -1)[..., : math.prod(shape)]
     return values.reshape(*stack, *shape)
 
 
 def plain(packed: FourBit) -> FourBit:
-    """The same without double quantisation: its scales are the values that the quantised ones stand for."""
+    """The same with float32 scales: those that quantised ones stand for, of mxfp4 half of the powers of two."""
+    xp = namespace(packed.absmax)
+    if packed.kind == "mxfp4":
+        return dataclasses.replace(packed, absmax=_halves_of_powers(packed.absmax))
     if packed.nested_absmax is None or packed.offset is None:
         return packed
-    xp = namespace(packed.absmax)
     stack, shape = packed.stack, packed.absmax.shape
     flat = packed.absmax.reshape(*stack, -1)
     each = xp.repeat(packed.nested_absmax, SCALES_PER_BLOCK, -1)[..., : flat.shape[-1]]
@@ -173,9 +211,20 @@ def from_stored(stored: Stored, kind: str, block: int, shape: tuple[int, ...]) -
     absmax = stored.absmax
     if _has_whole_rows(shape, block):
         absmax = absmax.reshape(*shape[:-1], -1)
-    halves = flat.reshape(*absmax.shape, 2, block // 2)
-    codes = (halves[..., 0, :] << 4) | halves[..., 1, :]
+    codes = _paired(flat.reshape(*absmax.shape, block))
     return FourBit(codes, absmax, stored.nested_absmax, stored.offset, kind, block, tuple(shape))
+
+
+def from_codes(codes: Array, absmax: Array, kind: str, block: int, dtype: str | None = None) -> FourBit:
+    """A tensor of whole rows.
+
+    Args:
+        codes: (…, o, i) uint8 below 16, i a multiple of `block`.
+        absmax: (…, o, b), as `FourBit` has them.
+        kind, block, dtype: see `FourBit`.
+    """
+    paired = _paired(codes.reshape(*absmax.shape, block))
+    return FourBit(paired, absmax, None, None, kind, block, tuple(codes.shape), dtype)
 
 
 def to_stored(packed: FourBit) -> Stored:
@@ -194,11 +243,18 @@ def to_stored(packed: FourBit) -> Stored:
     return Stored(pairs.reshape(-1, 1), packed.absmax.reshape(-1), packed.nested_absmax, packed.offset)
 
 
+def _paired(codes: Array) -> Array:
+    """Codes (…, block) → bytes (…, block / 2)."""
+    half = codes.shape[-1] // 2
+    return (codes[..., :half] << 4) | codes[..., half:]
+
+
 def _check(kind: str, block: int, shape: tuple[int, ...]) -> None:
-    if kind not in VALUES:
-        raise ValueError(f"kind is {kind!r}, expected {' or '.join(map(repr, VALUES))}")
-    if block not in BLOCKS:
-        raise ValueError(f"block is {block}, expected one of {', '.join(map(str, BLOCKS))}")
+    if kind not in ZERO:
+        raise ValueError(f"kind is {kind!r}, expected {' or '.join(map(repr, ZERO))}")
+    blocks = (MX_BLOCK,) if kind == "mxfp4" else BLOCKS
+    if block not in blocks:
+        raise ValueError(f"block is {block}, expected one of {', '.join(map(str, blocks))}")
     if not shape or 0 in shape:
         raise ValueError(f"found a tensor of shape {tuple(shape)}, expected one with elements")
 
@@ -235,6 +291,14 @@ def _bits(values: Array, dtype: Any) -> Array:
 
 def _of_bits(bits: Array, dtype: Any) -> Array:
     return jax.lax.bitcast_convert_type(bits, dtype) if bits.dtype == jnp.uint16 else bits
+
+
+def _halves_of_powers(exponents: Array) -> Array:
+    """2^(e - 128) of bytes e, float32; jax's below the normal numbers are 0."""
+    if namespace(exponents) is np:
+        return np.ldexp(np.float32(1), exponents.astype(np.int32) - (_MX_BIAS + 1))
+    bits = jnp.maximum(exponents, 1).astype(jnp.uint32) - 1  # the exponent of a float32 counts from 2^-127
+    return jax.lax.bitcast_convert_type(bits << 23, jnp.float32)
 
 
 def _quantize_scales(less: Array) -> tuple[Array, Array]:

@@ -28,10 +28,12 @@ class Int8Rows:
     Attributes:
         codes: int8 (…, o, i).
         absmax: float32 (…, o), what bitsandbytes calls SCB.
+        dtype: that values are rounded to, whatever dtype is asked for; None for that one alone.
     """
 
     codes: Any
     absmax: Any
+    dtype: str | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def quantize(values: Float[Any, "... i"]) -> Int8Rows:

@@ -1,6 +1,6 @@
-"""The code books of bitsandbytes, and how codes are found in them.
+"""The code books of four bits, and bitsandbytes' of quantised scales, and how codes are found in them.
 
-A number that is as far from two values gets the lower one of nf4 and fp4, and of the dynamic map the one of even code.
+A number that is as far from two values gets the lower one of nf4 and fp4, of the others the one of even code.
 """
 
 from types import MappingProxyType, ModuleType
@@ -19,11 +19,15 @@ _FP4 = np.array([0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4], np.float32)
 VALUES = MappingProxyType(
     {"nf4": np.array(_NF4.split(), np.float32), "fp4": np.concatenate([_FP4, np.float32(0) - _FP4])}
 )
-"""Value of each of the 16 codes, float32, by kind: ascending in nf4, in fp4 with the sign in the high bit."""
+"""bitsandbytes' value of each of the 16 codes, float32, by kind: ascending in nf4, in fp4 the sign in the high bit."""
+
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+_BOOKS = MappingProxyType({**VALUES, "mxfp4": np.concatenate([2 * _E2M1, -2 * _E2M1])})
+"""Those of mxfp4 are doubled: half of its largest scale, 2^128, is a float32."""
 
 # Codes by ascending value. The fp4 codes 8 and 0 both stand for 0; numbers just above 0 get 8 on a CPU.
 _ORDER = {"nf4": np.arange(16), "fp4": np.array([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3])}
-ZERO = MappingProxyType({"nf4": 7, "fp4": 0})
+ZERO = MappingProxyType({"nf4": 7, "fp4": 0, "mxfp4": 0})
 """The code of 0."""
 
 
@@ -43,17 +47,26 @@ def nearest(scaled: Any, kind: str) -> Any:
     return codes
 
 
+def nearest_e2m1(scaled: Any) -> Any:
+    """Codes of float4_e2m1 of float32 numbers of [-6, 6], uint8."""
+    xp = namespace(scaled)
+    size, codes = xp.abs(scaled), xp.zeros(scaled.shape, xp.uint8)
+    for code, bound in enumerate((_E2M1[:-1] + _E2M1[1:]) / 2):
+        codes += ((size >= bound) if code % 2 else (size > bound)).astype(xp.uint8)
+    return codes | (xp.signbit(scaled).astype(xp.uint8) << 3)
+
+
 def values_of(codes: Any, kind: str) -> Any:
-    """Values of codes below 16, float32.
+    """Values of codes below 16, float32; of mxfp4 twice as large.
 
     For jax a tree of selects, which XLA vectorises on a CPU where it does not vectorise a gather.
     """
     if namespace(codes) is np:
-        return VALUES[kind][codes]
+        return _BOOKS[kind][codes]
     # Arrays of a constant that are made of the codes: others jax moves out of a differentiated loop over layers, where
     # each of the 16 is as large as the result.
     zeros = (codes & 0).astype(jnp.float32)
-    level: list[Any] = [zeros + value for value in VALUES[kind]]
+    level: list[Any] = [zeros + value for value in _BOOKS[kind]]
     for bit in range(4):
         is_set = (codes >> bit) & 1 != 0
         level = [jnp.where(is_set, one, zero) for zero, one in zip(level[::2], level[1::2], strict=True)]

@@ -99,10 +99,12 @@ class RunConfig(Section):
                 "model.quantization: found it without adapter, but weights in few bits cannot be trained; expected "
                 "null, or an adapter"
             )
-        if self.adapter is not None and self.adapter.init == "loftq" and self.model.quantization is None:
+        packing = self.model.packing
+        loses = packing is not None and packing.kind != "keep"
+        if self.adapter is not None and self.adapter.init == "loftq" and not loses:
             raise ValueError(
-                "adapter.init: found 'loftq' without model.quantization, whose losses it begins with; expected another "
-                "one, such as 'pissa'"
+                "adapter.init: found 'loftq' without a model.quantization that loses anything, with which it begins; "
+                "expected another one, such as 'pissa'"
             )
         if self.adapter is not None and (self.trainable is not None or self.frozen):
             key = "frozen" if self.trainable is None else "trainable"

@@ -101,11 +101,12 @@ class Section(BaseModel):
 
 
 class QuantizationConfig(Section):
-    """Frozen weights in few bits under adapters (QLoRA), as bitsandbytes has them."""
+    """Frozen weights in few bits under adapters (QLoRA), as bitsandbytes has them or as the checkpoint does."""
 
-    kind: Literal["nf4", "fp4", "int8"] = Field(
+    kind: Literal["nf4", "fp4", "int8", "keep"] = Field(
         default="nf4",
-        description="nf4 and fp4: 4 bits and a scale per block; int8: 8 bits and a scale per row.",
+        description="nf4 and fp4: 4 bits and a scale per block; int8: 8 bits and a scale per row; keep: what the "
+        "checkpoint has in FP8, MXFP4, nf4, fp4 or int8 stays as it is.",
     )
     double_quant: bool = Field(
         default=False, description="Quantise the scales too: 4.13 bits a weight instead of 4.5."
@@ -113,6 +114,16 @@ class QuantizationConfig(Section):
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
         default=64, description="Weights that share a scale, of nf4 and fp4."
     )
+
+    @model_validator(mode="after")
+    def _nothing_beside_keep(self) -> "QuantizationConfig":
+        beside = sorted(self.model_fields_set - {"kind"})
+        if self.kind == "keep" and beside:
+            raise ValueError(
+                f"found {beside[0]} beside kind 'keep', which leaves weights as the checkpoint has them; expected kind "
+                "alone"
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -136,15 +147,16 @@ class ModelConfig(Section):
     )
     quantization: (
         Annotated[
-            Annotated[Literal["nf4", "fp4", "int8"], Tag("path")]
+            Annotated[Literal["nf4", "fp4", "int8", "keep"], Tag("path")]
             | Annotated[QuantizationConfig, Tag("mapping")],
             Discriminator(_kind),
         ]
         | None
     ) = Field(
         default=None,
-        description="Hold the frozen weights of experts and linear layers in few bits: nf4, fp4 or int8, or a mapping "
-        "with `kind`, `double_quant` and `block_size`. Only beside `adapter`. null: in dtype.",
+        description="Hold the frozen weights of experts and linear layers in few bits: nf4, fp4 or int8, or keep, for "
+        "those that the checkpoint has in FP8, MXFP4 or bitsandbytes' formats; or a mapping with `kind`, "
+        "`double_quant` and `block_size`. Only beside `adapter`. null: in dtype.",
     )
     remat: bool = Field(
         default=True,
@@ -335,7 +347,9 @@ class AdapterConfig(Section):
         "expert of a token (PEFT has none there, so that the adapter's folder says 0). null: that of path, else 0.",
     )
     learning_rate_ratio: Annotated[Number, Field(ge=1)] = Field(
-        default=1.0, description="Learning rate of B over that of A (LoRA+, arXiv 2402.12354; 16 is common)."
+        default=1.0,
+        description="Learning rate of B over that of A, but for embeddings (LoRA+, arXiv 2402.12354; "
+        "16 is common).",
     )
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from jaxmoe.model.batch import Batch
 from jaxmoe.model.dropout import Dropout
 from jaxmoe.model.feed_forward.router import RouterStats
 from jaxmoe.model.head import Head, LogitSpec
-from jaxmoe.model.linear import along_last, in_dtype, letters_of, lookup, with_dropout
+from jaxmoe.model.linear import along_last, gathered, in_dtype, letters_of, lookup, with_dropout
 from jaxmoe.model.mixers.context import Context, make_context
 from jaxmoe.model.norms import norm
 from jaxmoe.model.precision import float32_matmuls, scaled
@@ -127,10 +127,10 @@ def _run_group(
 
 
 def _for_compute(declared: Tree, values: Tree, dtype: Any) -> Tree:
-    """Parameters in `dtype`, but for those kept in float32; constants without gradient."""
+    """Parameters of one layer in `dtype`, but for those kept in float32; constants without gradient."""
 
     def prepare(parameter: Param, value: Any) -> Any:
-        value = in_dtype(value, parameter.dtype(dtype))
+        value = gathered(in_dtype(value, parameter.dtype(dtype)), parameter.dims.removeprefix("L"))
         return jax.lax.stop_gradient(value) if parameter.role == "constant" else value
 
     return jax.tree.map(prepare, declared, values)

@@ -14,15 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmoe.codecs import FourBit, Int8Rows, unpack
+from jaxmoe.codecs import PACKED, FourBit, Fp8Blocks, Int8Rows, unpack
 from jaxmoe.model.dropout import Dropout
 from jaxmoe.model.embedding import rows_of
+from jaxmoe.parallel.sharding import constrain_fitting
 
 Weight = Any
-"""A `jax.Array`, a `LowRank`, a `BlockScaled`, or what `jaxmoe.codecs` packs."""
-
-PACKED = (FourBit, Int8Rows)
-"""Weights in few bits, of which an array can be made and nothing else. They have no gradient."""
+"""A `jax.Array`, a `LowRank`, or what `jaxmoe.codecs` packs: that has no gradient."""
 
 
 @functools.partial(
@@ -57,40 +55,12 @@ class LowRank:
         return self.base.shape
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("codes", "scales"), meta_fields=("block",))
-@dataclasses.dataclass(frozen=True)
-class BlockScaled:
-    """codes · scales, one scale for each block of a matrix. It has no gradient: it is a frozen weight.
-
-    Attributes:
-        codes: (…, out, in) in a narrow dtype, such as float8_e4m3fn or int8.
-        scales: (…, ⌈out / rows⌉, ⌈in / columns⌉).
-        block: rows and columns of a block.
-    """
-
-    codes: Any
-    scales: Any
-    block: tuple[int, int]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(…, out, in)."""
-        return self.codes.shape
-
-
 def dense(weight: Weight, dtype: Any) -> jax.Array:
     """The array (…, out, in) that a weight stands for, in `dtype`; multiplied out in float32."""
     if isinstance(weight, LowRank):
         pair = jnp.einsum("...or,...ri->...oi", *(x.astype(jnp.float32) for x in (weight.b, weight.a)))
         total = dense(weight.base, jnp.float32) + weight.scale * pair
         return (total if weight.magnitude is None else _gain(weight)[..., None] * total).astype(dtype)
-    if isinstance(weight, BlockScaled):
-        scales = weight.scales.astype(jnp.float32)
-        for axis, size in zip((-2, -1), weight.block, strict=True):
-            scales = jnp.repeat(scales, size, axis=axis)
-        out, width = weight.shape[-2:]
-        codes = jax.lax.stop_gradient(weight.codes).astype(jnp.float32)
-        return (codes * jax.lax.stop_gradient(scales[..., :out, :width])).astype(dtype)
     if isinstance(weight, PACKED):
         return unpack(jax.lax.stop_gradient(weight), dtype)
     return weight.astype(dtype)
@@ -101,7 +71,7 @@ def in_dtype(weight: Weight, dtype: Any) -> Weight:
     if isinstance(weight, LowRank):
         cast = dataclasses.replace(weight, a=weight.a.astype(dtype), b=weight.b.astype(dtype))
         return dataclasses.replace(cast, base=in_dtype(weight.base, dtype))
-    return weight if isinstance(weight, (BlockScaled, *PACKED)) else weight.astype(dtype)
+    return weight if isinstance(weight, PACKED) else weight.astype(dtype)
 
 
 def part(weight: Weight, index: int) -> Weight:
@@ -232,15 +202,42 @@ def linear_gradients(
 
 
 def letters_of(weight: Weight, letters: str) -> Weight:
-    """The letters of every array that a weight with `letters` is made of, such as "VD" of a head."""
+    """The letters of every array that a weight with `letters` is made of, such as "VD" of a head.
+
+    The last letter is that of blocks of columns as well.
+    """
     if isinstance(weight, LowRank):
         base = letters_of(weight.base, letters)
         lengths = None if weight.magnitude is None else letters[:-1]
         a, b = letters[:-2] + "r" + letters[-1], letters[:-1] + "r"
         return LowRank(base, a, b, weight.scale, magnitude=lengths)
-    if isinstance(weight, BlockScaled):
-        return BlockScaled(letters, letters[:-2] + "..", weight.block)
+    if isinstance(weight, Int8Rows):
+        return dataclasses.replace(weight, codes=letters, absmax=letters[:-1])
+    if isinstance(weight, Fp8Blocks):
+        return dataclasses.replace(weight, codes=letters, scales=letters)
+    if isinstance(weight, FourBit):
+        stack = letters[: len(weight.stack)]
+        blocks = letters if weight.has_whole_rows else stack + "."
+        of_arrays: dict[str, Any] = {"codes": blocks + ".", "absmax": blocks}
+        if weight.offset is not None:
+            of_arrays |= {"nested_absmax": stack + ".", "offset": stack}
+        return dataclasses.replace(weight, **of_arrays)
     return letters
+
+
+def gathered(weight: Weight, letters: str) -> Weight:
+    """The weight with the arrays of what is packed whole along the model width, so that devices exchange its bytes:
+    left alone XLA multiplies out each device's part, and gathers four times as much.
+
+    Args:
+        weight: of a layer that is about to be computed.
+        letters: its own.
+    """
+    if isinstance(weight, LowRank):
+        return dataclasses.replace(weight, base=gathered(weight.base, letters))
+    if isinstance(weight, PACKED):
+        return jax.tree.map(constrain_fitting, weight, letters_of(weight, letters.replace("D", ".")))
+    return weight
 
 
 def with_dropout(weights: Any, dropout: Dropout) -> Any:
@@ -273,11 +270,6 @@ def lookup(weight: Weight, index: jax.Array, dtype: Any) -> jax.Array:
     if isinstance(weight, LowRank):
         low = _product(rows_of(weight.b, index).astype(dtype), weight.a.astype(dtype), transpose=True)
         return lookup(weight.base, index, dtype) + low * jnp.asarray(weight.scale, dtype)
-    if isinstance(weight, BlockScaled):
-        rows, columns = weight.block
-        codes, scales = jax.lax.stop_gradient((weight.codes[index], weight.scales[index // rows]))
-        scales = jnp.repeat(scales.astype(jnp.float32), columns, axis=-1)[..., : weight.shape[-1]]
-        return (codes.astype(jnp.float32) * scales).astype(dtype)
     return rows_of(weight, index).astype(dtype)
 
 

@@ -118,9 +118,11 @@ def _fitting(declared: Param, mesh: Mesh) -> PartitionSpec:
     """`partition_spec`, but that blocks of a packed weight, which are few, stay together where an axis does not divide
     them."""
     spec = partition_spec(declared)
-    if declared.stored is None:
-        return spec
-    sizes = zip(tuple(spec), declared.shape, strict=False)
+    return spec if declared.stored is None else _divided(spec, declared.shape, mesh)
+
+
+def _divided(spec: PartitionSpec, shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    sizes = zip(tuple(spec), shape, strict=False)
     return PartitionSpec(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in sizes))
 
 
@@ -163,3 +165,12 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec_of(letters, mesh.axis_names))
+
+
+def constrain_fitting(x: jax.Array, letters: str) -> jax.Array:
+    """`constrain` for an array of a packed weight, by one mesh axis for a letter, where that divides the dimension."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    spec = PartitionSpec(*(MESH_AXIS_OF.get(letter) for letter in letters))
+    return jax.lax.with_sharding_constraint(x, _divided(spec, x.shape, mesh))

@@ -25,7 +25,7 @@ from jaxmoe.params import Tree, roles, split
 from jaxmoe.run.model import open_model
 from jaxmoe.run.weights import InitialWeights
 from jaxmoe.training.state import TrainState, abstract_state, checksum, init_state, stored_dtypes
-from jaxmoe.training.step import StepSpec, make_eval_step, make_train_step
+from jaxmoe.training.step import StepSpec, TrainStep, make_eval_step, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Assembled:
         return Batch(tokens=whole, positions=whole, segment_ids=whole, targets=whole, weights=real)
 
     @functools.cached_property
-    def train_step(self) -> Any:
+    def train_step(self) -> TrainStep:
         """See `jaxmoe.training.step.make_train_step`."""
         where = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         with jax.set_mesh(self.mesh):
@@ -174,7 +174,10 @@ class Assembled:
             )
 
     def lower(self) -> Any:
-        """The training step traced for the devices; ``.compile()`` of it needs their compiler and not them."""
+        """The training step traced for the devices.
+
+        What ``.compile()`` gives, which needs their compiler and not them, is the `function` of a `TrainStep`.
+        """
         with jax.set_mesh(self.mesh):
             return self.train_step.lower(self.state, self.batch)
 

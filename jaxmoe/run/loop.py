@@ -23,7 +23,7 @@ from jaxmoe.model.batch import Batch, learning_batch
 from jaxmoe.model.sampling import continue_text
 from jaxmoe.parallel import processes
 from jaxmoe.parallel.sharding import batch_sharding, make_mesh
-from jaxmoe.params import Tree, count
+from jaxmoe.params import count
 from jaxmoe.run import memory
 from jaxmoe.run.assemble import Assembled, assemble
 from jaxmoe.run.checkpoints import Checkpoints, steps_in
@@ -35,6 +35,7 @@ from jaxmoe.run.meter import Meter
 from jaxmoe.run.programs import Programs
 from jaxmoe.training.balance import router_metrics
 from jaxmoe.training.state import Saved, TrainState, checksum, not_finite
+from jaxmoe.training.step import TrainStep
 
 _FINISH_SECONDS = 60.0
 """How long an interrupted run waits for the checkpoint that is being written; a second signal ends it at once."""
@@ -176,11 +177,11 @@ class Trainer:
         self.checkpoints.close()
         return self._finish(state)
 
-    def _compiled(self) -> Any:
+    def _compiled(self) -> TrainStep:
         """The training step, of which it is known now that it fits."""
-        compiled = processes.agree(self.programs.train_step)
-        processes.agree(lambda: memory.check_compiled(self.assembled, compiled))
-        return compiled
+        step = processes.agree(self.programs.train_step)
+        processes.agree(lambda: memory.check_compiled(self.assembled, step.function))
+        return step
 
     def _start(self, batches: Any) -> TrainState:
         """The newest checkpoint, or the state before the first step."""
@@ -212,7 +213,7 @@ class Trainer:
         self._frozen = extra.get("frozen")
         return assembled.state._replace(frozen=frozen).restored(Saved(*saved))
 
-    def _train(self, step: Any, state: TrainState, batches: Any, display: RunDisplay) -> TrainState:
+    def _train(self, step: TrainStep, state: TrainState, batches: Any, display: RunDisplay) -> TrainState:
         train, done = self.config.train, int(state.step)
         self.meter.restart()
         batch = self._next(batches)
@@ -356,19 +357,16 @@ class Trainer:
         of_these = "" if trained == count(spec.declared) else f" ({trained:,} trained)"
         if self.assembled.adapted is not None:
             of_these = f" ({self.assembled.adapted.told()})"
-        held = {"weights": state.params, "optimiser": state.opt_state}
-        sizes = ", ".join(f"{decimal(_bytes(tree))} of {name}" for name, tree in held.items())
+        sizes = ", ".join(
+            f"{decimal(size)} of {kind}" for kind, size in memory.held_bytes(self.assembled).items()
+        )
+        each = " on each device" if self.assembled.mesh.size > 1 else ""
         return (
             f"{self.folder.path}: {f'resuming after step {done}' if done else 'starting'}, "
-            f"{len(spec.layers)} layers, {count(spec.declared):,} parameters{of_these}, {sizes}, "
+            f"{len(spec.layers)} layers, {count(spec.declared):,} parameters{of_these}, {sizes}{each}, "
             f"{self.data.train.num_documents:,} documents; MFU against {meter.peak / 1e12:.4g} TFLOP/s per device "
             f"({meter.peak_origin})"
         )
-
-
-def _bytes(tree: Tree) -> int:
-    """Over all devices, copies not counted."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _last(folder: RunFolder, name: str) -> float:

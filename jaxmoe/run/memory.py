@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from rich.filesize import decimal
 
+from jaxmoe.codecs import PACKED
 from jaxmoe.errors import UserError
 from jaxmoe.run.assemble import Assembled
 
@@ -29,9 +30,9 @@ def check_before_compiling(assembled: Assembled) -> None:
     width, layers = assembled.spec.width, len(assembled.spec.layers)
     state = assembled.state
     needed = {
-        "weights and optimiser": _device_bytes(state),
-        "gradients": _device_bytes(state.trainable) * assembled.dtype.itemsize // 4,
-        "the batch": _device_bytes(assembled.batch),
+        "weights and optimiser": device_bytes(state),
+        "gradients": device_bytes(state.trainable) * assembled.dtype.itemsize // 4,
+        "the batch": device_bytes(assembled.batch),
     }
     if not jax.tree.leaves(state.frozen):
         needed["the layers' inputs"] = layers * rows * width * assembled.dtype.itemsize
@@ -115,8 +116,22 @@ def _refuse(bound: str, needed: Mapping[str, int], free: int | None, assembled: 
     )
 
 
-def _device_bytes(tree: Any) -> int:
-    """Of one device's shards."""
+def held_bytes(assembled: Assembled) -> dict[str, int]:
+    """What a device holds between steps, by its kind; kinds that a run has not are left out."""
+    state = assembled.state
+    is_packed = lambda leaf: isinstance(leaf, PACKED)
+    frozen = jax.tree.leaves(state.frozen, is_leaf=is_packed)
+    found = {
+        "packed weights": device_bytes([leaf for leaf in frozen if is_packed(leaf)]),
+        "frozen weights": device_bytes([leaf for leaf in frozen if not is_packed(leaf)]),
+        "trained weights": device_bytes(state.trainable),
+        "optimiser": device_bytes(state.opt_state),
+    }
+    return {kind: size for kind, size in found.items() if size}
+
+
+def device_bytes(tree: Any) -> int:
+    """Of one device's shards of arrays, or of declarations that have a sharding."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

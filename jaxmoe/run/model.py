@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxmoe.codecs import PACKED
 from jaxmoe.config import ModelConfig
 from jaxmoe.interop.adapting import Adapted
 from jaxmoe.interop.decomposing import Decomposed
@@ -19,7 +20,7 @@ from jaxmoe.interop.quantizing import RECORD, Recorded, Replay
 from jaxmoe.interop.saving import write_folder
 from jaxmoe.interop.source import Source, config_source, open_source
 from jaxmoe.interop.storage.writer import FolderWriter
-from jaxmoe.model.linear import PACKED, LowRank, dense
+from jaxmoe.model.linear import LowRank, dense
 from jaxmoe.parallel import processes
 from jaxmoe.params import Tree, count
 
@@ -120,8 +121,9 @@ def export_adapter(
 
 
 def _recorded(adapted: Adapted, dtype: Any) -> Recorded | None:
-    """How the base was held."""
-    return Recorded.of(adapted.forms, adapted.model, dtype, adapted.init) if adapted.forms else None
+    """How the base was quantised, if it was: what is kept as it is needs no record."""
+    forms = {name: form for name, form in adapted.forms.items() if not form.kept}
+    return Recorded.of(forms, adapted.model, dtype, adapted.init) if forms else None
 
 
 def export_merged(

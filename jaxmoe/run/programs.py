@@ -3,9 +3,9 @@
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
 
 from jaxmoe.run.assemble import Assembled
+from jaxmoe.training.step import TrainStep
 
 
 class Programs:
@@ -22,7 +22,7 @@ class Programs:
         self.begun = time.perf_counter()
         self._assembled = assembled
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
-        self._step: Future[Any] | None = None
+        self._step: Future[TrainStep] | None = None
 
     def __enter__(self) -> "Programs":
         return self
@@ -34,9 +34,9 @@ class Programs:
 
     def begin(self) -> None:
         """Begin to compile the training step, which takes the longest."""
-        self._step = self._pool.submit(lambda: self._assembled.lower().compile())
+        self._step = self._pool.submit(lambda: TrainStep(self._assembled.lower().compile()))
 
-    def train_step(self) -> Any:
+    def train_step(self) -> TrainStep:
         """The compiled training step, waited for.
 
         Raises:

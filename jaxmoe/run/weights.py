@@ -6,12 +6,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxmoe.codecs import PACKED
 from jaxmoe.interop.adapting import Adapted, base_of, named_pairs, with_magnitudes
 from jaxmoe.interop.decomposing import Decomposed
+from jaxmoe.interop.keeping import load_kept
 from jaxmoe.interop.loading import load_params
 from jaxmoe.interop.quantizing import Form, load_packed, pack
 from jaxmoe.interop.source import Source
-from jaxmoe.model.linear import PACKED, row_lengths
+from jaxmoe.model.linear import row_lengths
 from jaxmoe.parallel.sharding import shardings
 from jaxmoe.params import Param, Tree, draw_param, initializer, named
 
@@ -97,7 +99,8 @@ class InitialWeights:
             elif self._source.folder is not None:
                 _, files = self._source.opened
                 parts = self._source.bindings.of_parameter[name]
-                leaves[index] = load_packed(files, form, parts, where)
+                load = load_kept if form.kept else load_packed
+                leaves[index] = load(files, form, parts, where)
             else:
                 leaves[index] = self._drawn(form, parameter, index, where)
         return jax.tree.unflatten(structure, leaves)

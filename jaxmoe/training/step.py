@@ -17,7 +17,7 @@ from jaxmoe.params import Tree, joined
 from jaxmoe.training.balance import load_balancing_loss, router_z_loss
 from jaxmoe.training.objectives import Objective
 from jaxmoe.training.objectives.language_model import LanguageModel
-from jaxmoe.training.state import TrainState
+from jaxmoe.training.state import Saved, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +48,40 @@ class StepSpec:
     dropout: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """(state, batch) → (state, metrics), which takes over the buffers of what it changes of the state.
+
+    What is frozen is no part of what is given back: where a buffer is not jax's own, as weights that were read are on
+    a CPU, it would be copied.
+
+    Attributes:
+        function: (saved, frozen, batch) → (saved, metrics), jitted or compiled.
+    """
+
+    function: Any
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        """Take the step."""
+        saved, metrics = self.function(state.saved, state.frozen, batch)
+        return state.restored(saved), metrics
+
+    def trace(self, state: TrainState, batch: Batch) -> Any:
+        """`jax.stages.Traced`, of a jitted function."""
+        return self.function.trace(state.saved, state.frozen, batch)
+
+    def lower(self, state: TrainState, batch: Batch) -> Any:
+        """`jax.stages.Lowered`, of a jitted function; what it compiles to is a `function` again."""
+        return self.function.lower(state.saved, state.frozen, batch)
+
+
 def make_train_step(
     spec: StepSpec,
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule,
-    state_shardings: TrainState,
-) -> Any:
-    """A jitted function (state, batch) → (state, metrics) that takes over the state's buffers.
+    state_shardings: TrainState | None,
+) -> TrainStep:
+    """A training step, jitted.
 
     The batch is a `Batch` of (micro-batches, B, T). The loss is a mean over all targets of all micro-batches, so
     how they are split changes nothing but rounding. Gradients are of the trainable weights alone. Within a
@@ -67,20 +94,18 @@ def make_train_step(
     with a leading axis over MoE layers (`jaxmoe.model.feed_forward.router.RouterStats`, summed over the batch).
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        key, step_key = jax.random.split(jax.random.wrap_key_data(state.key))
-        grads, metrics = _accumulate(spec, state, batch, step_key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    def step(saved: Saved, frozen: Tree, batch: Batch) -> tuple[Saved, dict[str, Any]]:
+        key, step_key = jax.random.split(jax.random.wrap_key_data(saved.key))
+        grads, metrics = _accumulate(spec, saved.params, frozen, batch, step_key)
+        updates, opt_state = optimizer.update(grads, saved.opt_state, saved.params)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        metrics["learning_rate"] = learning_rate(state.step)
-        weights = optax.apply_updates(state.trainable, updates)
-        new = TrainState(weights, state.frozen, opt_state, state.step + 1, jax.random.key_data(key))
-        return new, metrics
+        metrics["learning_rate"] = learning_rate(saved.step)
+        weights = optax.apply_updates(saved.params, updates)
+        return Saved(weights, opt_state, saved.step + 1, jax.random.key_data(key)), metrics
 
-    where = (state_shardings, None)
-    return jax.jit(
-        step, donate_argnums=0, out_shardings=where, compiler_options=_compiler_options(spec.device)
-    )
+    where = (None if state_shardings is None else state_shardings.saved, None)
+    options = _compiler_options(spec.device)
+    return TrainStep(jax.jit(step, donate_argnums=0, out_shardings=where, compiler_options=options))
 
 
 def make_eval_step(spec: StepSpec) -> Any:
@@ -106,7 +131,7 @@ def _compiler_options(device: Device | None) -> dict[str, Any]:
 
 
 def _accumulate(
-    spec: StepSpec, state: TrainState, batch: Batch, key: jax.Array
+    spec: StepSpec, trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array
 ) -> tuple[Tree, dict[str, Any]]:
     """Gradients and metrics of all micro-batches."""
     count = batch.tokens.shape[0]
@@ -114,13 +139,13 @@ def _accumulate(
     per_target = 1.0 / jnp.where(size > 0, size, 1.0)
 
     def loss_of(trainable: Tree, micro: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        weights = joined(trainable, state.frozen)
+        weights = joined(trainable, frozen)
         return _loss(spec, weights, micro, key, per_target, 1.0 / count)
 
     def one(micro: Batch, index: jax.Array | int) -> tuple[Tree, dict[str, Any]]:
         # Once more around the backward pass: custom gradients are traced in it.
         with float32_matmuls(spec.dtype):
-            return jax.grad(loss_of, has_aux=True)(state.trainable, micro, jax.random.fold_in(key, index))
+            return jax.grad(loss_of, has_aux=True)(trainable, micro, jax.random.fold_in(key, index))
 
     first = jax.tree.map(lambda x: x[0], batch)
     if count == 1:

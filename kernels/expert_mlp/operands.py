@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from jaxmoe.codecs import FourBit, Int8Rows, unpack
+from jaxmoe.codecs import PACKED, FourBit, unpack
 
 Leaf = Any
 """An array; or what stands for one: its gradient, its shape, or whether its gradient is wanted."""
@@ -48,16 +48,14 @@ class Experts(NamedTuple):
 
 def is_packed(weight: Any) -> bool:
     """Whether a matrix is packed in few bits."""
-    return isinstance(weight, FourBit | Int8Rows)
+    return isinstance(weight, PACKED)
 
 
 def shape_of(weight: Any) -> tuple[int, ...]:
     """Of all experts' matrices, packed or not."""
-    return (*weight.stack, *weight.shape) if isinstance(weight, FourBit) else _codes(weight).shape
-
-
-def _codes(weight: Any) -> Any:
-    return weight.codes if isinstance(weight, Int8Rows) else weight
+    if isinstance(weight, FourBit):
+        return (*weight.stack, *weight.shape)
+    return weight.codes.shape if is_packed(weight) else weight.shape
 
 
 def unpacked(experts: Experts, dtype: Any) -> Experts:

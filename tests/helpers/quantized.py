@@ -162,3 +162,24 @@ def folder_of(kind):
         parts, plain[name] = format.make(random, values.shape)
         stored |= {f"{name.removesuffix('.weight')}.{part}": array for part, array in parts.items()}
     return PACKED | {"quantization_config": format.config}, stored, plain
+
+
+def fused_bnb(nested, dtype="bfloat16"):
+    """Experts as replace_parameter_4bit stores them, and linear layers in 4 bits."""
+    random, stored, plain = np.random.default_rng(0), {}, {}
+    for name, values in tiny.random_tensors(PACKED, "bfloat16", "fused").items():
+        if is_matrix(name):
+            made = packed.bnb4(
+                random,
+                values.shape,
+                block=32,
+                nested=nested,
+                dtype=dtype,
+                name=name,
+                kind="fp4" if "q_proj" in name else "nf4",
+            )
+            stored |= made[0]
+            plain[name] = made[1]
+        else:
+            stored[name] = plain[name] = values
+    return PACKED | {"quantization_config": packed.bnb_config(4)}, stored, plain

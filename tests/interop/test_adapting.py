@@ -9,13 +9,13 @@ from helpers import adapters, parity
 from safetensors.numpy import load_file
 
 from jaxmoe.config import AdapterConfig
-from jaxmoe.interop.adapting import adapt, with_magnitudes
+from jaxmoe.interop.adapting import adapt, named_pairs, with_magnitudes
 from jaxmoe.interop.families import FAMILIES
 from jaxmoe.interop.loading import load_params
 from jaxmoe.interop.peft.reading import WEIGHTS_FILE, read_adapter
 from jaxmoe.interop.peft.today import today
 from jaxmoe.interop.peft.writing import adapter_tensors
-from jaxmoe.interop.source import open_source
+from jaxmoe.interop.source import config_source, open_source
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import make_batch
 from jaxmoe.model.dropout import Dropout
@@ -173,3 +173,17 @@ def test_dora_is_that_of_peft(name, dropout, tmp_path, monkeypatch):
     if dropout:
         drop_the_same(wrapped, monkeypatch)
     compare(name, tmp_path, tmp_path / "base", wrapped, folder, anatomy, jax.random.key(0))
+
+
+def test_rates_of_lora_plus():
+    """Every B is faster, but of embeddings, which peft leaves to a rate of their own."""
+    config = AdapterConfig(
+        rank=3, target_modules=["embed_tokens", "q_proj"], target_parameters=["experts.down_proj"]
+    )
+    adapted = adapt(config_source(families.config_json("qwen3_moe")), config)
+    assert adapted.rates(1.0) is None
+    rates = dict(named_pairs(adapted.rates(16.0)))
+    assert {name.rpartition(".")[2] for name in rates} == {"embed", "q_proj", "down"}
+    for name, pair in rates.items():
+        assert (pair.a, pair.b) == (1.0, 1.0 if name == "embed" else 16.0)
+    assert set(jax.tree.leaves(adapted.rates(16.0))) == {1.0, 16.0}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import adapters, parity
 
-from jaxmoe.codecs import unpack
+from jaxmoe.codecs import PACKED, unpack
 from jaxmoe.config import AdapterConfig, QuantizationConfig
 from jaxmoe.interop.adapting import adapt, base_of, named_pairs
 from jaxmoe.interop.decomposing import Decomposed, principal, triangular
@@ -17,7 +17,7 @@ from jaxmoe.interop.peft.writing import write_adapter
 from jaxmoe.interop.source import open_source
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import make_batch
-from jaxmoe.model.linear import PACKED, LowRank, dense
+from jaxmoe.model.linear import LowRank, dense
 from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import joined, named, split
 from jaxmoe.run.weights import InitialWeights

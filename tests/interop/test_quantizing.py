@@ -1,5 +1,7 @@
 """Bases in few bits: the bytes that are loaded, and what is computed with them."""
 
+import re
+
 import families
 import jax
 import jax.numpy as jnp
@@ -9,14 +11,14 @@ from helpers import parity
 from helpers.adapters import with_random_factors
 
 from jaxmoe.cli import main as cli
-from jaxmoe.codecs import four_bit, int8_rows, unpack
+from jaxmoe.codecs import PACKED, four_bit, int8_rows, unpack
 from jaxmoe.config import RunConfig
 from jaxmoe.interop.adapting import base_of, named_pairs
 from jaxmoe.interop.loading import load_params
 from jaxmoe.interop.source import open_source
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import make_batch
-from jaxmoe.model.linear import PACKED, LowRank, dense
+from jaxmoe.model.linear import LowRank, dense
 from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import joined, named, split
 from jaxmoe.run.assemble import assemble
@@ -31,14 +33,14 @@ FORMS = {
 LORA = {"rank": 3, "target_modules": "all-linear", "target_parameters": ["experts.down_proj"]}
 
 
-def assembled_for(folder, form, mesh, dtype="float32"):
+def assembled_for(folder, form, mesh, dtype="float32", rows=8):
     return assemble(
         RunConfig.from_mapping(
             {
                 "model": {"path": str(folder), "dtype": dtype, "quantization": FORMS[form]},
                 "data": {"path": "nothing.txt", "sequence_length": 16},
                 "optimizer": {"learning_rate": 0.01},
-                "train": {"steps": 2, "batch_size": 8},
+                "train": {"steps": 2, "batch_size": rows},
                 "adapter": LORA,
                 "mesh": mesh,
                 "output_dir": "nowhere",
@@ -190,3 +192,25 @@ def test_replaying_needs_a_record(folders, tmp_path, capfd):
     arguments = ["merge", str(folders["qwen3_moe"]), str(tmp_path / "adapter"), str(tmp_path / "out")]
     assert cli([*arguments, "--quantization"]) == 2
     assert "merge it without --quantization" in capfd.readouterr().err
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("form", "narrow"), [("nf4", "u8"), ("int8", "s8")])
+def test_a_sharded_step_gathers_bytes(form, narrow, folders):
+    """Of what is packed; no device is sent a weight in full."""
+    assembled = assembled_for(
+        folders["qwen3_moe"], form, {"fsdp": 2}, rows=6
+    )  # as many tokens as no weight has rows
+    text = assembled.lower().compile().as_text()
+    found = re.findall(r"= \(?(\w+)\[([\d,]*)\][^=]*? all-gather(?:-start)?\(", text)
+    bytes_gathered = [dims for dtype, dims in found if dtype == narrow]
+    forms = assembled.adapted.forms.values()
+    codes = [form.packed.codes for form in forms]
+    kinds = {tuple(sorted(declared.shape[1:])) for declared in codes if "D" in declared.dims}
+    gathered = {tuple(sorted(n for n in map(int, dims.split(",")) if n > 1)) for dims in bytes_gathered}
+    assert {tuple(n for n in shape if n > 1) for shape in kinds} <= gathered
+    whole = {tuple(sorted(form.declared.shape[1:])) for form in forms}
+    assert (
+        not {tuple(sorted(map(int, dims.split(",")))) for dtype, dims in found if dtype == "f32" and dims}
+        & whole
+    )

@@ -58,7 +58,7 @@ H200 = Device("NVIDIA H200", "gpu", multiprocessors=132, capability=(9, 0), pres
 DTYPE = jnp.bfloat16
 PACKED = {
     "Qwen3-30B-A3B": ((8192, 16, "nf4/64"), (512, 0, "nf4/64"), (8192, 16, "int8")),
-    "gpt-oss-20b": ((8192, 16, "fp4/32"),),
+    "gpt-oss-20b": ((8192, 16, "mxfp4/32"),),
     "DeepSeek-V3": ((8192, 16, "nf4/128"),),
 }
 """Tokens, ranks and bases in few bits that models' kernels are compiled for beside those of every model."""

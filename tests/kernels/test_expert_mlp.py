@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxmoe.codecs import four_bit, unpack
+from jaxmoe.codecs import four_bit, fp8_blocks, unpack
 from jaxmoe.kernels.devices import Device, device_at_hand
 from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, SlotDropout, api, expert_mlp, xla
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options
@@ -536,6 +536,16 @@ def test_what_the_kernels_do_not_read_in_few_bits_is_unpacked_before_and_a_line_
         "(3, 64, 192) are unpacked first, into 0.1 MB, in the forward and again in the backward pass"
     )
     assert logged() == [("WARNING", message)]
+    for other in (
+        fp8_blocks.quantize(draw(3, 64, 256), 128),
+        dataclasses.replace(packed(64, 3, 64, 256), dtype="float16"),
+    ):
+        readable = backend.readable(experts._replace(down=other), jnp.bfloat16)
+        np.testing.assert_array_equal(readable.down, unpack(other, jnp.bfloat16))
+    assert [text.split(": ")[1] for _, text in logged()[1:]] == [
+        "weights are packed as Fp8Blocks",
+        "weights are rounded to float16 first",
+    ]
 
 
 def launches_of_kernels(device):

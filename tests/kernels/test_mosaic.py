@@ -352,7 +352,7 @@ class Layer:
         values = (values * np.repeat(factors, 32, -1) / 2).astype(values.dtype)
         if kind == "int8":
             return int8_rows.quantize(values)
-        return jax.vmap(lambda one: four_bit.quantize(one, kind, block, nested=block == 32))(values)
+        return jax.vmap(lambda one: four_bit.quantize(one, kind, block, nested=block == 128))(values)
 
     def operands(self, dtype):
         parts, width, hidden, rank = self.activation.parts, self.width, self.hidden, self.rank
@@ -408,7 +408,7 @@ LAYERS = [
     Layer(SILU, width=128, hidden=256, frozen=True, packed=("nf4", 64)),
     Layer(CLAMPED, width=192, hidden=64, rank=8, biases=True, frozen=True, packed=("fp4", 64)),
     Layer(RELU2, width=128, hidden=192, rank=8, frozen=True, packed=("int8", 0)),
-    Layer(GELU, width=256, hidden=64, frozen=True, packed=("nf4", 32)),
+    Layer(GELU, width=256, hidden=64, frozen=True, packed=("mxfp4", 32)),
     Layer(SILU, width=128, hidden=384, rank=8, frozen=True, packed=("nf4", 128)),
 ]
 

@@ -137,11 +137,20 @@ def draw(*shape: int) -> np.ndarray:
 def pack(kind: str, block: int, values: np.ndarray) -> FourBit | Int8Rows:
     if kind == "int8":
         return int8_rows.quantize(jnp.asarray(values))
-    nested = kind.endswith("nested")
-    return jax.vmap(lambda one: four_bit.quantize(one, kind[:3], block, nested))(jnp.asarray(values))
+    name, _, nested = kind.partition(" ")
+    return jax.vmap(lambda one: four_bit.quantize(one, name, block, bool(nested)))(jnp.asarray(values))
 
 
-KINDS = [("nf4", 64), ("fp4", 64), ("nf4", 32), ("fp4", 128), ("nf4", 256), ("nf4 nested", 64), ("int8", 0)]
+KINDS = [
+    ("nf4", 64),
+    ("fp4", 64),
+    ("mxfp4", 32),
+    ("nf4", 32),
+    ("fp4", 128),
+    ("nf4", 256),
+    ("nf4 nested", 64),
+    ("int8", 0),
+]
 EXPERTS, ROWS, COLUMNS = 3, 96, 512
 
 

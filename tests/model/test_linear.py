@@ -6,14 +6,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from helpers import drawn, parity
 
+from jaxmoe.codecs import Fp8Blocks, fp8_blocks
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import learning_batch
 from jaxmoe.model.linear import (
-    BlockScaled,
     LowRank,
     dense,
     linear,
@@ -38,11 +39,7 @@ def weights():
     """One of every kind, (12, 7)."""
     array = random(OUT, IN)
     pair = (random(RANK, IN, seed=1), random(OUT, RANK, seed=2))
-    blocks = BlockScaled(
-        jnp.asarray(np.random.default_rng(3).integers(-127, 128, (OUT, IN)), jnp.int8),
-        0.01 + 0.01 * jnp.abs(random(3, 2, seed=4)),
-        (5, 4),
-    )
+    blocks = fp8_blocks.quantize(random(OUT, IN, seed=3), block=4, rows=5)
     return {
         "array": array,
         "low rank": LowRank(array, *pair, 0.7),
@@ -59,9 +56,9 @@ def meaning(weight):
         if weight.magnitude is None:
             return total
         return np.float64(weight.magnitude)[:, None] * total / np.linalg.norm(total, axis=1, keepdims=True)
-    if isinstance(weight, BlockScaled):
-        rows, columns = (np.arange(n) // size for n, size in zip(weight.shape, weight.block, strict=True))
-        return np.float64(weight.codes) * np.float64(weight.scales)[rows[:, None], columns[None]]
+    if isinstance(weight, Fp8Blocks):
+        codes = np.asarray(weight.codes).view(ml_dtypes.float8_e4m3fn)
+        return np.float64(codes) * np.float64(weight.scales)[:, np.arange(codes.shape[-1]) // weight.block]
     return np.float64(weight)
 
 
@@ -72,7 +69,7 @@ def test_every_kind_means_one_matrix(kind):
     np.testing.assert_allclose(dense(weight, jnp.float32), want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(linear(x, weight, bias), np.float64(x) @ want.T + bias[None, None], atol=2e-5)
     index = jnp.asarray([[3, 0], [11, 3]])
-    if kind != "rows of given lengths":  # no embedding has those
+    if kind in ("array", "low rank"):  # what an embedding can be
         np.testing.assert_allclose(lookup(weight, index, jnp.float32), want[np.asarray(index)], atol=1e-5)
     np.testing.assert_allclose(dense(unpacked(weight, jnp.float32), jnp.float32), want, rtol=1e-5, atol=1e-5)
     stacked = jax.tree.map(lambda leaf: jnp.stack([0 * leaf, leaf]), weight)
@@ -144,7 +141,7 @@ def with_pairs(params, declared):
 
 
 def is_weight(leaf):
-    return isinstance(leaf, LowRank | BlockScaled)
+    return isinstance(leaf, LowRank | Fp8Blocks)
 
 
 # Whole models take long to optimise. Here they never are; `test_decoder` has those of plain arrays optimised.
@@ -223,13 +220,7 @@ def named_weights(tree):
 
 def quantised(parameter, weight):
     """Codes and scales in blocks."""
-    if parameter.role not in ("matrix", "router", "embedding"):
-        return weight
-    *lead, out, width = weight.shape
-    codes = jnp.clip(jnp.round(weight / 0.01), -127, 127).astype(jnp.int8)
-    return BlockScaled(
-        codes, 0.01 + 0.002 * jnp.abs(random(*lead, -(-out // 8), -(-width // 6), seed=7)), (8, 6)
-    )
+    return fp8_blocks.quantize(weight, block=6, rows=8) if parameter.role == "matrix" else weight
 
 
 @pytest.mark.parametrize("on_mesh", [False, True])

@@ -10,11 +10,12 @@ from helpers.runs import refused, run_config, run_until, small, write_workspace
 from safetensors.numpy import load_file
 
 from jaxmoe.cli import main as cli
+from jaxmoe.codecs import PACKED
 from jaxmoe.config import RunConfig
 from jaxmoe.interop.loading import load_params
 from jaxmoe.interop.source import open_source
 from jaxmoe.model.dropout import Dropout
-from jaxmoe.model.linear import PACKED, LowRank, dense
+from jaxmoe.model.linear import LowRank, dense
 from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import named
 from jaxmoe.run import loop
@@ -288,7 +289,7 @@ REFUSED = [
     ),
     ({"init": "pissa", **EXPERTS}, "in place of adapter.init 'pissa'"),
     ({"init": "olora", "rank": 999}, "has rank 999: expected at most its smaller side"),
-    ({"init": "loftq"}, "found 'loftq' without model.quantization"),
+    ({"init": "loftq"}, "found 'loftq' without a model.quantization"),
     ({"dropout": 1.0}, "adapter.dropout"),
     ({"dropout": 0.1, "target_modules": ["lm_head"]}, "expected adapter.dropout 0"),
 ]

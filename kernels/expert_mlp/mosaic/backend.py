@@ -74,6 +74,8 @@ def readable(experts: Experts, dtype: Any) -> Experts:
             return weight
         try:
             form_of(weight)
+            if weight.dtype not in (None, jnp.dtype(dtype).name):
+                raise NotImplementedError(f"weights are rounded to {weight.dtype} first")
         except NotImplementedError as error:
             size = math.prod(shape_of(weight)) * jnp.dtype(dtype).itemsize
             log_once(

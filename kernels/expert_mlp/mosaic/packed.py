@@ -18,8 +18,8 @@ from jax import lax
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxmoe.codecs import FourBit, Int8Rows, four_bit, int8_rows
-from jaxmoe.codecs.tables import VALUES
+from jaxmoe.codecs import FourBit, Int8Rows, Packed, four_bit, int8_rows
+from jaxmoe.codecs.tables import values_of
 from jaxmoe.kernels.expert_mlp.mosaic.rows import SLAB, TILED, assemble
 
 LINES = 8
@@ -64,7 +64,7 @@ class Decoding(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:
-    """Four bits, a place in one of `jaxmoe.codecs.tables.VALUES`."""
+    """Four bits, a place in one of the books of `jaxmoe.codecs.tables`."""
 
     kind: str
     bits: int = 4
@@ -73,7 +73,7 @@ class Lookup:
 
     @property
     def table(self) -> np.ndarray:
-        return VALUES[self.kind]
+        return np.asarray(values_of(np.arange(16), self.kind))
 
     def values(self, codes: jax.Array, table: jax.Array | None) -> jax.Array:
         assert table is not None
@@ -181,7 +181,7 @@ class PackedMatrices:
     form: Form = dataclasses.field(metadata={"static": True})
 
 
-def form_of(weight: FourBit | Int8Rows) -> Form:
+def form_of(weight: Packed) -> Form:
     """How experts' matrices are packed.
 
     Raises:
@@ -189,12 +189,14 @@ def form_of(weight: FourBit | Int8Rows) -> Form:
     """
     if isinstance(weight, Int8Rows):
         return Form(Integers(), block=weight.codes.shape[-1])
+    if not isinstance(weight, FourBit):
+        raise NotImplementedError(f"weights are packed as {type(weight).__name__}")
     if weight.shape[-1] % weight.block:
         raise NotImplementedError(f"rows of {weight.shape[-1]} weights are no whole blocks of {weight.block}")
     return Form(Lookup(weight.kind), weight.block)
 
 
-def packed_matrices(weight: FourBit | Int8Rows) -> PackedMatrices:
+def packed_matrices(weight: Packed) -> PackedMatrices:
     """Experts' matrices (E, …, c), packed; raises as `form_of` does."""
     form = form_of(weight)
     codes: Any
@@ -202,6 +204,7 @@ def packed_matrices(weight: FourBit | Int8Rows) -> PackedMatrices:
     if isinstance(weight, Int8Rows):
         codes, scales = weight.codes, weight.absmax[..., None]
     else:
+        assert isinstance(weight, FourBit)
         codes, scales = weight.codes, four_bit.plain(weight).absmax
     held, blocks = scales.shape[0], scales.shape[-1]
     # Of one axis and behind a barrier: else XLA would transpose those of all layers before a loop over them.

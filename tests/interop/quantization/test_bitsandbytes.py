@@ -9,7 +9,17 @@ import pytest
 from helpers import packed, quantize, tiny
 from helpers.packed import bnb4, bnb_config
 from helpers.quantize import BF16
-from helpers.quantized import EXPERTS, PACKED, bytes_of, change, folder_of, is_experts, is_matrix, tensors_of
+from helpers.quantized import (
+    EXPERTS,
+    PACKED,
+    bytes_of,
+    change,
+    folder_of,
+    fused_bnb,
+    is_experts,
+    is_matrix,
+    tensors_of,
+)
 
 import jaxmoe
 from jaxmoe import UserError
@@ -80,30 +90,9 @@ def test_some_rows_are_read_alone(tmp_path, nested):
     assert total / 4 - 1500 <= files.bytes_read - before <= total / 4 + 1500  # tables are read whole
 
 
-def fused_folder(nested, dtype="bfloat16"):
-    """Experts as replace_parameter_4bit stores them, and linear layers in 4 bits."""
-    random, stored, plain = np.random.default_rng(0), {}, {}
-    for name, values in tiny.random_tensors(PACKED, "bfloat16", "fused").items():
-        if is_matrix(name):
-            made = bnb4(
-                random,
-                values.shape,
-                block=32,
-                nested=nested,
-                dtype=dtype,
-                name=name,
-                kind="fp4" if "q_proj" in name else "nf4",
-            )
-            stored |= made[0]
-            plain[name] = made[1]
-        else:
-            stored[name] = plain[name] = values
-    return PACKED | {"quantization_config": bnb_config(4)}, stored, plain
-
-
 @pytest.mark.parametrize("nested", [False, True])
 def test_experts_in_one_tensor(folders, monkeypatch, nested):
-    config, stored, plain = fused_folder(nested)
+    config, stored, plain = fused_bnb(nested)
     assert any(is_experts(name) and plain[name].ndim == 3 for name in plain)
     quantize.write(folders.source, config, stored)
     quantize.write(folders.plain, PACKED, plain)
@@ -118,7 +107,7 @@ def test_experts_in_one_tensor(folders, monkeypatch, nested):
 
 def test_the_dtype_that_was_quantised(folders):
     """Is that of the values, and of an export without quantisation."""
-    config, stored, plain = fused_folder(True, "float16")
+    config, stored, plain = fused_bnb(True, "float16")
     quantize.write(folders.source, config, stored)
     model = jaxmoe.from_pretrained(folders.source, dtype="float32")
     jaxmoe.save_pretrained(model, folders.export)
