@@ -8,6 +8,7 @@ only kernels have is lower case:
     r  rank of a low-rank pair
     n  rows of any matrix of a grouped product, that is columns of what comes out
     c  columns of it, what the product contracts over
+    b  blocks of such a row, where it is packed, that have one scale each
     t  tiles of slots, each of one expert
     p  padded slots: t times the rows of a tile
 """

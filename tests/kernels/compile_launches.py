@@ -33,13 +33,16 @@ from jax.experimental import topologies
 from jax.experimental.mosaic.gpu import core as mosaic_gpu
 from jax.sharding import SingleDeviceSharding
 
+from jaxmoe.codecs import four_bit, int8_rows
 from jaxmoe.kernels.devices import Device, describe
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic.epilogues import Activate, ActivationGradient, StoreRows
+from jaxmoe.kernels.expert_mlp.mosaic.geometry import Geometry
 from jaxmoe.kernels.expert_mlp.mosaic.gradient import Side, weight_gradient
 from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
-from jaxmoe.kernels.expert_mlp.mosaic.matmul import Epilogue, Geometry, Segment, grouped_matmul
+from jaxmoe.kernels.expert_mlp.mosaic.matmul import Epilogue, Segment, grouped_matmul
+from jaxmoe.kernels.expert_mlp.mosaic.packed import Form, Lookup, PackedMatrices
 from jaxmoe.kernels.expert_mlp.mosaic.slots import Slots, sum_choices
 from jaxmoe.kernels.expert_mlp.mosaic.tiles import (
     SHARED_MEMORY_BYTES,
@@ -48,11 +51,17 @@ from jaxmoe.kernels.expert_mlp.mosaic.tiles import (
     MatmulLaunch,
     MatmulTiles,
 )
-from jaxmoe.kernels.expert_mlp.operands import Experts, Lora
+from jaxmoe.kernels.expert_mlp.operands import Experts, Lora, is_packed
 from jaxmoe.kernels.expert_mlp.specs import LAYERS, ExpertLayer, layer_of
 
 H200 = Device("NVIDIA H200", "gpu", multiprocessors=132, capability=(9, 0), present=False)
 DTYPE = jnp.bfloat16
+PACKED = {
+    "Qwen3-30B-A3B": ((8192, 16, "nf4/64"), (512, 0, "nf4/64"), (8192, 16, "int8")),
+    "gpt-oss-20b": ((8192, 16, "mxfp4/32"),),
+    "DeepSeek-V3": ((8192, 16, "nf4/128"),),
+}
+"""Tokens, ranks and bases in few bits that models' kernels are compiled for beside those of every model."""
 TARGET = Path(__file__).parent / "h200.textproto"
 
 
@@ -92,6 +101,9 @@ class Recorder(Mosaic):
             return grouped_matmul(given, slots, now, geometry, multiprocessors=H200.multiprocessors)
 
         operands = " + ".join("gathered" if is_so else "rows" for is_so in gathered)
+        packed = [segment.weights.form for segment in segments if isinstance(segment.weights, PackedMatrices)]
+        if packed:
+            operands += f", {_form(packed[0])}"
         if launch.contract_first:
             operands += ", transposed"
         kernel = Kernel(_name(epilogue), operands, geometry.tiles)
@@ -121,6 +133,12 @@ class Recorder(Mosaic):
         self.noted.setdefault(kernel, (run, shapes))
 
 
+def _form(form: Form) -> str:
+    if isinstance(form.decoding, Lookup):
+        return f"{form.decoding.kind}/{form.block}"
+    return "int8"
+
+
 def _name(epilogue: Epilogue) -> str:
     if isinstance(epilogue, StoreRows):
         return "matmul"
@@ -130,8 +148,18 @@ def _name(epilogue: Epilogue) -> str:
     return f"matmul, gradient of {epilogue.activation.name}"
 
 
-def launches(layer: ExpertLayer, tokens: int, rank: int) -> dict[Kernel, tuple[Any, Any]]:
-    """Those of forward, with and without what is kept, and backward; beside LoRA (rank not 0) the base is frozen.
+def pack(values: jax.Array, how: str) -> Any:
+    """Matrices (E, …, n, c) as `how` says it: "int8", or a kind and a block of `four_bit`."""
+    if how == "int8":
+        return int8_rows.quantize(values)
+    kind, block = how.split("/")
+    return jax.vmap(lambda one: four_bit.quantize(one, kind, int(block)))(values)
+
+
+def launches(layer: ExpertLayer, tokens: int, rank: int, how: str = "") -> dict[Kernel, tuple[Any, Any]]:
+    """Those of forward, with and without what is kept, and backward.
+
+    Beside LoRA (rank not 0) the base is frozen; where `how` says how it is packed, too.
 
     Raises:
         NotImplementedError: the kernels cannot take the layer.
@@ -147,14 +175,15 @@ def launches(layer: ExpertLayer, tokens: int, rank: int) -> dict[Kernel, tuple[A
             struct(held, rank, hidden),
             struct(held, width, rank),
         )
+    base = lambda *sizes: jax.eval_shape(lambda x: pack(x, how) if how else x, struct(*sizes))
     experts = Experts(
-        struct(held, parts, hidden, width),
-        struct(held, width, hidden),
+        base(held, parts, hidden, width),
+        base(held, width, hidden),
         struct(held, parts, hidden) if layer.bias else None,
         struct(held, width) if layer.bias else None,
         lora,
     )
-    trained = jax.tree.map(lambda _: not rank, experts._replace(lora=Lora()))
+    trained = jax.tree.map(lambda _: not (rank or how), experts._replace(lora=Lora()), is_leaf=is_packed)
     wanted = Grads(x=True, weights=True, experts=trained._replace(lora=jax.tree.map(lambda _: True, lora)))
     recorder = Recorder(H200.multiprocessors)
 
@@ -278,8 +307,9 @@ def main() -> int:
     kernels: dict[Kernel, tuple[Any, Any]] = {}
     for layer in LAYERS:
         # Few tokens are laid out in tiles of 64 rows where that is possible.
-        for tokens, rank in ((8192, 0), (8192, 16), (8192, 128), (512, 0)):
-            for kernel, launch in launches(layer, tokens, rank).items():
+        cases = ((8192, 0, ""), (8192, 16, ""), (8192, 128, ""), (512, 0, ""))
+        for case in (*cases, *PACKED.get(layer.name, ())):
+            for kernel, launch in launches(layer, *case).items():
                 users.setdefault(kernel, set()).add(layer.name)
                 kernels.setdefault(kernel, launch)
     compiler = Compiler()
@@ -288,7 +318,7 @@ def main() -> int:
         f"jax {jax.__version__}; tiles are rows x columns x stages; stack, spills and shared memory in bytes"
     )
     print(
-        f"{'kernel':34} {'operands':32} {'tiles':13} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>7}  models"
+        f"{'kernel':34} {'operands':36} {'tiles':13} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>7}  models"
     )
     for kernel, launch in kernels.items():
         found = compiler.compile(*launch)
@@ -296,7 +326,7 @@ def main() -> int:
         broken += bool(is_broken)
         first, *others = sorted(users[kernel])
         print(
-            f"{kernel.kind:34} {kernel.operands:32} {kernel.sizes:13} {found['registers']:4} {found['stack']:5} "
+            f"{kernel.kind:34} {kernel.operands:36} {kernel.sizes:13} {found['registers']:4} {found['stack']:5} "
             f"{found['spilled']:5} {found['shared']:7}  {first}{f' + {len(others)}' if others else ''}"
             f"{'  TOO MUCH' if is_broken else ''}",
             flush=True,

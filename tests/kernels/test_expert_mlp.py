@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import itertools
 import logging
+import math
+import re
 from types import SimpleNamespace
 
 import jax
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from jaxmoe.codecs import four_bit, fp8_blocks, unpack
 from jaxmoe.kernels.devices import Device, device_at_hand
 from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, SlotDropout, api, expert_mlp, xla
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options
@@ -520,6 +523,31 @@ def test_elsewhere_the_portable_backend_is_used_and_a_line_says_so_once(logged):
         expert_mlp(*operands, backend="mosaic")
 
 
+def test_what_the_kernels_do_not_read_in_few_bits_is_unpacked_before_and_a_line_says_so_once(logged):
+    draw = lambda *shape: jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.bfloat16)
+    packed = lambda block, *shape: jax.vmap(lambda one: four_bit.quantize(one, block=block))(draw(*shape))
+    experts = Experts(packed(64, 3, 2, 128, 64), packed(128, 3, 64, 192))
+    for _ in range(2):
+        readable = backend.readable(experts, jnp.bfloat16)
+        assert readable.gate_up is experts.gate_up
+        np.testing.assert_array_equal(readable.down, unpack(experts.down, jnp.bfloat16))
+    message = (
+        "expert_mlp: rows of 192 weights are no whole blocks of 128: the kernels do not read them; all experts "
+        "(3, 64, 192) are unpacked first, into 0.1 MB, in the forward and again in the backward pass"
+    )
+    assert logged() == [("WARNING", message)]
+    for other in (
+        fp8_blocks.quantize(draw(3, 64, 256), 128),
+        dataclasses.replace(packed(64, 3, 64, 256), dtype="float16"),
+    ):
+        readable = backend.readable(experts._replace(down=other), jnp.bfloat16)
+        np.testing.assert_array_equal(readable.down, unpack(other, jnp.bfloat16))
+    assert [text.split(": ")[1] for _, text in logged()[1:]] == [
+        "weights are packed as Fp8Blocks",
+        "weights are rounded to float16 first",
+    ]
+
+
 def launches_of_kernels(device):
     """How many Mosaic kernels are in a forward pass, and in one with its gradients, that a CUDA device would run."""
     struct = lambda *sizes, dtype="bfloat16": jax.ShapeDtypeStruct(sizes, dtype)
@@ -558,6 +586,28 @@ def test_kernels_that_were_checked_are_used(monkeypatch, logged):
     measured(monkeypatch, {jax.__version__: 1.0})
     assert launches_of_kernels(H200) == (2, 6)
     assert logged() == []
+
+
+def test_kernels_read_experts_in_few_bits_as_they_are():
+    """Four kernels forward and backward, and no array of all experts' weights in bfloat16 around them."""
+    struct = lambda *sizes, dtype="bfloat16": jax.ShapeDtypeStruct(sizes, dtype)
+    packed = lambda *sizes: jax.eval_shape(jax.vmap(four_bit.quantize), struct(*sizes))
+    experts = Experts(packed(5, 2, 192, 320), packed(5, 320, 192))
+
+    def both_ways(x, experts, weights, chosen):
+        layer = lambda x: expert_mlp(
+            x, experts, chosen, weights, device=dataclasses.replace(H200, present=False)
+        )
+        out, pull_back = jax.vjp(layer, x)
+        return out, pull_back(out)
+
+    operands = (struct(20, 320), experts, struct(20, 2, dtype="float32"), struct(20, 2, dtype="int32"))
+    text = jax.jit(both_ways).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 4
+    assert "1920x160xui8" in text
+    sizes = [math.prod(map(int, found.split("x"))) for found in re.findall(r"tensor<([\dx]+)xbf16>", text)]
+    assert 5 * 2 * 192 * 320 not in sizes
+    assert 5 * 320 * 192 not in sizes
 
 
 @pytest.mark.parametrize("present", [True, False])

@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 from helpers import interpreter
 
+from jaxmoe.codecs import four_bit, int8_rows, unpack
 from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, expert_mlp
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic.epilogues import Activate, ActivationGradient, StoreRows
+from jaxmoe.kernels.expert_mlp.mosaic.geometry import Geometry
 from jaxmoe.kernels.expert_mlp.mosaic.gradient import Side, weight_gradient
-from jaxmoe.kernels.expert_mlp.mosaic.matmul import Geometry, Segment, grouped_matmul
+from jaxmoe.kernels.expert_mlp.mosaic.matmul import Segment, grouped_matmul
 from jaxmoe.kernels.expert_mlp.mosaic.slots import Slots, make_slots
 from jaxmoe.kernels.expert_mlp.mosaic.tiles import GradientTiles, MatmulTiles
+from jaxmoe.kernels.expert_mlp.operands import is_packed
 
 R, E, K = 85, 3, 2  # tokens, experts held, choices; one more expert is elsewhere
 COLUMNS = 128
@@ -336,6 +339,20 @@ class Layer:
     rank: int = 0
     biases: bool = False
     frozen: bool = False
+    packed: tuple[str, int] | None = None  # the kind of the matrices, and its block
+
+    def packed_or_not(self, values):
+        """A matrix (E, …, n, c), packed with scales that differ a lot, or as it is."""
+        if self.packed is None:
+            return values
+        kind, block = self.packed
+        factors = 2.0 ** np.random.default_rng(31).integers(
+            -4, 4, (*values.shape[:-1], values.shape[-1] // 32)
+        )
+        values = (values * np.repeat(factors, 32, -1) / 2).astype(values.dtype)
+        if kind == "int8":
+            return int8_rows.quantize(values)
+        return jax.vmap(lambda one: four_bit.quantize(one, kind, block, nested=block == 128))(values)
 
     def operands(self, dtype):
         parts, width, hidden, rank = self.activation.parts, self.width, self.hidden, self.rank
@@ -350,8 +367,8 @@ class Layer:
                 new(E, width, rank, scale=rank**-0.5),
             )
         base = (
-            new(E, parts, hidden, width, scale=width**-0.5),
-            new(E, width, hidden, scale=hidden**-0.5),
+            self.packed_or_not(new(E, parts, hidden, width, scale=width**-0.5)),
+            self.packed_or_not(new(E, width, hidden, scale=hidden**-0.5)),
             new(E, parts, hidden, scale=0.3) if self.biases else None,
             new(E, width, scale=0.3) if self.biases else None,
         )
@@ -388,16 +405,26 @@ LAYERS = [
     Layer(SILU, width=128, hidden=256),
     Layer(CLAMPED, width=192, hidden=64, rank=8, biases=True),
     Layer(RELU2, width=128, hidden=192, rank=128, frozen=True),
+    Layer(SILU, width=128, hidden=256, frozen=True, packed=("nf4", 64)),
+    Layer(CLAMPED, width=192, hidden=64, rank=8, biases=True, frozen=True, packed=("fp4", 64)),
+    Layer(RELU2, width=128, hidden=192, rank=8, frozen=True, packed=("int8", 0)),
+    Layer(GELU, width=256, hidden=64, frozen=True, packed=("mxfp4", 32)),
+    Layer(SILU, width=128, hidden=384, rank=8, frozen=True, packed=("nf4", 128)),
 ]
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_whole_layer(layer):
     operands = layer.operands(jnp.bfloat16)
+    # Rounded to bfloat16 as the kernels do it, before the products are exact.
+    wide = jax.tree.map(
+        lambda leaf: unpack(leaf, jnp.bfloat16) if is_packed(leaf) else leaf, operands, is_leaf=is_packed
+    )
     ours = interpreter.jit_and_wait(lambda *operands: layer.run("mosaic", *operands))(*operands)
-    naive = jax.jit(lambda *operands: layer.run("reference", *operands))(*operands)
-    exact = float64(lambda *operands: layer.run("reference", *operands), *operands)
-    assert len(ours) == 3 + 2 * (not layer.frozen) + 4 * (layer.rank > 0) + 2 * layer.biases
+    naive = jax.jit(lambda *operands: layer.run("reference", *operands))(*wide)
+    exact = float64(lambda *operands: layer.run("reference", *operands), *wide)
+    trained = 4 * (layer.rank > 0) + (0 if layer.frozen else 2 + 2 * layer.biases)
+    assert len(ours) == 3 + trained
     for name in ours:
         if "base" in name or "lora" in name:
             assert not np.asarray(ours[name][1]).any(), "nobody chose expert 2"

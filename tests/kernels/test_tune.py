@@ -40,9 +40,11 @@ class StandIn(Mosaic):
 
 def test_check_of_right_kernels():
     lines: list[str] = []
-    assert check(StandIn(), [CASE], repeats=2, say=lines.append) == pytest.approx(1.0, abs=0.01)
+    cases = [CASE, *(dataclasses.replace(CASE, frozen=True, packed=kind) for kind in ("nf4", "int8"))]
+    assert check(StandIn(), cases, repeats=2, say=lines.append) == pytest.approx(1.0, abs=0.01)
     assert "rank 3" in lines[0]
     assert "largest error over the naive one" in lines[1]
+    assert "base in int8" in lines[4]
 
 
 def _with_down(grads: Any, change: Any) -> Any:
@@ -89,6 +91,8 @@ def test_cases_reach_every_way_through_the_kernels():
     gradients = [next(GradientLaunch(out, 64).candidates()).out for out in outs]
     assert set(gradients) == {64, 128, 192}
     assert {case.dtype for case in CASES} == {"bfloat16", "float16"}
+    assert {case.packed for case in CASES} == {"", "nf4", "fp4", "int8"}
+    assert all(case.frozen for case in CASES if case.packed)
 
 
 def test_search_finds_the_fastest_on_the_way():

@@ -1,21 +1,29 @@
 """The Mosaic kernels, where the device is of their kind and they were found right on it.
 
 Where a program is only compiled for a device nothing runs that could be wrong: there they are taken as checked.
-Pallas is imported when the first such device is met: on a CPU nobody waits for it.
+Pallas is imported when the first such device is met: on a CPU nobody waits for it. Experts in few bits are read as they
+are; those that the kernels do not read so are unpacked before.
 """
 
-from typing import TYPE_CHECKING
+import logging
+import math
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
+from jaxmoe.codecs import unpack
 from jaxmoe.kernels.devices import Device
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options, OtherDevice
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch
-from jaxmoe.kernels.expert_mlp.operands import Experts, unpacked
+from jaxmoe.kernels.expert_mlp.operands import Experts, is_packed, shape_of
 from jaxmoe.kernels.expert_mlp.tuning.measured import measured_on
+from jaxmoe.kernels.logs import log_once
 
 if TYPE_CHECKING:
     from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
+
+_logger = logging.getLogger(__name__)
 
 
 def forward(
@@ -38,7 +46,7 @@ def forward(
         raise NotImplementedError(
             "the kernels have no dropout: expected adapter.dropout 0 where experts are adapted"
         )
-    return kernels.forward(options, x_RD, unpacked(experts, x_RD.dtype), weights_RK, dispatch, save=save)
+    return kernels.forward(options, x_RD, readable(experts, x_RD.dtype), weights_RK, dispatch, save=save)
 
 
 def backward(
@@ -53,8 +61,33 @@ def backward(
 ) -> Grads:
     """`Mosaic.backward` for the device of the options."""
     kernels = kernels_for(options.device)
-    wide = unpacked(experts, x_RD.dtype)
-    return kernels.backward(options, x_RD, wide, weights_RK, dispatch, pre_pf, dout_RD, wanted)
+    experts = readable(experts, x_RD.dtype)
+    return kernels.backward(options, x_RD, experts, weights_RK, dispatch, pre_pf, dout_RD, wanted)
+
+
+def readable(experts: Experts, dtype: Any) -> Experts:
+    """With matrices unpacked that are packed in a way that the kernels do not read."""
+    from jaxmoe.kernels.expert_mlp.mosaic.packed import form_of
+
+    def matrices(weight: Any) -> Any:
+        if not is_packed(weight):
+            return weight
+        try:
+            form_of(weight)
+            if weight.dtype not in (None, jnp.dtype(dtype).name):
+                raise NotImplementedError(f"weights are rounded to {weight.dtype} first")
+        except NotImplementedError as error:
+            size = math.prod(shape_of(weight)) * jnp.dtype(dtype).itemsize
+            log_once(
+                _logger,
+                logging.WARNING,
+                f"expert_mlp: {error}: the kernels do not read them; all experts {shape_of(weight)} are unpacked "
+                f"first, into {size / 1e6:,.1f} MB, in the forward and again in the backward pass",
+            )
+            return unpack(weight, dtype)
+        return weight
+
+    return experts._replace(gate_up=matrices(experts.gate_up), down=matrices(experts.down))
 
 
 def kernels_for(device: Device) -> "Mosaic":

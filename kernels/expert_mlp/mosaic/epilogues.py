@@ -10,7 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxmoe.kernels.expert_mlp.activations import Activation
-from jaxmoe.kernels.expert_mlp.mosaic.matmul import WARPGROUP_ROWS, Geometry, Place, store_chunk
+from jaxmoe.kernels.expert_mlp.mosaic.geometry import WARPGROUP_ROWS, Geometry, Place
+from jaxmoe.kernels.expert_mlp.mosaic.matmul import store_chunk
 from jaxmoe.kernels.expert_mlp.mosaic.rows import TILED
 
 

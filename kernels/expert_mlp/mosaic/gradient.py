@@ -15,9 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxmoe.kernels.expert_mlp.mosaic.geometry import WARPGROUP_ROWS
 from jaxmoe.kernels.expert_mlp.mosaic.matmul import (
     PRODUCER_REGISTERS,
-    WARPGROUP_ROWS,
     Ring,
     StorePieces,
     check_stages,

@@ -3,7 +3,8 @@
 Forward: [gather · gate_up · activation], [down], gather-sum. Backward, with the pre-activation kept from there:
 [gather · downᵀ · activation's gradient, with the recomputed activation and the gradient of the router's weight],
 [gate_upᵀ], gather-sum, and one kernel for each weight's gradient that is wanted. Low-rank updates and biases are
-further segments of the same contractions; W + B A is never formed.
+further segments of the same contractions; W + B A is never formed. Weights in few bits are read as they are, in both
+directions.
 """
 
 import dataclasses
@@ -16,12 +17,14 @@ import jax.numpy as jnp
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch
 from jaxmoe.kernels.expert_mlp.mosaic.epilogues import Activate, ActivationGradient, StoreRows
+from jaxmoe.kernels.expert_mlp.mosaic.geometry import Geometry
 from jaxmoe.kernels.expert_mlp.mosaic.gradient import Side, weight_gradient
-from jaxmoe.kernels.expert_mlp.mosaic.matmul import Epilogue, Geometry, Segment, grouped_matmul
+from jaxmoe.kernels.expert_mlp.mosaic.matmul import Epilogue, Segment, grouped_matmul
+from jaxmoe.kernels.expert_mlp.mosaic.packed import PackedMatrices, form_of, packed_matrices
 from jaxmoe.kernels.expert_mlp.mosaic.rows import SLAB
 from jaxmoe.kernels.expert_mlp.mosaic.slots import Slots, make_slots, sum_choices
 from jaxmoe.kernels.expert_mlp.mosaic.tiles import GradientLaunch, MatmulLaunch, Measurements, slot_rows
-from jaxmoe.kernels.expert_mlp.operands import Experts, Lora
+from jaxmoe.kernels.expert_mlp.operands import Experts, Lora, is_packed, shape_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +117,14 @@ class _Layer:
             raise NotImplementedError(f"the tensor cores take bfloat16 and float16, x is {x_RD.dtype}")
         self.backend, self.options = backend, options
         self.x, self.experts, self.weights = x_RD, experts, weights_RK
-        self.held, self.parts, self.hidden, self.width = experts.gate_up.shape
+        self.held, self.parts, self.hidden, self.width = shape_of(experts.gate_up)
         for name, size in (("width", self.width), ("hidden width", self.hidden)):
             if size % SLAB:
                 raise NotImplementedError(f"{name} {size} is no multiple of {SLAB}")
         self.lora = _padded(experts.lora, options.lora_scale)
         simple = self.width % 128 == 0 and self.hidden % 128 == 0 and experts.lora == Lora()
-        self.rows = slot_rows(dispatch.order.shape[0], self.held) if simple else 128
+        packed = max(_packed_bytes(matrix) for matrix in (experts.gate_up, experts.down))
+        self.rows = slot_rows(dispatch.order.shape[0], self.held, packed) if simple else 128
         self.slots = make_slots(dispatch, weights_RK, self.rows)
 
     @property
@@ -130,7 +134,7 @@ class _Layer:
 
     def up(self, save: bool) -> list[jax.Array]:
         """The activation (p, F), and with `save` the pre-activation (p, f)."""
-        segments = [Segment(self.x, self.experts.gate_up.reshape(-1, self.width), gathered=True)]
+        segments = [Segment(self.x, _matrices(self.experts.gate_up), gathered=True)]
         if self.lora.gate_up_b is not None:
             segments.append(Segment(self.up_low(), _flat(self.lora.gate_up_b), gathered=False))
         if self.experts.gate_up_bias is not None:
@@ -146,7 +150,7 @@ class _Layer:
 
     def down(self, activated_pF: jax.Array) -> jax.Array:
         """(p, D)."""
-        segments = [Segment(activated_pF, _flat(self.experts.down), gathered=False)]
+        segments = [Segment(activated_pF, _matrices(self.experts.down), gathered=False)]
         if self.lora.down_b is not None:
             segments.append(Segment(self.down_low(activated_pF), _flat(self.lora.down_b), gathered=False))
         if self.experts.down_bias is not None:
@@ -180,6 +184,7 @@ class _Layer:
             parts=parts,
             contract_first=contract_first,
             kept_parts=self.parts if isinstance(epilogue, ActivationGradient) else 0,
+            packed_bytes=_packed_bytes(segments[0].weights),
         )
         return self.backend.matmul(launch, segments, self.slots, epilogue)
 
@@ -207,7 +212,7 @@ class _Backward:
     def __init__(self, layer: _Layer, pre_pf: jax.Array, dout_RD: jax.Array) -> None:
         self.layer, self.pre, self.dout = layer, pre_pf, dout_RD
         lora, experts = layer.lora, layer.experts
-        segments = [Segment(dout_RD, _flat(experts.down), gathered=True)]
+        segments = [Segment(dout_RD, _matrices(experts.down), gathered=True)]
         self.dlow_down = None
         if lora.down_a is not None and lora.down_b is not None:
             segment = Segment(dout_RD, _flat(lora.down_b), gathered=True)
@@ -248,7 +253,7 @@ class _Backward:
 
     def _dx(self) -> jax.Array:
         layer = self.layer
-        segments = [Segment(self.dpre, layer.experts.gate_up.reshape(-1, layer.width), gathered=False)]
+        segments = [Segment(self.dpre, _matrices(layer.experts.gate_up), gathered=False)]
         if self.dlow_up is not None and layer.lora.gate_up_a is not None:
             segments.append(Segment(self.dlow_up, _flat(layer.lora.gate_up_a), gathered=False))
         return sum_choices(layer.rows_of(segments, layer.width, contract_first=True), layer.slots)
@@ -300,6 +305,18 @@ def _side(rows: jax.Array | None) -> Side:
 def _flat(weights: jax.Array) -> jax.Array:
     """All but the last axis as one."""
     return weights.reshape(-1, weights.shape[-1])
+
+
+def _matrices(weights: Any) -> jax.Array | PackedMatrices:
+    """Of all experts as one."""
+    return packed_matrices(weights) if is_packed(weights) else _flat(weights)
+
+
+def _packed_bytes(weights: Any) -> int:
+    """Of codes and scales of 64 columns of a row."""
+    if isinstance(weights, PackedMatrices):
+        return weights.form.row_bytes
+    return form_of(weights).row_bytes if is_packed(weights) else 0
 
 
 def _padded(lora: Lora, scale: float) -> Lora:

@@ -3,10 +3,12 @@
 One persistent kernel of three warpgroups per multiprocessor. The producer streams operands into a ring of stages in
 shared memory: weights by the copy engine (TMA), rows of the left operand either so too, or gathered by index with
 cp.async (`mosaic.rows`). The two consumers run the tensor cores (wgmma) and the epilogue. The contraction may run over
-several segments, each a pair of operands: a low-rank update W + B A is one more segment, [x | x Aᵀ] · [W | B]ᵀ.
+several segments, each a pair of operands: a low-rank update W + B A is one more segment, [x | x Aᵀ] · [W | B]ᵀ. Where
+weights are packed in few bits a fourth warpgroup unpacks them on their way (`mosaic.unpacking`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,12 +18,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxmoe.kernels.expert_mlp.mosaic.geometry import WARPGROUP_ROWS, Geometry, Place
+from jaxmoe.kernels.expert_mlp.mosaic.packed import PackedMatrices
 from jaxmoe.kernels.expert_mlp.mosaic.rows import SLAB, TILED, await_rows, issue_nothing, issue_rows
 from jaxmoe.kernels.expert_mlp.mosaic.slots import Slots
-from jaxmoe.kernels.expert_mlp.mosaic.tiles import FEWEST_STAGES, LAG, MatmulTiles
+from jaxmoe.kernels.expert_mlp.mosaic.tiles import FEWEST_STAGES, LAG
+from jaxmoe.kernels.expert_mlp.mosaic.unpacking import Unpacking, form_of_all, unpacking_scratch
 
-WARPGROUP_ROWS = 64
-PRODUCER_REGISTERS = 56
+PRODUCER_REGISTERS, UNPACKER_REGISTERS = 56, 88
 REGISTERS = 65_536 // 128
 """Of a multiprocessor, for each thread of a warpgroup."""
 
@@ -32,62 +36,13 @@ class Segment:
 
     Attributes:
         rows: (R, c) to be gathered by token, or (p, c) in slot order; c a multiple of 64.
-        weights: (E * parts * n, c), or where `contract_first` (E * c, n) with one part.
+        weights: (E * parts * n, c), or where `contract_first` (E * c, n) with one part; or such a one packed.
         gathered: whether rows are gathered.
     """
 
     rows: jax.Array
-    weights: jax.Array
+    weights: jax.Array | PackedMatrices
     gathered: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """How a tile is split over the two consumers: by rows, or a tile of 64 rows by columns."""
-
-    tiles: MatmulTiles
-    parts: int
-    size: int  # n, columns of one part
-    contract_first: bool
-
-    @property
-    def halves(self) -> int:
-        return 2 * WARPGROUP_ROWS // self.tiles.rows
-
-    @property
-    def columns(self) -> int:
-        """Of one part in one consumer."""
-        return self.tiles.columns // self.halves
-
-    @property
-    def across(self) -> int:
-        return self.size // self.tiles.columns
-
-    def place(self, wg: Any, m: Any, n: Any) -> "Place":
-        half = wg if self.halves == 2 else 0
-        row_in_tile = 0 if self.halves == 2 else wg * WARPGROUP_ROWS
-        return Place(
-            wg=wg,
-            row_in_tile=row_in_tile,
-            row=m * self.tiles.rows + row_in_tile,
-            half=half,
-            column=n * self.tiles.columns + half * self.columns,
-            column_block=n * self.halves + half,
-            tile=m,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a consumer's part of a tile lies: indices into the tile and into the output."""
-
-    wg: Any
-    row_in_tile: Any
-    row: Any
-    half: Any
-    column: Any
-    column_block: Any
-    tile: Any
 
 
 @runtime_checkable
@@ -116,26 +71,29 @@ def grouped_matmul(
     _check(segments, geometry)
     chunk = store_chunk(geometry.columns)
     any_gathered = any(segment.gathered for segment in segments)
-    arrivals = geometry.halves * geometry.parts * (not geometry.contract_first) + geometry.contract_first
-    weight_tile = (SLAB, tiles.columns) if geometry.contract_first else (geometry.parts * tiles.columns, SLAB)
+    form = form_of_all(segments)
+    weight_tile = (geometry.weight_rows, geometry.slabs * SLAB)
     stored = (plgpu.TilingTransform((8, chunk)), plgpu.SwizzleTransform(2 * chunk))
     scratch: list[Any] = [
         plgpu.SMEM((tiles.stages, tiles.rows, SLAB), dtype, transforms=TILED),
         plgpu.SMEM((tiles.stages, *weight_tile), dtype, transforms=TILED),
         plgpu.SMEM((2, 2, WARPGROUP_ROWS, chunk), dtype, transforms=stored),
         # Copies of weights, and the rows: one more arrival, two if some rows are gathered (see `_produce`).
-        plgpu.Barrier(num_arrivals=arrivals + 1 + any_gathered, num_barriers=tiles.stages),
+        plgpu.Barrier(num_arrivals=geometry.pieces + 1 + any_gathered, num_barriers=tiles.stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
+        *([] if form is None else unpacking_scratch(form, geometry)),
         *epilogue.scratch(geometry),
     ]
     outputs = list(epilogue.outputs(tiles.rows * slots.tile_expert.shape[0], geometry))
-    counts = (2 * len(segments), len(epilogue.operands), len(outputs))
+    operands, pairs = jax.tree.flatten([(segment.rows, segment.weights) for segment in segments])
+    extras = len(epilogue.operands) + len(outputs)
 
     def body(token: Any, tile_expert: Any, num_tiles: Any, *refs: Any) -> None:
-        operand_refs, refs = refs[: counts[0]], refs[counts[0] :]
-        extra_refs, refs = refs[: counts[1] + counts[2]], refs[counts[1] + counts[2] :]
+        operand_refs, refs = jax.tree.unflatten(pairs, refs[: len(operands)]), refs[len(operands) :]
+        extra_refs, refs = refs[:extras], refs[extras:]
         rows_s, weights_s, stored_s, full, empty = refs[:5]
-        epilogue_refs = (*extra_refs, *refs[5:])
+        unpacking = None if form is None else Unpacking(form, geometry, *refs[5:8])
+        epilogue_refs = (*extra_refs, *refs[5 if form is None else 8 :])
         sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
         walk = _Walk(num_tiles[0], geometry.across, tiles.band, sm, multiprocessors)
         ring = Ring(rows_s, weights_s, full, empty, tiles.stages)
@@ -143,14 +101,21 @@ def grouped_matmul(
         @pl.when(wg == 2)
         def _() -> None:
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            producer = _Producer(
-                segments, operand_refs, token, tile_expert, ring, geometry, interpret is not None
-            )
+            refs = (operand_refs, token, tile_expert, ring)
+            producer = _Producer(segments, *refs, geometry, unpacking, interpret is not None)
             producer.run(walk, any_gathered)
+
+        def unpack(unpacking: Unpacking) -> None:
+            plgpu.set_max_registers(UNPACKER_REGISTERS, action="decrease")
+            unpacking.run(operand_refs, walk, ring, interpret=interpret is not None)
+
+        if unpacking is not None:
+            pl.when(wg == 3)(functools.partial(unpack, unpacking))
 
         @pl.when(wg < 2)
         def _() -> None:
-            plgpu.set_max_registers(consumer_registers(2), action="increase")
+            registers = consumer_registers(2, 0 if form is None else UNPACKER_REGISTERS)
+            plgpu.set_max_registers(registers, action="increase")
             _consume(segments, walk, ring, geometry, epilogue, epilogue_refs, stored_s, wg)
 
     options = {} if interpret is None else {"interpret": interpret}
@@ -159,7 +124,7 @@ def grouped_matmul(
         out_type=outputs,
         grid=(multiprocessors,),
         grid_names=("sm",),
-        num_threads=3,
+        num_threads=3 if form is None else 4,
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
@@ -170,13 +135,12 @@ def grouped_matmul(
         ),
         **options,
     )
-    operands = [array for segment in segments for array in (segment.rows, segment.weights)]
     return run(slots.token, slots.tile_expert, slots.num_tiles, *operands, *epilogue.operands)
 
 
-def consumer_registers(consumers: int) -> int:
-    """Registers of each thread of a consumer, once the producer has given up its share; a multiple of 8."""
-    return min(256, (REGISTERS - PRODUCER_REGISTERS) // consumers // 8 * 8)
+def consumer_registers(consumers: int, others: int = 0) -> int:
+    """Registers of each thread of a consumer, when the producer and `others` have their share; a multiple of 8."""
+    return min(256, (REGISTERS - PRODUCER_REGISTERS - others) // consumers // 8 * 8)
 
 
 def store_chunk(columns: int) -> int:
@@ -260,6 +224,7 @@ class _Producer:
     tile_expert: Any
     ring: Ring
     geometry: Geometry
+    unpacking: Unpacking | None
     interpret: bool
 
     def run(self, walk: _Walk, any_gathered: bool) -> None:
@@ -296,30 +261,20 @@ class _Producer:
             self.ring.hand_over_the_last(step, LAG, self.interpret)
 
     def _copy_weights(self, number: int, expert: Any, n: Any, k: Any, slot: Any) -> None:
-        geometry, weights = self.geometry, self.operands[2 * number + 1]
-        target, full = self.ring.weights.at[slot], self.ring.full.at[slot]
-        if geometry.contract_first:
-            width = self.segments[number].rows.shape[1]
-            source = weights.at[
-                pl.ds(expert * width + k * SLAB, SLAB),
-                pl.ds(n * geometry.tiles.columns, geometry.tiles.columns),
-            ]
-            plgpu.copy_gmem_to_smem(source, target, full)
+        geometry, weights = self.geometry, self.operands[number][1]
+        width = self.segments[number].rows.shape[1]
+        if isinstance(weights, PackedMatrices):
+            assert self.unpacking is not None
+            self.unpacking.copy(weights, width, expert, n, k, slot)
             return
-        columns = geometry.columns
-        for half in range(geometry.halves):
-            for part in range(geometry.parts):
-                first = (
-                    (expert * geometry.parts + part) * geometry.size
-                    + n * geometry.tiles.columns
-                    + half * columns
-                )
-                source = weights.at[pl.ds(first, columns), pl.ds(k * SLAB, SLAB)]
-                place = (half * geometry.parts + part) * columns
-                plgpu.copy_gmem_to_smem(source, target.at[pl.ds(place, columns)], full)
+        target, full = self.ring.weights.at[slot], self.ring.full.at[slot]
+        columns = pl.ds(geometry.slabs_of_stage(n, k)[0] * SLAB, geometry.slabs * SLAB)
+        for first, place, count in geometry.rows_of_stage(n, k):
+            source = weights.at[pl.ds(expert * geometry.matrix_rows(width) + first, count), columns]
+            plgpu.copy_gmem_to_smem(source, target.at[pl.ds(place, count)], full)
 
     def _copy_rows(self, number: int, gathered: bool, m: Any, k: Any, slot: Any) -> None:
-        rows, tile = self.operands[2 * number], self.geometry.tiles.rows
+        rows, tile = self.operands[number][0], self.geometry.tiles.rows
         target, full = self.ring.rows.at[slot], self.ring.full.at[slot]
         if not gathered:
             plgpu.copy_gmem_to_smem(rows.at[pl.ds(m * tile, tile), pl.ds(k * SLAB, SLAB)], target, full)

@@ -59,7 +59,7 @@ def issue_rows(source: Any, tokens: Any, first: Any, column: Any, target: Any, *
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(TILED)))
     def copy(_: Any, source: Any, tokens: Any, target: Any) -> None:
         pointers = [mgpu_utils.memref_ptr(ref) for ref in (target, source, tokens)]
-        _assemble(code, pointers, "r,l,l")
+        assemble(code, pointers, "r,l,l")
 
     copy(source.at[:, pl.ds(column, columns)], tokens.at[pl.ds(first, rows)], target)
 
@@ -71,7 +71,7 @@ def issue_nothing(*, interpret: bool) -> None:
 
     @plgpu.inline_mgpu()
     def commit(_: Any) -> None:
-        _assemble(["cp.async.commit_group;"], [], "")
+        assemble(["cp.async.commit_group;"], [], "")
 
     commit()
 
@@ -83,11 +83,12 @@ def await_rows(pending: int, *, interpret: bool) -> None:
 
     @plgpu.inline_mgpu()
     def wait(_: Any) -> None:
-        _assemble([f"cp.async.wait_group {pending};", "fence.proxy.async.shared::cta;"], [], "")
+        assemble([f"cp.async.wait_group {pending};", "fence.proxy.async.shared::cta;"], [], "")
 
     wait()
 
 
-def _assemble(code: list[str], operands: list[Any], constraints: str) -> None:
+def assemble(code: list[str], operands: list[Any], constraints: str) -> None:
+    """Machine code (PTX) in place, its registers its own; $0, $1, … are the operands."""
     text = "{ " + " ".join(code) + " }"
     llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, constraints, has_side_effects=True)

@@ -52,19 +52,18 @@ class GradientTiles:
     stages: int
 
 
-def slot_rows(slots: int, groups: int) -> int:
-    """Rows that groups are padded to: 64 where groups are so small that 128 would waste more than it saves."""
-    return 128 if slots >= 192 * groups else 64
+def slot_rows(slots: int, groups: int, packed_bytes: int = 0) -> int:
+    """Rows that groups are padded to: 64 where groups are so small that 128 would waste more than it saves.
+
+    Beside `packed_bytes` (see `MatmulLaunch`) above 64, and what the activation's gradient reads, shared memory has no
+    room for stages of the 128 columns that tiles of 64 rows have at least.
+    """
+    return 128 if slots >= 192 * groups or packed_bytes > 64 else 64
 
 
 def stages_that_fit(per_stage: int, fixed: int, most: int = 6) -> int:
-    """As many stages as shared memory holds beside `fixed` bytes."""
-    stages = min(most, (SHARED_MEMORY_BYTES - fixed - RESERVED_BYTES) // per_stage)
-    if stages < FEWEST_STAGES:
-        raise NotImplementedError(
-            f"stages of {per_stage} bytes: only {stages} fit into shared memory beside {fixed}"
-        )
-    return stages
+    """As many stages as shared memory holds beside `fixed` bytes, `most` at the most."""
+    return min(most, (SHARED_MEMORY_BYTES - fixed - RESERVED_BYTES) // per_stage)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +77,7 @@ class MatmulLaunch:
         parts: gate and up, or one.
         contract_first: whether the weights are contracted over their first axis.
         kept_parts: parts of the pre-activation that the epilogue reads; 0 for other epilogues.
+        packed_bytes: of codes and scales, where weights are packed: for 64 columns of a row.
     """
 
     rows: int
@@ -86,6 +86,7 @@ class MatmulLaunch:
     parts: int = 1
     contract_first: bool = False
     kept_parts: int = 0
+    packed_bytes: int = 0
 
     @property
     def key(self) -> str:
@@ -95,7 +96,7 @@ class MatmulLaunch:
         """Measured tiles, or as wide as the accumulators of two warpgroups allow and then as deep as fits.
 
         Raises:
-            NotImplementedError: no tile divides `columns`.
+            NotImplementedError: no tile divides `columns`, or none that does fits.
         """
         if self.key in measured:
             return MatmulTiles(**measured[self.key])
@@ -108,13 +109,20 @@ class MatmulLaunch:
         widths = [c for c in range(widest_tile // step * step, 0, -step) if self.columns % c == 0]
         if not widths:
             raise NotImplementedError(f"{self.columns} columns are no multiple of {step}")
-        for width in widths:
-            per_stage = 128 * (self.rows + self.parts * width)
-            fixed = 4 * 64 * 64 * 2 + 256 * self.kept_parts * width
-            most = stages_that_fit(per_stage, fixed)
+        depths = {width: self._stages(width) for width in widths}
+        if max(depths.values()) < FEWEST_STAGES:
+            raise NotImplementedError(
+                f"shared memory holds {depths[widths[-1]]} stages; expected {FEWEST_STAGES}"
+            )
+        for width, most in depths.items():
             for stages in range(most, FEWEST_STAGES - 1, -1):
                 for band in (8, 16, 4):
                     yield MatmulTiles(self.rows, width, stages, band)
+
+    def _stages(self, width: int) -> int:
+        """As many as fit."""
+        per_stage = 128 * self.rows + (128 + self.packed_bytes) * self.parts * width
+        return stages_that_fit(per_stage, fixed=4 * 64 * 64 * 2 + 256 * self.kept_parts * width)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmoe.codecs import four_bit, int8_rows
 from jaxmoe.kernels.devices import device_at_hand
 from jaxmoe.kernels.expert_mlp import reference, xla
 from jaxmoe.kernels.expert_mlp.activations import Activation
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import Dispatch, make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
-from jaxmoe.kernels.expert_mlp.operands import Experts, Lora
+from jaxmoe.kernels.expert_mlp.operands import Experts, Lora, unpacked
 
 LIMIT = 2.0
 """Of a result's error over that of the naive computation."""
@@ -43,6 +44,7 @@ class Case:
         bias: whether both matrices have one.
         rank: of LoRA on both matrices, 0 for none.
         frozen: whether the base gets no gradients.
+        packed: how the base is packed: "nf4", "fp4" or "int8"; it is frozen then. By default not.
         elsewhere: whether one expert of the layer is not held here.
         dtype: of the operands.
         blocks: at most as many blocks are run, so that each of them works on several tiles.
@@ -61,12 +63,14 @@ class Case:
     elsewhere: bool = False
     dtype: str = "bfloat16"
     blocks: int = 5
+    packed: str = ""
 
     def __str__(self) -> str:
         extras = {
             "biases": self.bias,
             f"rank {self.rank}": self.rank,
             "frozen base": self.frozen,
+            f"base in {self.packed}": self.packed,
             "one expert elsewhere": self.elsewhere,
         }
         words = [word for word, is_so in extras.items() if is_so]
@@ -93,6 +97,13 @@ CASES = (
     Case(600, 2816, 704, 5, 3, 4, Activation("gelu_tanh"), elsewhere=True, blocks=MANY),
     Case(1000, 2048, 768, 8, 4, 7, rank=16, frozen=True, blocks=MANY),
     Case(900, 4096, 1792, 3, 2, 3, blocks=MANY),
+    # Bases in few bits.
+    Case(177, 256, 128, 7, 3, 5, frozen=True, elsewhere=True, packed="nf4"),
+    Case(100, 320, 192, 3, 2, 2, Activation("relu2"), bias=True, rank=5, frozen=True, packed="fp4"),
+    Case(
+        150, 192, 64, 4, 2, 3, Activation("gelu_tanh"), rank=70, frozen=True, dtype="float16", packed="int8"
+    ),
+    Case(1000, 2048, 768, 8, 4, 7, rank=16, frozen=True, blocks=MANY, packed="nf4"),
 )
 
 SMALLEST = (Case(tokens=50, width=128, hidden=64, held=3, top_k=2, used=2, elsewhere=True, blocks=2),)
@@ -201,8 +212,8 @@ def _operands(case: Case) -> _Operands:
         far = 2 * case.activation.limit * generator.integers(-1, 2, gate_up_bias.shape)
         gate_up_bias += jnp.asarray(far, case.dtype)
     experts = Experts(
-        normal(held, parts, hidden, width, size=width**-0.5),
-        normal(held, width, hidden, size=hidden**-0.5),
+        _packed(normal(held, parts, hidden, width, size=width**-0.5), case.packed),
+        _packed(normal(held, width, hidden, size=hidden**-0.5), case.packed),
         gate_up_bias,
         normal(held, width, size=0.5) if case.bias else None,
         lora,
@@ -217,6 +228,14 @@ def _operands(case: Case) -> _Operands:
         chosen=chosen,
         dout=normal(case.tokens, width, size=1.0),
     )
+
+
+def _packed(values: jax.Array, kind: str) -> Any:
+    if not kind:
+        return values
+    if kind == "int8":
+        return int8_rows.quantize(values)
+    return jax.vmap(lambda one: four_bit.quantize(one, kind))(values)
 
 
 def _chosen(case: Case, generator: np.random.Generator) -> jax.Array:
@@ -273,7 +292,8 @@ def _reference(options: Options, case: Case, operands: _Operands) -> dict[str, A
         return out, pull_back(dout)
 
     with jax.default_matmul_precision("highest"):
-        arrays = float32((operands.x, operands.experts, operands.weights, operands.dout))
+        experts = unpacked(operands.experts, case.dtype)
+        arrays = float32((operands.x, experts, operands.weights, operands.dout))
         out, (dx, dexperts, dweights) = results(*arrays)
     grads = Grads(x=dx, weights=dweights, experts=dexperts)
     return {"out": out, "out, with what is kept": out, "gradient of ": grads._asdict()}

@@ -13,9 +13,10 @@ from jaxmoe.kernels.devices import device_at_hand
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic.epilogues import ActivationGradient
+from jaxmoe.kernels.expert_mlp.mosaic.geometry import Geometry
 from jaxmoe.kernels.expert_mlp.mosaic.gradient import Side
 from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
-from jaxmoe.kernels.expert_mlp.mosaic.matmul import Epilogue, Geometry, Segment
+from jaxmoe.kernels.expert_mlp.mosaic.matmul import Epilogue, Segment
 from jaxmoe.kernels.expert_mlp.mosaic.slots import Slots, make_slots
 from jaxmoe.kernels.expert_mlp.mosaic.tiles import GradientLaunch, GradientTiles, MatmulLaunch, MatmulTiles
 from jaxmoe.kernels.expert_mlp.operands import Experts
@@ -53,7 +54,10 @@ class _Recorder(Mosaic):
     def matmul(
         self, launch: MatmulLaunch, segments: Sequence[Segment], slots: Slots, epilogue: Epilogue
     ) -> list[jax.Array]:
-        arrays = [array for segment in segments for array in (segment.rows, segment.weights)]
+        arrays = []
+        for segment in segments:
+            assert isinstance(segment.weights, jax.Array)  # layers here are in full precision
+            arrays += [segment.rows, segment.weights]
         gathered = [segment.gathered for segment in segments]
         kept, again = _without_arrays(epilogue)
 
