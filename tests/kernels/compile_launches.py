@@ -33,7 +33,7 @@ from jax.experimental import topologies
 from jax.experimental.mosaic.gpu import core as mosaic_gpu
 from jax.sharding import SingleDeviceSharding
 
-from jaxmoe.codecs import four_bit, int8_rows
+from jaxmoe.codecs import four_bit, fp8_blocks, int8_rows
 from jaxmoe.kernels.devices import Device, describe
 from jaxmoe.kernels.expert_mlp.contract import Grads, Options
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
@@ -42,7 +42,7 @@ from jaxmoe.kernels.expert_mlp.mosaic.geometry import Geometry
 from jaxmoe.kernels.expert_mlp.mosaic.gradient import Side, weight_gradient
 from jaxmoe.kernels.expert_mlp.mosaic.layer import Mosaic
 from jaxmoe.kernels.expert_mlp.mosaic.matmul import Epilogue, Segment, grouped_matmul
-from jaxmoe.kernels.expert_mlp.mosaic.packed import Form, Lookup, PackedMatrices
+from jaxmoe.kernels.expert_mlp.mosaic.packed import E4M3, Form, Lookup, PackedMatrices
 from jaxmoe.kernels.expert_mlp.mosaic.slots import Slots, sum_choices
 from jaxmoe.kernels.expert_mlp.mosaic.tiles import (
     SHARED_MEMORY_BYTES,
@@ -59,7 +59,7 @@ DTYPE = jnp.bfloat16
 PACKED = {
     "Qwen3-30B-A3B": ((8192, 16, "nf4/64"), (512, 0, "nf4/64"), (8192, 16, "int8")),
     "gpt-oss-20b": ((8192, 16, "mxfp4/32"),),
-    "DeepSeek-V3": ((8192, 16, "nf4/128"),),
+    "DeepSeek-V3": ((8192, 16, "nf4/128"), (8192, 16, "fp8/128")),
 }
 """Tokens, ranks and bases in few bits that models' kernels are compiled for beside those of every model."""
 TARGET = Path(__file__).parent / "h200.textproto"
@@ -136,7 +136,7 @@ class Recorder(Mosaic):
 def _form(form: Form) -> str:
     if isinstance(form.decoding, Lookup):
         return f"{form.decoding.kind}/{form.block}"
-    return "int8"
+    return f"fp8/{form.block}" if isinstance(form.decoding, E4M3) else "int8"
 
 
 def _name(epilogue: Epilogue) -> str:
@@ -149,10 +149,12 @@ def _name(epilogue: Epilogue) -> str:
 
 
 def pack(values: jax.Array, how: str) -> Any:
-    """Matrices (E, …, n, c) as `how` says it: "int8", or a kind and a block of `four_bit`."""
+    """Matrices (E, …, n, c) as `how` says it: "int8", or a kind and a block of `four_bit` or `fp8_blocks`."""
     if how == "int8":
         return int8_rows.quantize(values)
     kind, block = how.split("/")
+    if kind == "fp8":
+        return fp8_blocks.quantize(values, int(block), rows=int(block))
     return jax.vmap(lambda one: four_bit.quantize(one, kind, int(block)))(values)
 
 

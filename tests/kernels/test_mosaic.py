@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import interpreter
 
-from jaxmoe.codecs import four_bit, int8_rows, unpack
+from jaxmoe.codecs import four_bit, fp8_blocks, int8_rows, unpack
 from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, expert_mlp
 from jaxmoe.kernels.expert_mlp.dispatch import make_dispatch
 from jaxmoe.kernels.expert_mlp.mosaic.epilogues import Activate, ActivationGradient, StoreRows
@@ -352,6 +352,8 @@ class Layer:
         values = (values * np.repeat(factors, 32, -1) / 2).astype(values.dtype)
         if kind == "int8":
             return int8_rows.quantize(values)
+        if kind == "fp8":
+            return fp8_blocks.quantize(values, block, rows=16)
         return jax.vmap(lambda one: four_bit.quantize(one, kind, block, nested=block == 128))(values)
 
     def operands(self, dtype):
@@ -410,6 +412,7 @@ LAYERS = [
     Layer(RELU2, width=128, hidden=192, rank=8, frozen=True, packed=("int8", 0)),
     Layer(GELU, width=256, hidden=64, frozen=True, packed=("mxfp4", 32)),
     Layer(SILU, width=128, hidden=384, rank=8, frozen=True, packed=("nf4", 128)),
+    Layer(SILU, width=192, hidden=256, rank=8, frozen=True, packed=("fp8", 128)),
 ]
 
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxmoe.codecs import FourBit, Int8Rows, four_bit, int8_rows, unpack
+from jaxmoe.codecs import Packed, four_bit, fp8_blocks, int8_rows, unpack
 from jaxmoe.kernels.expert_mlp.mosaic.packed import Form, PackedMatrices, assembly, form_of, packed_matrices
 from jaxmoe.kernels.expert_mlp.mosaic.rows import SLAB
 from jaxmoe.kernels.expert_mlp.mosaic.tiles import FEWEST_STAGES, MatmulLaunch, slot_rows
@@ -81,6 +81,14 @@ class Warpgroup:
                 return bits(
                     (signed(a << (np.uint64(32) - b - c)) >> (32 - c.astype(np.int32))).astype(np.int32)
                 )
+            case "cvt.u16.u32":
+                return a & np.uint64(0xFFFF)
+            case "cvt.rn.f16x2.e4m3x2":
+                pair = [(a >> np.uint64(shift)).astype(np.uint8) for shift in (8, 0)]
+                high, low = (bits(one.view(ml_dtypes.float8_e4m3fn).astype(np.float16)) for one in pair)
+                return high << np.uint64(16) | low
+            case "cvt.f32.f16":
+                return bits(a.astype(np.uint16).view(np.float16).astype(np.float32))
             case "cvt.rn.f32.s32":
                 return bits(signed(a).astype(np.float32))
             case "mul.rn.f32":
@@ -134,9 +142,11 @@ def draw(*shape: int) -> np.ndarray:
     return (rng.standard_normal(shape) * np.repeat(scales, 32, -1)).astype(np.float32)
 
 
-def pack(kind: str, block: int, values: np.ndarray) -> FourBit | Int8Rows:
+def pack(kind: str, block: int, values: np.ndarray) -> Packed:
     if kind == "int8":
         return int8_rows.quantize(jnp.asarray(values))
+    if kind == "fp8":
+        return fp8_blocks.quantize(jnp.asarray(values), block, rows=32)
     name, _, nested = kind.partition(" ")
     return jax.vmap(lambda one: four_bit.quantize(one, name, block, bool(nested)))(jnp.asarray(values))
 
@@ -150,6 +160,9 @@ KINDS = [
     ("nf4", 256),
     ("nf4 nested", 64),
     ("int8", 0),
+    ("fp8", 128),
+    ("fp8", 192),
+    ("fp8", 1024),
 ]
 EXPERTS, ROWS, COLUMNS = 3, 96, 512
 
@@ -229,3 +242,5 @@ def test_rows_that_are_no_whole_blocks_are_refused():
     weight = jax.vmap(four_bit.quantize)(jnp.ones((2, 6, 96)))
     with pytest.raises(NotImplementedError, match="rows of 96 weights are no whole blocks of 64"):
         packed_matrices(weight)
+    with pytest.raises(NotImplementedError, match="blocks of 96 columns are no multiple of 64"):
+        packed_matrices(fp8_blocks.quantize(jnp.ones((2, 6, 192)), 96))

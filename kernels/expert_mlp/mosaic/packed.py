@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxmoe.codecs import FourBit, Int8Rows, Packed, four_bit, int8_rows
+from jaxmoe.codecs import Fp8Blocks, Int8Rows, Packed, four_bit, int8_rows
 from jaxmoe.codecs.tables import values_of
 from jaxmoe.kernels.expert_mlp.mosaic.rows import SLAB, TILED, assemble
 
@@ -56,8 +56,8 @@ class Decoding(Protocol):
     def assembly(self, value: str, word: str, bit: int) -> str:
         """The code at `bit` and above of register `word` → float32 in register `value`.
 
-        Registers for the way are c and d; table has the number of the table that is the lane's own, by its last four
-        bits. More significant bits of `word` are other codes.
+        Registers for the way are c and d of 32 bits and h of 16; table has the number of the table that is the lane's
+        own, by its last four bits. More significant bits of `word` are other codes.
         """
         ...
 
@@ -99,6 +99,27 @@ class Integers:
 
     def assembly(self, value: str, word: str, bit: int) -> str:
         return f"bfe.s32 c, {word}, {bit}, 8; cvt.rn.f32.s32 {value}, c;"
+
+
+@dataclasses.dataclass(frozen=True)
+class E4M3:
+    """float8_e4m3fn."""
+
+    bits: int = 8
+    dtype: str = "uint8"
+    table: None = None
+    unit: None = None
+
+    def values(self, codes: jax.Array, table: jax.Array | None) -> jax.Array:
+        del table
+        return lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
+
+    def assembly(self, value: str, word: str, bit: int) -> str:
+        # Two codes become two halves of a register: the one beside it is left there.
+        return (
+            f"shr.u32 c, {word}, {bit}; cvt.u16.u32 h, c; cvt.rn.f16x2.e4m3x2 d, h; "
+            f"cvt.u16.u32 h, d; cvt.f32.f16 {value}, h;"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +210,11 @@ def form_of(weight: Packed) -> Form:
     """
     if isinstance(weight, Int8Rows):
         return Form(Integers(), block=weight.codes.shape[-1])
-    if not isinstance(weight, FourBit):
-        raise NotImplementedError(f"weights are packed as {type(weight).__name__}")
+    if isinstance(weight, Fp8Blocks):
+        block = min(weight.block, weight.codes.shape[-1])
+        if block % SLAB:
+            raise NotImplementedError(f"blocks of {block} columns are no multiple of {SLAB}")
+        return Form(E4M3(), block)
     if weight.shape[-1] % weight.block:
         raise NotImplementedError(f"rows of {weight.shape[-1]} weights are no whole blocks of {weight.block}")
     return Form(Lookup(weight.kind), weight.block)
@@ -203,8 +227,9 @@ def packed_matrices(weight: Packed) -> PackedMatrices:
     scales: Any
     if isinstance(weight, Int8Rows):
         codes, scales = weight.codes, weight.absmax[..., None]
+    elif isinstance(weight, Fp8Blocks):
+        codes, scales = weight.codes, weight.scales
     else:
-        assert isinstance(weight, FourBit)
         codes, scales = weight.codes, four_bit.plain(weight).absmax
     held, blocks = scales.shape[0], scales.shape[-1]
     # Of one axis and behind a barrier: else XLA would transpose those of all layers before a loop over them.
@@ -264,6 +289,7 @@ def assembly(form: Form, rows: int, slabs: int, slab: int, half: int | None, dty
     lines = [
         ".reg .b32 tid, line, chunk, row, from, at, to, next, table, c, d;",
         ".reg .b32 f0, f1, f2, f3, f4, f5, f6, f7;",
+        ".reg .b16 h;",
         "mov.u32 tid, %tid.x; and.b32 tid, tid, 127; and.b32 line, tid, 7;",
         "shr.u32 chunk, tid, 3; and.b32 chunk, chunk, 3;",
         "shr.u32 row, tid, 5;",

@@ -51,7 +51,7 @@ class Unpacking:
         """
         geometry, form, loaded = self.geometry, self.form, self.loaded.at[slot]
         rows = geometry.matrix_rows(width)
-        blocks = (geometry.size if geometry.contract_first else width) // form.block
+        blocks = pl.cdiv(geometry.size if geometry.contract_first else width, form.block)
         for first, place, count in geometry.rows_of_stage(n, k):
             target = pl.ds(place, count)
             for number, slab in enumerate(geometry.slabs_of_stage(n, k)):

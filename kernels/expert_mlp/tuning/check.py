@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.codecs import four_bit, int8_rows
+from jaxmoe.codecs import four_bit, fp8_blocks, int8_rows
 from jaxmoe.kernels.devices import device_at_hand
 from jaxmoe.kernels.expert_mlp import reference, xla
 from jaxmoe.kernels.expert_mlp.activations import Activation
@@ -44,7 +44,7 @@ class Case:
         bias: whether both matrices have one.
         rank: of LoRA on both matrices, 0 for none.
         frozen: whether the base gets no gradients.
-        packed: how the base is packed: "nf4", "fp4" or "int8"; it is frozen then. By default not.
+        packed: how the base is packed: "nf4", "fp4", "int8" or "fp8"; it is frozen then. By default not.
         elsewhere: whether one expert of the layer is not held here.
         dtype: of the operands.
         blocks: at most as many blocks are run, so that each of them works on several tiles.
@@ -103,6 +103,7 @@ CASES = (
     Case(
         150, 192, 64, 4, 2, 3, Activation("gelu_tanh"), rank=70, frozen=True, dtype="float16", packed="int8"
     ),
+    Case(120, 384, 256, 4, 2, 3, rank=5, frozen=True, packed="fp8"),
     Case(1000, 2048, 768, 8, 4, 7, rank=16, frozen=True, blocks=MANY, packed="nf4"),
 )
 
@@ -235,6 +236,8 @@ def _packed(values: jax.Array, kind: str) -> Any:
         return values
     if kind == "int8":
         return int8_rows.quantize(values)
+    if kind == "fp8":
+        return fp8_blocks.quantize(values, 128, rows=128)
     return jax.vmap(lambda one: four_bit.quantize(one, kind))(values)
 
 
