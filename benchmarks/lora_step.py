@@ -2,11 +2,13 @@
 
     python benchmarks/lora_step.py            # needs torch and PEFT (extra "torch")
     python benchmarks/lora_step.py --quick    # the first model, two repeats
+    python benchmarks/lora_step.py --rank 16
 
-The models, tokens and constants are those of train_step.py, float32, all from the same weights. Adapters of rank 16 are
-on attention and on experts; AdamW updates what is trained. PEFT adapts experts by `target_parameters`; it is measured
-with transformers' eager and grouped experts, and the faster one is the peer. Everyone alternates in one process, so
-that a drift of the machine hits all.
+The models, tokens and constants are those of train_step.py, float32, all from the same weights. Adapters are on
+attention and on experts, of rank 4 by default: for widths of 256 and 512 what rank 32 is for 2,048 and 4,096. (Of rank
+16 they would be a tenth of every product, and in the backward pass a quarter.) AdamW updates what is trained. PEFT
+adapts experts by `target_parameters`; it is measured with transformers' eager and grouped experts, and the faster one
+is the peer. Everyone alternates in one process, so that a drift of the machine hits all.
 
 What is aimed at: a LoRA step takes at most 0.75 of a full step's time, and is at least 1.5 times as fast as PEFT's.
 """
@@ -24,25 +26,26 @@ import transformers
 from common import print_table, variables, write_results
 from train_step import LENGTH, SIZES, VOCAB, jax_step, take_turns, torch_model, torch_step
 
-RANK, ALPHA = 16, 32
+RANK, ALPHA = 4, 8
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 OURS = {"full": "jaxmoe, full", "lora": "jaxmoe, LoRA", "qlora": "jaxmoe, QLoRA"}
 MOST_OF_FULL, LEAST_OVER_PEFT = 0.75, 1.5
 
 
-def peft_step(size: dict[str, int], experts: str, tokens: np.ndarray) -> Callable[[], float]:
+def peft_step(size: dict[str, int], experts: str, tokens: np.ndarray, rank: int) -> Callable[[], float]:
     """A step of transformers with PEFT.
 
     Args:
         size: of the model.
         experts: transformers' implementation.
         tokens: (B, T).
+        rank: of the adapters.
     """
     model = torch_model(size)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
-        r=RANK,
+        r=rank,
         lora_alpha=ALPHA,
         target_modules=ATTENTION,
         target_parameters=EXPERTS,
@@ -53,9 +56,9 @@ def peft_step(size: dict[str, int], experts: str, tokens: np.ndarray) -> Callabl
     return torch_step(model, "sdpa", experts, tokens)
 
 
-def contestants(size: dict[str, int], tokens: np.ndarray) -> dict[str, Callable[[], float]]:
+def contestants(size: dict[str, int], tokens: np.ndarray, rank: int) -> dict[str, Callable[[], float]]:
     """Steps by the names of who takes them."""
-    adapter = {"rank": RANK, "alpha": float(ALPHA), "target_modules": ATTENTION, "target_parameters": EXPERTS}
+    adapter = {"rank": rank, "alpha": float(ALPHA), "target_modules": ATTENTION, "target_parameters": EXPERTS}
     ours = {
         OURS["full"]: {},
         OURS["lora"]: {"adapter": adapter},
@@ -63,19 +66,20 @@ def contestants(size: dict[str, int], tokens: np.ndarray) -> dict[str, Callable[
     }
     steps = {name: jax_step(torch_model(size), tokens, **kind) for name, kind in ours.items()}
     for experts in ("eager", "grouped_mm"):
-        steps[f"transformers and PEFT, {experts}"] = peft_step(size, experts, tokens)
+        steps[f"transformers and PEFT, {experts}"] = peft_step(size, experts, tokens, rank)
     return steps
 
 
-def measure(name: str, size: dict[str, int], length: int, repeats: int) -> list[dict[str, Any]]:
+def measure(name: str, size: dict[str, int], length: int, repeats: int, rank: int) -> list[dict[str, Any]]:
     """All contestants on one size, in turn."""
     tokens = np.random.default_rng(0).integers(0, VOCAB, (size["batch"], length))
-    seconds, losses = take_turns(name, contestants(size, tokens), repeats)
+    seconds, losses = take_turns(name, contestants(size, tokens, rank), repeats)
     median = {contestant: float(np.median(times)) for contestant, times in seconds.items()}
     peer = min((one for one in median if one not in OURS.values()), key=median.__getitem__, default=None)
     return [
         {
             "model": name,
+            "rank": rank,
             "contestant": contestant + (" (the peer)" if contestant == peer else ""),
             "median_s": median[contestant],
             "min_s": min(seconds[contestant]),
@@ -111,6 +115,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rank", type=int, default=RANK, help=f"of the adapters, by default {RANK}")
     parser.add_argument("--model", choices=SIZES, action="append")
     parser.add_argument("--quick", action="store_true", help="one model, two repeats, nothing written")
     options = parser.parse_args()
@@ -120,13 +125,14 @@ def main() -> None:
     print("variables:", " ".join(f"{name}={value}" for name, value in variables().items()) or "none set")
     names = options.model or list(SIZES)[: 1 if options.quick else None]
     repeats = 2 if options.quick else options.repeats
-    rows = [row for name in names for row in measure(name, SIZES[name], LENGTH, repeats)]
+    rows = [row for name in names for row in measure(name, SIZES[name], LENGTH, repeats, options.rank)]
     print_table(rows)
     print_table(aims(rows))
     if not options.quick:
         versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-        about = {"versions": versions, "variables": variables(), "rank": RANK, "repeats": repeats}
-        print(write_results("lora_step", rows, **about))
+        about = {"versions": versions, "variables": variables(), "rank": options.rank, "repeats": repeats}
+        name = "lora_step" if options.rank == RANK else f"lora_step_rank_{options.rank}"
+        print(write_results(name, rows, **about))
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def test_steps_of_adapters(monkeypatch: pytest.MonkeyPatch):
     import lora_step
 
     size = {"hidden_size": 64, "num_hidden_layers": 2, "moe_intermediate_size": 32, "num_experts": 4}
-    rows = lora_step.measure("tiny", size | {"top_k": 2, "batch": 2}, 16, 1)
+    rows = lora_step.measure("tiny", size | {"top_k": 2, "batch": 2}, 16, 1, 4)
     losses = {row["contestant"].removesuffix(" (the peer)"): row["loss_of_step_2"] for row in rows}
     ours = losses["jaxmoe, LoRA"]
     for experts in ("eager", "grouped_mm"):
