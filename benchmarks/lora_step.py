@@ -4,11 +4,12 @@
     python benchmarks/lora_step.py --quick    # the first model, two repeats
     python benchmarks/lora_step.py --rank 16
 
-The models, tokens and constants are those of train_step.py, float32, all from the same weights. Adapters are on
-attention and on experts, of rank 4 by default: for widths of 256 and 512 what rank 32 is for 2,048 and 4,096. (Of rank
-16 they would be a tenth of every product, and in the backward pass a quarter.) AdamW updates what is trained. PEFT
-adapts experts by `target_parameters`; it is measured with transformers' eager and grouped experts, and the faster one
-is the peer. Everyone alternates in one process, so that a drift of the machine hits all.
+The models, tokens and constants are those of train_step.py, and a model as wide as small published ones; float32, all
+from the same weights. Adapters are on attention and on experts, of rank 16, in the narrow models of rank 4: for widths
+of 256 and 512 what rank 32 is for 2,048 and 4,096. (Of rank 16 they would be a tenth of every product there, and in
+the backward pass a quarter.) AdamW updates what is trained. PEFT adapts experts by `target_parameters`; it is measured
+with transformers' eager and grouped experts, and the faster one is the peer. Everyone alternates in one process, so
+that a drift of the machine hits all.
 
 What is aimed at: a LoRA step takes at most 0.75 of a full step's time, and is at least 1.5 times as fast as PEFT's.
 """
@@ -26,7 +27,17 @@ import transformers
 from common import print_table, variables, write_results
 from train_step import LENGTH, SIZES, VOCAB, jax_step, take_turns, torch_model, torch_step
 
-RANK, ALPHA = 4, 8
+ALPHA = 8
+WIDE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 2,
+    "moe_intermediate_size": 768,
+    "num_experts": 16,
+    "top_k": 4,
+    "batch": 4,
+}
+MODELS = SIZES | {"wide": WIDE}
+RANKS = dict.fromkeys(SIZES, 4) | {"wide": 16}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 OURS = {"full": "jaxmoe, full", "lora": "jaxmoe, LoRA", "qlora": "jaxmoe, QLoRA"}
@@ -115,23 +126,28 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--rank", type=int, default=RANK, help=f"of the adapters, by default {RANK}")
-    parser.add_argument("--model", choices=SIZES, action="append")
+    parser.add_argument("--rank", type=int, help="of the adapters, instead of each model's own")
+    parser.add_argument("--model", choices=MODELS, action="append")
     parser.add_argument("--quick", action="store_true", help="one model, two repeats, nothing written")
     options = parser.parse_args()
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: expected 1 or more")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     print("variables:", " ".join(f"{name}={value}" for name, value in variables().items()) or "none set")
-    names = options.model or list(SIZES)[: 1 if options.quick else None]
+    names = options.model or list(MODELS)[: 1 if options.quick else None]
     repeats = 2 if options.quick else options.repeats
-    rows = [row for name in names for row in measure(name, SIZES[name], LENGTH, repeats, options.rank)]
+    rows = [
+        row
+        for name in names
+        for row in measure(name, MODELS[name], LENGTH, repeats, options.rank or RANKS[name])
+    ]
     print_table(rows)
     print_table(aims(rows))
     if not options.quick:
         versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-        about = {"versions": versions, "variables": variables(), "rank": options.rank, "repeats": repeats}
-        name = "lora_step" if options.rank == RANK else f"lora_step_rank_{options.rank}"
+        about = {"versions": versions, "variables": variables(), "repeats": repeats}
+        kind = [f"rank_{options.rank}"] if options.rank else []
+        name = "_".join(["lora_step", *kind, *(options.model or [])]).replace(" ", "_")
         print(write_results(name, rows, **about))
 
 

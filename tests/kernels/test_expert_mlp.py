@@ -537,13 +537,13 @@ def test_what_the_kernels_do_not_read_in_few_bits_is_unpacked_before_and_a_line_
     )
     assert logged() == [("WARNING", message)]
     for other in (
-        fp8_blocks.quantize(draw(3, 64, 256), 128),
+        fp8_blocks.quantize(draw(3, 64, 256), 96),
         dataclasses.replace(packed(64, 3, 64, 256), dtype="float16"),
     ):
         readable = backend.readable(experts._replace(down=other), jnp.bfloat16)
         np.testing.assert_array_equal(readable.down, unpack(other, jnp.bfloat16))
     assert [text.split(": ")[1] for _, text in logged()[1:]] == [
-        "weights are packed as Fp8Blocks",
+        "blocks of 96 columns are no multiple of 64",
         "weights are rounded to float16 first",
     ]
 

@@ -91,7 +91,7 @@ def test_cases_reach_every_way_through_the_kernels():
     gradients = [next(GradientLaunch(out, 64).candidates()).out for out in outs]
     assert set(gradients) == {64, 128, 192}
     assert {case.dtype for case in CASES} == {"bfloat16", "float16"}
-    assert {case.packed for case in CASES} == {"", "nf4", "fp4", "int8"}
+    assert {case.packed for case in CASES} == {"", "nf4", "fp4", "int8", "fp8"}
     assert all(case.frozen for case in CASES if case.packed)
 
 
