@@ -104,7 +104,7 @@ class RunConfig(Section):
         if self.adapter is not None and self.adapter.init == "loftq" and not loses:
             raise ValueError(
                 "adapter.init: found 'loftq' without a model.quantization that loses anything, with which it begins; "
-                "expected another one, such as 'pissa'"
+                "expected another one, such as 'default'"
             )
         if self.adapter is not None and (self.trainable is not None or self.frozen):
             key = "frozen" if self.trainable is None else "trainable"

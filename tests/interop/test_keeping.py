@@ -36,6 +36,7 @@ from jaxmoe.model.batch import make_batch
 from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import joined, named, split
 from jaxmoe.run.assemble import assemble
+from jaxmoe.run.memory import held_bytes
 from jaxmoe.run.model import export_adapter, export_merged
 
 LORA = {"rank": 3, "target_modules": ["q_proj", "o_proj"], "target_parameters": ["experts.down_proj"]}
@@ -106,6 +107,11 @@ def test_what_is_held_is_what_the_checkpoint_has(kind, mesh, tmp_path):
         )
         np.testing.assert_array_equal(unpack(leaf, jnp.float32), whole[name], err_msg=name)
     size = sum(array.nbytes for leaf in packed.values() for array in jax.tree.leaves(leaf))
+    if not mesh:
+        plain = sum(leaf.nbytes for name, leaf in found.items() if name not in packed)
+        told = held_bytes(assembled)
+        assert (told["packed weights"], told["frozen weights"]) == (size, plain)
+        assert told["trained weights"] * 2 <= told["optimiser"] < told["trained weights"] * 2 + 100
     values = sum(whole[name].size for name in packed)
     assert size / values < {"fp8": 1.5, "int8": 1.1}.get(held, 0.63)
 

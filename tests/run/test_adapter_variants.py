@@ -1,5 +1,6 @@
 """Runs with variants of low-rank adapters: what they resume to, and what they leave for PEFT."""
 
+import itertools
 import json
 
 import jax
@@ -89,13 +90,18 @@ def taken_apart(request, workspace, tmp_path_factory):
     return folder, lora
 
 
-def test_a_base_without_a_part_resumes(taken_apart, workspace, tmp_path, monkeypatch):
-    folder, lora = taken_apart
+def assert_resumes(folder, lora, workspace, tmp_path, monkeypatch):
+    """A run that is stopped after 4 steps and goes on exports what the one in `folder` did."""
     config = config_of(workspace, tmp_path / "run", adapter=lora, train__export="both")
     run_until(config, 4, monkeypatch)
     loop.run(config)
     for name in ("export/adapter_model.safetensors", "merged/model-00001-of-00002.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_base_without_a_part_resumes(taken_apart, workspace, tmp_path, monkeypatch):
+    folder, lora = taken_apart
+    assert_resumes(folder, lora, workspace, tmp_path, monkeypatch)
     assert cli(["export", str(folder), str(tmp_path / "adapter")]) == 0
     assert cli(["export", str(folder), str(tmp_path / "merged"), "--merged"]) == 0
     for ours, theirs in (("adapter", "export"), ("merged", "merged")):
@@ -152,14 +158,15 @@ def test_it_resumes_on_quantised_weights(variant, rank, workspace, tmp_path, mon
     assert said["r"] == rank
 
 
-@pytest.mark.parametrize("quantization", [None, "nf4"])
+BEGUN = [{"init": "pissa"}, {"dora": True}, {"init": "olora", "dora": True}]
+
+
 @pytest.mark.parametrize(
-    "variant", [{"init": "pissa"}, {"init": "loftq"}, {"dora": True}, {"init": "olora", "dora": True}]
+    ("variant", "quantization"),
+    [*itertools.product(BEGUN, [None, "nf4"]), ({"init": "loftq"}, "nf4")],
 )
 def test_merged_is_what_training_saw(variant, quantization, workspace, tmp_path):
     """Whatever the base was, and with an output head that is in no few bits."""
-    if variant.get("init") == "loftq" and quantization is None:
-        return
     modules = ["q_proj", *([] if variant.get("init") == "loftq" else ["lm_head"])]
     model = {"path": str(workspace / "model"), "dtype": "float32", "quantization": quantization}
     lora = ATTENTION | variant | {"target_modules": modules}
@@ -215,11 +222,7 @@ def lengthened(workspace, tmp_path_factory):
 
 def test_lengths_train_and_resume(lengthened, workspace, tmp_path, monkeypatch):
     folder, lora = lengthened
-    config = config_of(workspace, tmp_path / "run", adapter=lora, train__export="both")
-    run_until(config, 4, monkeypatch)
-    loop.run(config)
-    for name in ("export/adapter_model.safetensors", "merged/model-00001-of-00002.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes()
+    assert_resumes(folder, lora, workspace, tmp_path, monkeypatch)
     assert json.loads((folder / "export" / "adapter_config.json").read_text())["use_dora"] is True
     tensors, weights = load_file(folder / "export" / "adapter_model.safetensors"), {}
     for path in (workspace / "model").glob("*.safetensors"):
