@@ -121,12 +121,13 @@ def read_text(path: str | os.PathLike[str], most: int) -> str:
     return read_bytes(path, most).decode("utf-8")
 
 
-def lock(path: Path, owner: str) -> int:
+def lock(path: Path, owner: str, *, wait: bool = False) -> int:
     """Lock a file, which is made if need be; the kernel lets go when the process ends, however it ends.
 
     Args:
         path: the file; it will say which process has it.
         owner: what the lock stands for, which begins the message.
+        wait: until the process that holds it lets go, instead of raising.
 
     Returns:
         The descriptor that holds the lock until it is closed.
@@ -138,7 +139,7 @@ def lock(path: Path, owner: str) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"

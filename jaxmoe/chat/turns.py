@@ -74,10 +74,12 @@ class EndTokens:
     Attributes:
         stops: at which generation stops, the usual one first.
         special: all special tokens of the tokenizer.
+        document: the one that ends a document; None where there is none.
     """
 
     stops: tuple[str, ...]
     special: frozenset[str]
+    document: str | None = None
 
     @functools.cached_property
     def _any(self) -> re.Pattern[str]:
@@ -141,11 +143,22 @@ class TrainedTurns:
     """
 
     def __init__(self, template: ChatTemplate, ends: EndTokens, train_on: TrainOn = TrainOn()):
-        self._template = template
-        self._ends = ends
-        self._train_on = train_on
+        self.template = template
+        self.ends = ends
+        self.train_on = train_on
         self.notes: collections.Counter[str] = collections.Counter()
         """What is not as one would expect, and in how many turns or rows."""
+
+    @functools.cached_property
+    def usual_end(self) -> str | None:
+        """The token that ends a plain answer in the middle of a conversation; None where it cannot be seen."""
+        answer = "Gladly indeed."
+        plain = (_PROBE, Message(ASSISTANT, (Piece(answer),)), _PROBE)
+        try:
+            text = self.template.render(plain)
+        except TemplateFault:
+            return None
+        return self.ends.first(text.partition(answer)[2])
 
     def samples(self, conversation: Conversation) -> list[Sample]:
         """The texts to train on, in the order of the turns that they end with.
@@ -160,11 +173,11 @@ class TrainedTurns:
             roles = sorted({message.role for message in conversation.messages})
             raise UserError(
                 f"no turn to train on among roles {', '.join(roles)}, expected one of "
-                f"{', '.join(self._train_on.roles)}: set train_on.roles or rename roles"
+                f"{', '.join(self.train_on.roles)}: set train_on.roles or rename roles"
             )
         problem: UserError | None = None
         for dialect in DIALECTS if any(m.tool_calls for m in conversation.messages) else DIALECTS[:1]:
-            attempt = _Attempt(self._template, self._ends, self._train_on, conversation, dialect)
+            attempt = _Attempt(self, conversation, dialect)
             try:
                 samples = attempt.samples(trained, weights)
             except UserError as error:
@@ -178,7 +191,7 @@ class TrainedTurns:
     def _weights(self, conversation: Conversation) -> list[float]:
         """Of each message: 0 where none of it is trained."""
         weights = [self._weight(message) for message in conversation.messages]
-        if self._train_on.last_turn_only:
+        if self.train_on.last_turn_only:
             last = max((number for number, weight in enumerate(weights) if weight), default=-1)
             weights = [weight if number == last else 0.0 for number, weight in enumerate(weights)]
         return weights
@@ -187,24 +200,16 @@ class TrainedTurns:
         if message.weight is not None:
             return message.weight
         given = [piece.weight for piece in message.pieces if piece.weight is not None]
-        by_role = float(message.role in self._train_on.roles)
+        by_role = float(message.role in self.train_on.roles)
         return by_role or max(given, default=0.0)
 
 
 class _Attempt:
     """One conversation in one dialect."""
 
-    def __init__(
-        self,
-        template: ChatTemplate,
-        ends: EndTokens,
-        train_on: TrainOn,
-        conversation: Conversation,
-        dialect: Dialect,
-    ):
-        self._template = template
-        self._ends = ends
-        self._train_on = train_on
+    def __init__(self, owner: TrainedTurns, conversation: Conversation, dialect: Dialect):
+        self._owner = owner
+        self._template, self._ends, self._train_on = owner.template, owner.ends, owner.train_on
         self._messages = conversation.messages
         self._options = {
             "tools": conversation.tools,
@@ -284,7 +289,7 @@ class _Attempt:
         ]
         if trailing:
             stops = [end for end in trailing if end[1] in self._ends.stops]
-            usual = [end for end in trailing if end[1] == self._usual_end]
+            usual = [end for end in trailing if end[1] == self._owner.usual_end]
             at, token = (stops or usual or trailing[-1:])[0]
             if not stops:
                 self.notes[_not_a_stop(token)] += 1
@@ -309,23 +314,12 @@ class _Attempt:
             longer = ""
         if longer.startswith(whole) and (token := self._ends.leading(longer[len(whole) :])):
             return token
-        if self._usual_end in self._ends.stops:
-            return self._usual_end
+        if self._owner.usual_end in self._ends.stops:
+            return self._owner.usual_end
         if self._ends.stops:
             self.notes[f"the template ends turns with no token: {self._ends.stops[0]!r} was put there"] += 1
             return self._ends.stops[0]
         return None
-
-    @functools.cached_property
-    def _usual_end(self) -> str | None:
-        """What ends a plain answer in the middle of a conversation."""
-        answer = "Gladly indeed."
-        plain = (_PROBE, Message(ASSISTANT, (Piece(answer),)), _PROBE)
-        try:
-            text = self._template.render(plain)
-        except TemplateFault:
-            return None
-        return self._ends.first(text.partition(answer)[2])
 
     def _other_turn(self, number: int, weight: float, whole: str) -> _Turn:
         """A turn that nothing is generated of: its content, found where the text of the turn is."""

@@ -1,17 +1,16 @@
 """A run's configuration: one YAML file, validated before anything is loaded."""
 
+from jaxmoe.config.data import DataConfig, MixedSourceConfig, TrainOnConfig, TrainTokenizer
 from jaxmoe.config.run import RunConfig, load_config, recorded_config
 from jaxmoe.config.sections import (
     AdapterConfig,
     BalanceConfig,
-    DataConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
     QuantizationConfig,
     SampleConfig,
     TrainConfig,
-    TrainTokenizer,
 )
 
 __all__ = [
@@ -19,12 +18,14 @@ __all__ = [
     "BalanceConfig",
     "DataConfig",
     "MeshConfig",
+    "MixedSourceConfig",
     "ModelConfig",
     "OptimizerConfig",
     "QuantizationConfig",
     "RunConfig",
     "SampleConfig",
     "TrainConfig",
+    "TrainOnConfig",
     "TrainTokenizer",
     "load_config",
     "recorded_config",

@@ -1,8 +1,9 @@
 """A run, as one validated YAML file.
 
 `load_config` reads a file and ``key.path=value`` overrides into a frozen `RunConfig`, whose keys, defaults
-and units are described in `jaxmoe.config.sections`. What it refuses ends in a `UserError` of one line that
-names the dotted key (`jaxmoe.config.errors` words it).
+and units
+are described in `jaxmoe.config.sections` and `jaxmoe.config.data`. What it refuses ends in a `UserError` of
+one line that names the dotted key (`jaxmoe.config.errors` words it).
 """
 
 import logging
@@ -14,21 +15,18 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from jaxmoe.config.data import DataConfig
 from jaxmoe.config.errors import describe
+from jaxmoe.config.fields import Items, PathText, Section, Text
 from jaxmoe.config.reading import apply_override, read_mapping
 from jaxmoe.config.sections import (
     MAX_TOKENS_PER_STEP,
     AdapterConfig,
     BalanceConfig,
-    DataConfig,
-    Items,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
-    PathText,
     SampleConfig,
-    Section,
-    Text,
     TrainConfig,
 )
 from jaxmoe.errors import UserError
@@ -85,7 +83,7 @@ class RunConfig(Section):
                 f"train.batch_size: found {train.batch_size} sequences of {self.data.sequence_length} tokens, "
                 f"expected at most {MAX_TOKENS_PER_STEP} tokens per step: lower it, or data.sequence_length"
             )
-        if train.eval_every is not None and self.data.eval_path is None and self.data.eval_fraction == 0:
+        if train.eval_every is not None and not self.data.evaluated:
             raise ValueError(
                 f"train.eval_every: found {train.eval_every}, but nothing to evaluate on; expected "
                 "data.eval_path or data.eval_fraction as well"

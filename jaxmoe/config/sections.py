@@ -1,103 +1,30 @@
 """The sections of a run's configuration: one frozen model each, one described field per key."""
 
-import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    JsonValue,
-    Tag,
-    model_validator,
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from jaxmoe.config.fields import (
+    Count,
+    Decay,
+    Fraction,
+    Index,
+    Items,
+    Json,
+    NotNegative,
+    Number,
+    PathText,
+    Positive,
+    Prose,
+    Section,
+    Seed,
+    Text,
+    kind_of,
+    tuple_from_list,
 )
-
-from jaxmoe.files import why_unusable
 
 MAX_TOKENS_PER_STEP = 2**28
 """A batch of so many tokens takes each process some gigabytes."""
-
-_EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
-
-
-def _float_from_yaml(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as a string (it wants 1.0e-4); take what was meant, in nested values too."""
-    if isinstance(value, Mapping):
-        return {key: _float_from_yaml(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_float_from_yaml(item) for item in value]
-    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
-
-
-def _float32(value: float) -> float:
-    """Training computes in float32, where what is larger is infinity and what is smaller is 0."""
-    if value and not 2.0**-126 <= abs(value) < 2.0**128:
-        raise ValueError(f"found {value!r}, expected a number that float32 holds, from 1.2e-38 to 3.4e+38")
-    return value
-
-
-def _tuple_from_list(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _unicode(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"found {value!r}, whose character {error.start} is half a surrogate pair; expected text that UTF-8 "
-            "can hold"
-        ) from None
-    return value
-
-
-def _filled(value: str) -> str:
-    if not value.strip():
-        raise ValueError("expected a non-empty string")
-    return value
-
-
-def _kind(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "path"
-    return "mapping" if isinstance(value, Mapping | BaseModel) else None
-
-
-def _path(value: str) -> str:
-    # Who exports a run may not be allowed to see its data.
-    unusable = why_unusable(value, allow=(PermissionError,))
-    if unusable is not None:
-        raise ValueError(f"{unusable}, expected another one")
-    return str(Path(value).expanduser()) if value.startswith("~") else value
-
-
-T = TypeVar("T")
-Number = Annotated[
-    float, BeforeValidator(_float_from_yaml), Field(allow_inf_nan=False), AfterValidator(_float32)
-]
-Positive = Annotated[Number, Field(gt=0)]
-NotNegative = Annotated[Number, Field(ge=0)]
-Fraction = Annotated[Number, Field(ge=0, le=1)]
-Decay = Annotated[Number, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]  # steps and tokens are counted in int32
-Index = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Prose = Annotated[str, AfterValidator(_unicode)]
-Text = Annotated[Prose, AfterValidator(_filled)]
-PathText = Annotated[Text, AfterValidator(_path)]
-Json = Annotated[dict[str, JsonValue], BeforeValidator(_float_from_yaml)]
-Items = Annotated[tuple[T, ...], BeforeValidator(_tuple_from_list)]
-
-
-class Section(BaseModel):
-    """Unknown keys are refused, and so are values of another type: "8" is no integer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class QuantizationConfig(Section):
@@ -136,7 +63,7 @@ class ModelConfig(Section):
     config: (
         Annotated[
             Annotated[PathText, Tag("path")] | Annotated[Json, Tag("mapping")],
-            Discriminator(_kind),
+            Discriminator(kind_of),
         ]
         | None
     ) = Field(
@@ -152,7 +79,7 @@ class ModelConfig(Section):
         Annotated[
             Annotated[Literal["nf4", "fp4", "int8", "keep"], Tag("path")]
             | Annotated[QuantizationConfig, Tag("mapping")],
-            Discriminator(_kind),
+            Discriminator(kind_of),
         ]
         | None
     ) = Field(
@@ -183,62 +110,6 @@ class ModelConfig(Section):
         return self
 
 
-class TrainTokenizer(Section):
-    """A tokenizer to be trained on the run's own data."""
-
-    train_bpe: Annotated[int, Field(ge=1, le=2**20)] = Field(
-        description="Tokens in a byte-level BPE vocabulary trained on the data."
-    )
-
-
-class DataConfig(Section):
-    """Where the text comes from and how it becomes sequences."""
-
-    path: PathText = Field(description="A .txt, .jsonl or .parquet file, or a folder of them.")
-    eval_path: PathText | None = Field(default=None, description="The same, held out for evaluation.")
-    eval_fraction: Annotated[Number, Field(ge=0, le=0.5)] = Field(
-        default=0.0, description="Fraction of the documents of `path` held out for evaluation, 0 to 0.5."
-    )
-    eval_tokens: Count | None = Field(default=None, description="Tokens per evaluation at most. null: all.")
-    format: Literal["text"] = Field(default="text", description="Kind of record.")
-    field: Text = Field(
-        default="text", description="Field or column of .jsonl and .parquet files with the text."
-    )
-    include: Items[Text] | None = Field(
-        default=None,
-        description="Glob patterns of the files to read from a folder. null: all that can be read.",
-    )
-    exclude: Items[Text] = Field(default=(), description="Glob patterns of files to leave out.")
-    max_record_bytes: Annotated[int, Field(ge=2**10, le=2**31 - 1)] = Field(
-        default=2**25,
-        description="Longest line of a .jsonl file and longest text in a .parquet one; both are read in one piece. "
-        ".txt files may have any size.",
-    )
-    sequence_length: Annotated[int, Field(ge=2, le=2**20)] = Field(description="Tokens per sequence.")
-    packing: bool = Field(
-        default=True, description="Fill sequences with several documents, which do not attend to each other."
-    )
-    tokenizer: (
-        Annotated[
-            Annotated[PathText, Tag("path")] | Annotated[TrainTokenizer, Tag("mapping")],
-            Discriminator(_kind),
-        ]
-        | None
-    ) = Field(
-        default=None,
-        description="A tokenizer.json or its folder, or {train_bpe: vocabulary size} to train one on the data (on "
-        "64 MiB of it, drawn evenly, if it has more). null: that of the model.",
-    )
-
-    @model_validator(mode="after")
-    def _one_evaluation(self) -> "DataConfig":
-        if self.eval_path is not None and self.eval_fraction > 0:
-            raise ValueError(
-                f"found both `eval_path` and `eval_fraction` {self.eval_fraction}, expected at most one"
-            )
-        return self
-
-
 class OptimizerConfig(Section):
     """How gradients become updates."""
 
@@ -261,7 +132,7 @@ class OptimizerConfig(Section):
         default=0.1,
         description="Learning rate of the last step over the highest; ignored by schedule constant.",
     )
-    betas: Annotated[tuple[Decay, Decay], BeforeValidator(_tuple_from_list)] = Field(
+    betas: Annotated[tuple[Decay, Decay], BeforeValidator(tuple_from_list)] = Field(
         default=(0.9, 0.95), description="AdamW: decay of the first and of the second moment."
     )
     eps: Positive = Field(default=1e-8, description="AdamW: added to the root of the second moment.")
@@ -434,9 +305,16 @@ class TrainConfig(Section):
 
 
 class SampleConfig(Section):
-    """Text to generate when the run ends."""
+    """Text to generate."""
 
-    prompt: Prose = Field(description="Text to continue.")
+    prompt: Prose | None = Field(default=None, description="Text to continue when the run ends.")
+    prompts: Items[Prose] = Field(
+        default=(), description="Several of them, continued at every evaluation as well."
+    )
+    chat: bool = Field(
+        default=False,
+        description="Prompts are what a user says, and the model answers in the chat template.",
+    )
     tokens: Annotated[int, Field(ge=1, le=2**20)] = Field(
         default=64, description="Tokens to generate at most."
     )
@@ -444,3 +322,10 @@ class SampleConfig(Section):
         default=0.8, description="Divides the logits. 0: always the likeliest token."
     )
     seed: Seed = Field(default=0, description="Seed of the draws.")
+
+    @model_validator(mode="after")
+    def _has_prompt(self) -> "SampleConfig":
+        if (self.prompt is None) == (not self.prompts):
+            found = "neither" if self.prompt is None else "both"
+            raise ValueError(f"found {found} of `prompt` and `prompts`, expected exactly one")
+        return self

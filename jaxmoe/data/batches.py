@@ -26,7 +26,8 @@ _WINDOW_TOKENS = 2**18
 _THREADS = 2
 _DOCUMENTS_AHEAD = 8
 _BYTES_AHEAD = 2**24
-_BATCHES_AHEAD = 2
+BATCHES_AHEAD = 2
+"""Batches that are made while one is trained on."""
 # A batch of so many tokens or fewer is there in seconds.
 _FEW_TOKENS = 2**20
 _MOST_REPEATS = 16
@@ -110,7 +111,7 @@ def training_batches(
         rows = tokenized.map(lambda document: _padded_row(document["tokens"], spec.sequence_length))
         rows = rows.to_iter_dataset(read)
     batches = grain.experimental.ThreadPrefetchIterDataset(
-        rows.batch(spec.batch_size, drop_remainder=True), prefetch_buffer_size=_BATCHES_AHEAD
+        rows.batch(spec.batch_size, drop_remainder=True), prefetch_buffer_size=BATCHES_AHEAD
     )
     identity = {
         "documents": documents.fingerprint(),
@@ -123,7 +124,7 @@ def training_batches(
         "process_index": process_index,
         "process_count": process_count,
     }
-    return _TrainingBatches(iter(batches), identity, tokenizer.get_vocab_size())
+    return _TextBatches(iter(batches), identity, tokenizer.get_vocab_size())
 
 
 class _TokenizedDocuments:
@@ -145,13 +146,17 @@ class _TokenizedDocuments:
         return {"tokens": tokens}
 
 
-class _TrainingBatches(grain.DatasetIterator):
-    """Adds to the state what it depends on, and repairs what JSON does to it."""
+class Batches(grain.DatasetIterator):
+    """Adds to the state what it depends on, and repairs what JSON does to it.
 
-    def __init__(self, batches: grain.DatasetIterator, identity: dict[str, Any], vocab_size: int):
+    Args:
+        batches: of one process.
+        identity: what decides their order and content, by name.
+    """
+
+    def __init__(self, batches: grain.DatasetIterator, identity: dict[str, Any]):
         super().__init__(batches)
         self._identity = identity
-        self._vocab_size = vocab_size
         weakref.finalize(self, _release, weakref.ref(self))
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -174,6 +179,21 @@ class _TrainingBatches(grain.DatasetIterator):
         self._parent.set_state(_lists_to_tuples(position))
 
     def _completed(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """That of another version."""
+        return identity
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+
+class _TextBatches(Batches):
+    """Batches of documents, whose state older versions wrote as well."""
+
+    def __init__(self, batches: grain.DatasetIterator, identity: dict[str, Any], vocab_size: int):
+        super().__init__(batches, identity)
+        self._vocab_size = vocab_size
+
+    def _completed(self, identity: dict[str, Any]) -> dict[str, Any]:
         """That of an older version, which told tokenizers by their size: tokens may have been added to one since."""
         if "tokenizer" in identity or identity["vocab_size"] > self._vocab_size:
             return {"tokenizer": f"one of {identity.get('vocab_size')} tokens", **identity}
@@ -183,11 +203,8 @@ class _TrainingBatches(grain.DatasetIterator):
         )
         return {**identity, "tokenizer": self._identity["tokenizer"]}
 
-    def __str__(self) -> str:
-        return "TrainingBatches"
 
-
-def _release(reference: "weakref.ref[_TrainingBatches]") -> None:
+def _release(reference: "weakref.ref[Batches]") -> None:
     # For an iterator that lives until the interpreter exits: grain's threads would otherwise be closed after
     # the modules that closing needs, and say so in tracebacks.
     iterator = reference()

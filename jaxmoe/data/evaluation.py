@@ -166,13 +166,13 @@ def _num_bytes(documents: Documents | Sequence[str], i: int) -> int:
 
 
 def _in_rows(stream: np.ndarray, start: np.ndarray, lengths: array, T: int) -> _Windows:
-    row = _first_fit(lengths, T)
+    row = first_fit(lengths, T)
     order = np.argsort(row, kind="stable")
     first = np.searchsorted(row[order], np.arange(row.max() + 2))
     return _Windows(stream, start[order], np.frombuffer(lengths, np.int32)[order], first)
 
 
-def _first_fit(lengths: Sequence[int], T: int) -> np.ndarray:
+def first_fit(lengths: Sequence[int], T: int) -> np.ndarray:
     """int64 (W,): for each window the first row that has room, the rows being filled in that order."""
     rows = np.empty(len(lengths), np.int64)
     free = np.empty(len(lengths), np.int32)

@@ -7,9 +7,9 @@ from jaxmoe.config import RunConfig
 from jaxmoe.errors import UserError
 from jaxmoe.interop.peft.config import CONFIG_FILE
 from jaxmoe.run.assemble import Assembled
-from jaxmoe.run.data import tokenizer_files
 from jaxmoe.run.folder import RunLayout
 from jaxmoe.run.model import export_adapter, export_merged, export_model
+from jaxmoe.run.tokenizers import tokenizer_files
 from jaxmoe.training.state import TrainState
 
 Export = Literal["model", "adapter", "merged"]

@@ -31,6 +31,8 @@ _FREE_KEYS = frozenset(
         "train.export",
         "data.eval_tokens",
         "data.max_record_bytes",
+        "data.cache",
+        "data.workers",
         "sample",
         "output_dir",
     }
@@ -76,6 +78,11 @@ class RunLayout:
     def tokenizer(self) -> Path:
         """Folder of a tokenizer that was made for the run."""
         return self.path / "tokenizer"
+
+    @property
+    def chat_template(self) -> Path:
+        """The chat template that the run names, which may not be that of its tokenizer."""
+        return self.path / "chat_template.jinja"
 
     @property
     def lock(self) -> Path:

@@ -20,7 +20,7 @@ from jaxmoe.files import why_unusable
 from jaxmoe.interop.export_plan import LEFT_OUT
 from jaxmoe.interop.source import check_copies
 from jaxmoe.model.batch import Batch, learning_batch
-from jaxmoe.model.sampling import continue_text
+from jaxmoe.model.sampling import generate
 from jaxmoe.parallel import processes
 from jaxmoe.parallel.sharding import batch_sharding, make_mesh
 from jaxmoe.params import count
@@ -47,13 +47,13 @@ class Result:
 
     Attributes:
         loss: of the last logged step, nats per token.
-        bits_per_byte: on held-out text; None without evaluation.
+        evaluation: the last metrics of held-out data, by name; none without evaluation.
         baselines: bits per byte of a unigram and a bigram model of bytes on the same text.
         export: the exported folder, None if the run exports nothing.
     """
 
     loss: float
-    bits_per_byte: float | None
+    evaluation: dict[str, float]
     baselines: dict[str, float]
     export: Path | None
 
@@ -74,8 +74,9 @@ def run(config: RunConfig) -> Result:
             programs.begin()
         data = processes.agree(lambda: _open_data(assembled))
         with RunFolder.open(config) as folder, jax.set_mesh(assembled.mesh):
-            data.keep_tokenizer()
-            return Trainer(assembled, folder, data, programs, meter).run()
+            data.keep()
+            with contextlib.closing(data):
+                return Trainer(assembled, folder, data, programs, meter).run()
 
 
 def _check_devices() -> None:
@@ -118,7 +119,8 @@ def _assemble(config: RunConfig) -> Assembled:
 def _open_data(assembled: Assembled) -> RunData:
     """All that can be checked of the data while nothing has been written yet."""
     data = open_data(assembled.config, assembled.source.folder, assembled.spec.vocab_size)
-    _ = data.evaluation  # it may have nothing to predict, and is read only here
+    _ = data.evaluations  # they may have nothing to predict, and are read only here
+    _ = data.told
     return data
 
 
@@ -155,6 +157,8 @@ class Trainer:
         try:
             with RunDisplay(steps, done, quiet=jax.process_index() != 0) as display:
                 display.say(self._headline(done))
+                for line in self.data.told[1:]:
+                    display.say(line)
                 for doubt in self.data.doubts(self.assembled.source.raw):
                     display.say(f"warning: {doubt}")
                 if not done:  # in the time that the step still takes
@@ -228,9 +232,7 @@ class Trainer:
             saves = last or number % train.checkpoint_every == 0
             if saves and (bad := not_finite(state)):
                 raise self._diverged(f"step {number} left nan or infinity in {listed(bad, 5)}")
-            if self.data.heldout is not None and (
-                last or (train.eval_every and number % train.eval_every == 0)
-            ):
+            if self.data.evaluations and (last or (train.eval_every and number % train.eval_every == 0)):
                 self._evaluate(number, state, display)
             if saves:
                 extra = {"data": processes.gather(position), "frozen": self._frozen}
@@ -285,16 +287,20 @@ class Trainer:
         )
 
     def _evaluate(self, number: int, state: TrainState, display: RunDisplay) -> None:
-        """Log bits per byte of the held-out text."""
-        evaluation = self.data.evaluation
-        assert evaluation is not None
-        nats = 0.0
-        for batch in evaluation.batches:
-            micro = jax.tree.map(lambda x: x[0], self._to_devices(batch, 1))
-            nats += float(self.assembled.eval_step(state.params, micro))
-        bits = nats / math.log(2) / evaluation.num_bytes
-        display.say(f"step {number}: held-out bits per byte {bits:.4f}")
-        self.folder.append({"step": number, "eval/bits_per_byte": bits})
+        """Log how well held-out data is predicted."""
+        figures: dict[str, float] = {}
+        for evaluation in self.data.evaluations:
+            nats = 0.0
+            for batch in evaluation.batches:
+                micro = jax.tree.map(lambda x: x[0], self._to_devices(batch, 1))
+                nats += float(self.assembled.eval_step(state.params, micro))
+            figures |= evaluation.figures(nats)
+        told = ", ".join(f"{_held_out_name(name)} {value:.4f}" for name, value in figures.items())
+        display.say(f"step {number}: {told}")
+        self.folder.append({"step": number} | figures)
+        if self.config.sample is not None and self.config.sample.prompts:
+            for text in self._samples(state).values():
+                display.say(f"step {number}: {text}")
 
     def _next(self, batches: Any) -> Batch:
         """The next batch on the devices; a process may find a document that it cannot read."""
@@ -314,30 +320,45 @@ class Trainer:
     def _finish(self, state: TrainState) -> Result:
         config = self.config
         rows: dict[str, str] = {}
-        result = Result(_last(self.folder, "loss"), None, {}, None)
+        result = Result(_last(self.folder, "loss"), {}, {}, None)
         rows["training loss"] = f"{result.loss:.4f} nats per token"
-        if self.data.heldout is not None:
-            bits, baselines = _last(self.folder, "eval/bits_per_byte"), processes.first(self.data.baselines)
-            result = dataclasses.replace(result, bits_per_byte=bits, baselines=baselines)
-            rows["held-out bits per byte"] = f"{bits:.4f}"
+        if self.data.evaluations:
+            names = [name for evaluation in self.data.evaluations for name in evaluation.figures(0.0)]
+            figures = {name: _last(self.folder, name) for name in names}
+            baselines = processes.first(self.data.baselines)
+            result = dataclasses.replace(result, evaluation=figures, baselines=baselines)
+            rows |= {_held_out_name(name): f"{value:.4f}" for name, value in figures.items()}
             rows |= {f"  a {name} model of bytes": f"{value:.4f}" for name, value in baselines.items()}
         if config.train.export:
             result = dataclasses.replace(result, export=self.folder.layout.export)
             rows |= self._export(state)
-        if config.sample is not None:
-            rows["sample"] = config.sample.prompt + continue_text(
-                state.params,
-                self.assembled.spec,
-                self.data.tokenizer,
-                config.sample.prompt,
-                stop=self.data.eos,
-                dtype=self.assembled.dtype,
-                device=self.assembled.device,
-                **config.sample.model_dump(exclude={"prompt"}),
-            )
+        rows |= self._samples(state)
         if jax.process_index() == 0:
             show_table(f"{self.folder.path}: {config.train.steps} steps done", rows)
         return result
+
+    def _samples(self, state: TrainState) -> dict[str, str]:
+        """What the model makes of each prompt, by the name of its row in a table."""
+        sample = self.config.sample
+        if sample is None:
+            return {}
+        prompts = sample.prompts or (sample.prompt or "",)
+        made = {}
+        for number, prompt in enumerate(prompts, 1):
+            ids = self.data.prompt(prompt) or list(self.data.stops[:1]) or [0]
+            found = generate(
+                state.params,
+                self.assembled.spec,
+                ids,
+                stop=self.data.stops,
+                dtype=self.assembled.dtype,
+                device=self.assembled.device,
+                **sample.model_dump(include={"tokens", "temperature", "seed"}),
+            )
+            answer = self.data.tokenizer.decode(found)
+            name = "sample" if len(prompts) == 1 else f"sample {number}"
+            made[name] = f"{prompt}\n> {answer}" if sample.chat else prompt + answer
+        return made
 
     def _export(self, state: TrainState) -> dict[str, str]:
         """Write what ``train.export`` asks for and is not there yet; returns what to tell of it."""
@@ -364,9 +385,14 @@ class Trainer:
         return (
             f"{self.folder.path}: {f'resuming after step {done}' if done else 'starting'}, "
             f"{len(spec.layers)} layers, {count(spec.declared):,} parameters{of_these}, {sizes}{each}, "
-            f"{self.data.train.num_documents:,} documents; MFU against {meter.peak / 1e12:.4g} TFLOP/s per device "
+            f"{self.data.told[0]}; MFU against {meter.peak / 1e12:.4g} TFLOP/s per device "
             f"({meter.peak_origin})"
         )
+
+
+def _held_out_name(metric: str) -> str:
+    """What a metric of held-out data is called in tables: eval/tools/loss is held-out tools loss."""
+    return metric.replace("eval/", "held-out ", 1).replace("/", " ").replace("_", " ")
 
 
 def _last(folder: RunFolder, name: str) -> float:

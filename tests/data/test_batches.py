@@ -395,7 +395,7 @@ def test_first_fit_against_the_definition():
             rows.append(29)
         rows[row] -= length
         expected.append(row)
-    assert evaluation._first_fit(lengths, 29).tolist() == expected
+    assert evaluation.first_fit(lengths, 29).tolist() == expected
 
 
 def numbered_words(lengths):

@@ -1,0 +1,289 @@
+"""Records as token ids and the weight of each in the loss."""
+
+import collections
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from jaxmoe.chat.records import Conversation, Record, Segments, Tokens
+from jaxmoe.chat.templates import ChatTemplate
+from jaxmoe.chat.turns import EndTokens, Span, TrainedTurns, TrainOn
+from jaxmoe.errors import UserError, first_line
+from jaxmoe.files import read_text
+
+_MAX_CONFIG_BYTES = 2**24
+
+Long = Literal["truncate", "split", "drop"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One sequence to train on.
+
+    Attributes:
+        ids: (n,) int32, n >= 2.
+        weights: (n,) float32, of each id as a target; that of the first one is 0, because nothing comes before it.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+
+
+class Encoder:
+    """Records → examples. Can be sent to another process; not safe to be used by several threads at once.
+
+    Args:
+        tokenizer: text to ids.
+        template: of conversations; None where there are none.
+        ends: the tokens that end turns and documents.
+        train_on: what of conversations is trained.
+        sequence_length: T, the most ids that an example may have.
+        long: what becomes of one with more: its beginning is kept, it is cut into pieces of T, or it is left out.
+        per_sequence: whether the weights of an example add up to 1, so that short ones count as much as long ones.
+        vocab_size: V; ids that come with a row must be below it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        ends: EndTokens,
+        train_on: TrainOn,
+        sequence_length: int,
+        *,
+        long: Long = "truncate",
+        per_sequence: bool = False,
+        vocab_size: int | None = None,
+    ):
+        self._tokenizer = tokenizer
+        self._template = template
+        self._ends = ends
+        self._train_on = train_on
+        self._length = sequence_length
+        self._long = long
+        self._per_sequence = per_sequence
+        self._vocab_size = vocab_size
+        self.notes: collections.Counter[str] = collections.Counter()
+        """What was left out, cut, or not as one would expect, and how often."""
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides what it makes of a record."""
+        return {
+            "tokenizer": blake2b(self._tokenizer.to_str().encode(), digest_size=16).hexdigest(),
+            "template": None if self._template is None else dataclasses.asdict(self._template),
+            "ends": [self._ends.stops, sorted(self._ends.special), self._ends.document],
+            "train_on": dataclasses.asdict(self._train_on),
+            "length": self._length,
+            "long": self._long,
+            "per_sequence": self._per_sequence,
+            "vocab_size": self._vocab_size,
+        }
+
+    @functools.cached_property
+    def _bare(self) -> Tokenizer:
+        """Without what it puts around a text, some of which also cuts white space off the offsets."""
+        state = json.loads(self._tokenizer.to_str())
+        state["post_processor"] = None
+        return Tokenizer.from_str(json.dumps(state))
+
+    @functools.cached_property
+    def _begins(self) -> list[int]:
+        """The ids that the tokenizer puts before every text."""
+        encoding = self._tokenizer.encode("a")
+        return (
+            encoding.ids[: encoding.special_tokens_mask.index(0)] if 0 in encoding.special_tokens_mask else []
+        )
+
+    @functools.cached_property
+    def _separates(self) -> bool:
+        """Whether ids of two texts, one after the other, are ids of the text that they make together."""
+        first, second = (
+            self._bare.encode(text, add_special_tokens=False).ids for text in ("One.\n", "\n  two")
+        )
+        return self._bare.decode([*first, *second], skip_special_tokens=False) == "One.\n\n  two"
+
+    @functools.cached_property
+    def _turns(self) -> TrainedTurns | None:
+        return None if self._template is None else TrainedTurns(self._template, self._ends, self._train_on)
+
+    def __call__(self, record: Record) -> list[Example]:
+        """The examples that a record gives: none where it is left out, several where its turns have their own.
+
+        Raises:
+            UserError: nothing of it would be trained, or what would be is not known for sure.
+        """
+        examples = []
+        for whole in self._whole(record):
+            whole.weights[:1] = 0.0
+            if not whole.weights.any():
+                raise UserError(
+                    "none of its tokens is trained, expected some: give it a turn or a text to train on"
+                )
+            examples += self._fitting(whole)
+        return examples
+
+    def _whole(self, record: Record) -> Iterator[Example]:
+        """Of any length."""
+        match record:
+            case Tokens(ids, weights):
+                if self._vocab_size is not None and (bad := [i for i in ids if i >= self._vocab_size]):
+                    raise UserError(
+                        f"found the id {bad[0]}, expected ids below the vocabulary's size of {self._vocab_size}: use "
+                        "the tokenizer of the model"
+                    )
+                yield Example(np.array(ids, np.int32), np.array(weights, np.float32))
+            case Segments(pieces, ends):
+                yield self._segments([(piece.text, piece.weight or 0.0) for piece in pieces], ends)
+            case Conversation():
+                if self._turns is None:
+                    raise UserError("a conversation, and there is no chat template: set data.chat_template")
+                before = self._turns.notes.copy()
+                samples = self._turns.samples(record)
+                self.notes.update(self._turns.notes - before)
+                for sample in samples:
+                    yield self._tokens(sample.text, sample.spans)
+
+    def _segments(self, pieces: Sequence[tuple[str, float]], ends: bool) -> Example:
+        spans, at = [], 0
+        for text, weight in pieces:
+            if weight and text:
+                spans.append(Span(at, at + len(text), weight))
+            at += len(text)
+        found = self._tokens("".join(text for text, _ in pieces), spans)
+        ids, weights = (
+            [np.array(self._begins, np.int32), found.ids],
+            [np.zeros(len(self._begins), np.float32), found.weights],
+        )
+        stop = self._stop
+        if ends and stop is not None and found.ids[-1:].tolist() != [stop]:
+            last = pieces[-1][1] if self._train_on.end_of_turn != "none" else 0.0
+            ids.append(np.array([stop], np.int32))
+            weights.append(np.array([last], np.float32))
+        return Example(np.concatenate(ids), np.concatenate(weights))
+
+    @functools.cached_property
+    def _stop(self) -> int | None:
+        return self._tokenizer.token_to_id(self._ends.document) if self._ends.document is not None else None
+
+    def _tokens(self, text: str, spans: Sequence[Span]) -> Example:
+        """The ids of a text, and the weights of those that have a character in a span.
+
+        Where a token would lie half in what is given and half in what is trained, as that of a line end of the template
+        and one of the answer, the text is cut between them: that is what the model is served, and what it goes on with.
+        """
+        ids, begins, ends = self._encoded(text)
+        cuts = [
+            span.begin for span, before in zip(spans, (None, *spans), strict=False) if _given(span, before)
+        ]
+        if self._separates and (inside := [at for at in cuts if _straddled(begins, ends, at)]):
+            parts = [
+                self._encoded(text[a:b], a) for a, b in zip((0, *inside), (*inside, len(text)), strict=True)
+            ]
+            ids, begins, ends = (np.concatenate(column) for column in zip(*parts, strict=True))
+        weights = np.zeros(len(ids), np.float32)
+        for span in spans:
+            first = np.searchsorted(ends, span.begin, "right")
+            weights[first : np.searchsorted(begins, span.end, "left")] = span.weight
+        return Example(ids, weights)
+
+    def _encoded(self, text: str, offset: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(n,) int32 ids and int64 begins and ends in characters, the latter two nowhere falling."""
+        try:
+            encoding = self._bare.encode(text, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise UserError(
+                f"the tokenizer cannot encode its text ({first_line(error)}): leave it out"
+            ) from None
+        places = np.array(encoding.offsets, np.int64).reshape(-1, 2) + offset
+        return (
+            np.array(encoding.ids, np.int32),
+            np.maximum.accumulate(places[:, 0]),
+            np.maximum.accumulate(places[:, 1]),
+        )
+
+    def _fitting(self, whole: Example) -> list[Example]:
+        """What is left of an example that may be too long."""
+        count, most = len(whole.ids), self._length
+        if count <= most:
+            return [self._weighted(whole)]
+        if self._long == "drop":
+            self.notes[f"longer than {most} tokens: left out"] += 1
+            return []
+        begins = range(0, count, most) if self._long == "split" else range(1)
+        self.notes[f"longer than {most} tokens: {'split' if self._long == 'split' else 'cut off'}"] += 1
+        pieces = [Example(whole.ids[b : b + most], whole.weights[b : b + most].copy()) for b in begins]
+        for piece in pieces:
+            piece.weights[:1] = 0.0
+        kept = [piece for piece in pieces if piece.weights.any()]
+        if not kept:
+            self.notes[f"no trained token in the first {most}: left out"] += 1
+        return [self._weighted(piece) for piece in kept]
+
+    def _weighted(self, example: Example) -> Example:
+        if not self._per_sequence:
+            return example
+        return Example(example.ids, example.weights / example.weights.sum())
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_bare", "_begins", "_separates", "_turns", "_stop")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+
+def _given(span: Span, before: Span | None) -> bool:
+    """Whether what comes before a span is not trained."""
+    return span.begin > 0 and (before is None or before.end < span.begin)
+
+
+def _straddled(begins: np.ndarray, ends: np.ndarray, at: int) -> bool:
+    """Whether a token has characters on both sides of a place."""
+    first = np.searchsorted(ends, at, "right")
+    return bool(first < len(begins) and begins[first] < at)
+
+
+def end_tokens(
+    tokenizer: Tokenizer, folder: Path | None, document: int | None, given: Sequence[str] = ()
+) -> EndTokens:
+    """The tokens that end turns: those that are given, that generation_config.json stops at, and that end documents.
+
+    Args:
+        tokenizer: that has them.
+        folder: of the model or the tokenizer, with a generation_config.json perhaps.
+        document: id of the token that ends a document.
+        given: texts of such tokens, the usual one first.
+
+    Raises:
+        UserError: a given token is none of the tokenizer, or generation_config.json is not readable.
+    """
+    stops = list(given)
+    for token in given:
+        if tokenizer.token_to_id(token) is None:
+            raise UserError(
+                f"train_on.end_tokens: {token!r} is no token of the tokenizer, expected one: add it or name another"
+            )
+    for token_id in [*_generation_stops(folder), *([] if document is None else [document])]:
+        text = tokenizer.id_to_token(token_id)
+        if text is not None and text not in stops:
+            stops.append(text)
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    ends_document = None if document is None else tokenizer.id_to_token(document)
+    return EndTokens(tuple(stops), frozenset(special), ends_document)
+
+
+def _generation_stops(folder: Path | None) -> list[int]:
+    file = None if folder is None else folder / "generation_config.json"
+    if file is None or not file.is_file():
+        return []
+    try:
+        config: Any = json.loads(read_text(file, _MAX_CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not readable as JSON ({first_line(error)}); mend or remove it") from None
+    ids = config.get("eos_token_id") if isinstance(config, Mapping) else None
+    ids = ids if isinstance(ids, list) else [ids]
+    return [i for i in ids if type(i) is int and 0 <= i < 2**32]
