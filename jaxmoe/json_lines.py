@@ -58,6 +58,12 @@ def not_utf8(error: UnicodeDecodeError, where: str, offset: int) -> UserError:
     )
 
 
+def half_surrogate(what: str, character: int | None = None) -> UserError:
+    """What to say of a text with one of the two halves that only JSON's escapes can write apart."""
+    at = "" if character is None else f" at character {character}"
+    return UserError(f"{what} holds half a surrogate pair{at}, which no UTF-8 text can; remove it")
+
+
 def json_type(value: object) -> str:
     """What JSON calls a value's type; Python's name of one that JSON does not have."""
     kinds = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}

@@ -16,7 +16,15 @@ from typing import IO, NamedTuple, Protocol
 
 from jaxmoe.errors import UserError, available
 from jaxmoe.files import open_regular
-from jaxmoe.json_lines import BYTE_ORDER_MARK, MAX_RECORD_BYTES, json_type, not_utf8, parse_object, too_long
+from jaxmoe.json_lines import (
+    BYTE_ORDER_MARK,
+    MAX_RECORD_BYTES,
+    half_surrogate,
+    json_type,
+    not_utf8,
+    parse_object,
+    too_long,
+)
 
 WHOLE_BYTES = 2**24
 """A document of at most so many bytes of UTF-8 is one element of the data."""
@@ -135,10 +143,7 @@ class JsonlReader:
         try:
             return text.encode()
         except UnicodeEncodeError as error:
-            raise UserError(
-                f"{where}: field {self.field!r} holds half a surrogate pair at character {error.start}, "
-                "which no UTF-8 text can; remove it"
-            ) from None
+            raise half_surrogate(f"{where}: field {self.field!r}", error.start) from None
 
     def read(self, start: int, length: int, begin: int, end: int) -> bytes:
         return json.loads(_read_range(self.path, start, length))[self.field].encode()[begin:end]
