@@ -287,7 +287,7 @@ def test_a_file_that_may_not_be_read(tmp_path, opened, monkeypatch):
 @pytest.mark.once
 def test_workers_do_not_load_jax():
     code = (
-        "import sys, jaxmoe.chat.rows; "
+        "import sys, jaxmoe.chat.rows, jaxmoe.chat.formats; "
         "print(sorted({'jax', 'grain', 'jaxmoe.data', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
