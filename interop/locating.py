@@ -1,14 +1,13 @@
 """From what a user calls a model to its folder, and what such a folder may be instead of a model."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-from jaxmoe.errors import UserError, first_line, listed, quote
+from jaxmoe.errors import UserError, listed, quote
 from jaxmoe.files import read_text, why_unusable
+from jaxmoe.hub import is_hub_id, snapshot
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.*", "adapter_model-*")
@@ -36,19 +35,12 @@ def resolve_folder(path_or_hub_id: str | Path) -> Path:
 
 
 def _downloaded(hub_id: str | Path) -> Path:
-    if not _HUB_ID.fullmatch(str(hub_id)):
+    if not is_hub_id(str(hub_id)):
         raise UserError(
             f"model folder {Path(hub_id).expanduser()} does not exist: give a folder with config.json, or a hub id "
             "like org/name"
         )
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(str(hub_id), allow_patterns=list(_HUB_FILES)))
-    except Exception as error:  # the hub client's own errors, and those of three network libraries
-        raise UserError(
-            f"{str(hub_id)!r} is no folder here, and could not be downloaded from the hub: {first_line(error)}"
-        ) from error
+    return snapshot(str(hub_id), _HUB_FILES)
 
 
 def _refuse_cache(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The one exception that means "the user can mend this", and how its message quotes what may be of any length."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Collection, Sequence
 
 
 class UserError(Exception):
@@ -27,6 +28,13 @@ def listed(texts: Sequence[str], most: int, separator: str = ", ") -> str:
     shown = separator.join(texts[:most])
     more = len(texts) - most
     return f"{shown}{separator.rstrip(', ')} and {more} more" if more > 0 else shown
+
+
+def available(name: str, names: Collection[str]) -> str:
+    """Which names there are instead of one that is missing, the nearest one first."""
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return f"{hint}it has {listed([*map(repr, names)], 8) or 'none'}"
 
 
 def out_of_memory(error: BaseException) -> str | None:

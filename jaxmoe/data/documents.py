@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxmoe.block_cache import CACHE_BYTES, BlockCache
 from jaxmoe.data.files import find_files
 from jaxmoe.data.formats import (
-    MAX_RECORD_BYTES,
     PART_BYTES,
     WHOLE_BYTES,
     Found,
@@ -20,8 +20,9 @@ from jaxmoe.data.formats import (
     TextReader,
     part_of,
 )
-from jaxmoe.data.parquet import CACHE_BYTES, BlockCache, ParquetReader
+from jaxmoe.data.parquet import ParquetReader
 from jaxmoe.errors import UserError
+from jaxmoe.json_lines import MAX_RECORD_BYTES
 
 _log = logging.getLogger(__name__)
 
@@ -227,7 +228,7 @@ def open_documents(
         UserError: the path, a file or a document in it is not usable; the message says where.
     """
     root, files = find_files(str(path), include, exclude)
-    cache = BlockCache()
+    cache = BlockCache(CACHE_BYTES)
     readers = [_open_reader(file, field, cache, max_record_bytes) for _, file in files]
     columns = {column.name: array(_TYPES.get(column.name, "q")) for column in fields(_Index)}
     for number, reader in enumerate(readers):

@@ -8,26 +8,29 @@ A document beyond ``WHOLE_BYTES`` is handled in parts of ``PART_BYTES``, so that
 """
 
 import codecs
-import difflib
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
-from jaxmoe.errors import UserError, listed
+from jaxmoe.errors import UserError, available
 from jaxmoe.files import open_regular
+from jaxmoe.json_lines import (
+    BYTE_ORDER_MARK,
+    MAX_RECORD_BYTES,
+    half_surrogate,
+    json_type,
+    not_utf8,
+    parse_object,
+    too_long,
+)
 
 WHOLE_BYTES = 2**24
 """A document of at most so many bytes of UTF-8 is one element of the data."""
 
 PART_BYTES = 2**19
 """A larger one is as many elements as it has parts of this size."""
-
-MAX_RECORD_BYTES = 2**25
-"""Longest line of a jsonl file and longest text in a parquet file, which are read in one piece."""
-
-_BYTE_ORDER_MARK = codecs.BOM_UTF8
 
 
 class Found(NamedTuple):
@@ -80,7 +83,7 @@ class TextReader:
     def scan(self) -> Iterator[Found]:
         with open_regular(self.path) as file:
             size = os.fstat(file.fileno()).st_size
-            start = len(_BYTE_ORDER_MARK) if file.read(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK else 0
+            start = len(BYTE_ORDER_MARK) if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK else 0
             file.seek(start)
             size -= start
             yield Found(start, size, 0, size, self._parts(file, start, size))
@@ -120,11 +123,8 @@ class JsonlReader:
             while line := lines.readline(self._most + 2):  # with a line end, which does not count
                 number += 1
                 if len(line.rstrip(b"\r\n")) > self._most:
-                    raise UserError(
-                        f"{self.where(number)}: longer than {self._most:,} bytes, the most that is read of a line; "
-                        "split its text, write it as .txt, or raise the data's max_record_bytes"
-                    )
-                mark = len(_BYTE_ORDER_MARK) if number == 1 and line.startswith(_BYTE_ORDER_MARK) else 0
+                    raise too_long(self.where(number), self._most, "split its text, write it as .txt")
+                mark = len(BYTE_ORDER_MARK) if number == 1 and line.startswith(BYTE_ORDER_MARK) else 0
                 if line[mark:].strip():
                     content = self._document(line[mark:], number, offset + mark)
                     yield found_whole(offset + mark, len(line) - mark, number, content)
@@ -132,35 +132,18 @@ class JsonlReader:
 
     def _document(self, line: bytes, number: int, offset: int) -> bytes:
         where = self.where(number)
-        try:
-            source = line.decode()
-        except UnicodeDecodeError as error:
-            raise not_utf8(error, where, offset) from None
-        try:
-            row = json.loads(source)
-        except json.JSONDecodeError as error:
-            at = offset + len(source[: error.pos].encode())
-            raise UserError(
-                f"{where}: not JSON ({error.msg} at byte {at}); expected one object per line"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not readable as JSON ({error}); mend or remove the line") from None
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{where}: a JSON {_json_type(row)}, expected an object with a {self.field!r} field"
-            )
+        row = parse_object(line, where, offset, f"an object with a {self.field!r} field")
         if self.field not in row:
-            raise UserError(f"{where}: no field {self.field!r}; {available(self.field, row)}")
+            raise UserError(
+                f"{where}: no field {self.field!r}; {available(self.field, row)}; set the data's field"
+            )
         text = row[self.field]
         if not isinstance(text, str):
-            raise UserError(f"{where}: field {self.field!r} is a JSON {_json_type(text)}, expected a string")
+            raise UserError(f"{where}: field {self.field!r} is a JSON {json_type(text)}, expected a string")
         try:
             return text.encode()
         except UnicodeEncodeError as error:
-            raise UserError(
-                f"{where}: field {self.field!r} holds half a surrogate pair at character {error.start}, "
-                "which no UTF-8 text can; remove it"
-            ) from None
+            raise half_surrogate(f"{where}: field {self.field!r}", error.start) from None
 
     def read(self, start: int, length: int, begin: int, end: int) -> bytes:
         return json.loads(_read_range(self.path, start, length))[self.field].encode()[begin:end]
@@ -173,25 +156,3 @@ def _read_range(path: Path, start: int, length: int) -> bytes:
     with open_regular(path) as file:
         file.seek(start)
         return file.read(length)
-
-
-def not_utf8(error: UnicodeDecodeError, where: str, offset: int) -> UserError:
-    """What to say of bytes that begin at ``offset`` and could not be decoded."""
-    return UserError(
-        f"{where}: byte 0x{error.object[error.start]:02x} at offset {offset + error.start} is not UTF-8; "
-        "convert the file to UTF-8 (iconv -f ENCODING -t UTF-8) or leave it out"
-    )
-
-
-def available(field: str, names: Collection[str]) -> str:
-    """Which names there are instead of ``field``, the nearest one first."""
-    nearest = difflib.get_close_matches(field, names, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"{hint}it has {listed([*map(repr, names)], 8) or 'none'}; set the data's field"
-
-
-def _json_type(value: object) -> str:
-    if value is None:
-        return "null"
-    kinds = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-    return kinds[type(value)]

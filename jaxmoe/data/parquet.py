@@ -1,20 +1,17 @@
 """The reader of parquet files, which are decoded some rows at a time however much they decompress to."""
 
-import threading
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxmoe.data.formats import MAX_RECORD_BYTES, Found, available, found_whole, not_utf8
-from jaxmoe.errors import UserError, first_line
+from jaxmoe.block_cache import BlockCache
+from jaxmoe.data.formats import Found, found_whole
+from jaxmoe.errors import UserError, available, first_line
 from jaxmoe.files import open_regular
-
-CACHE_BYTES = 2**28
-"""Decoded parquet text held in memory: a column beyond it is decoded again and again by shuffled reading."""
+from jaxmoe.json_lines import MAX_RECORD_BYTES, not_utf8
 
 _BLOCK_BYTES = 2**25
 """A row group with more text than this is held in several blocks."""
@@ -27,31 +24,12 @@ _MOST_BATCH_ROWS = 2**10
 _STREAM_BYTES = 2**20
 
 
-class BlockCache:
-    """Decoded blocks of row groups, the least recently used dropped first; shared by all readers and threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._blocks: OrderedDict[tuple[Path, int, int], pa.Array] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, reader: "ParquetReader", group: int, block: int) -> pa.Array:
-        key = (reader.path, group, block)
-        with self._lock:
-            if key not in self._blocks:
-                rows = reader.block(group, block)
-                self._blocks[key] = rows
-                self._bytes += rows.nbytes
-                while self._bytes > CACHE_BYTES and len(self._blocks) > 1:
-                    self._bytes -= self._blocks.popitem(last=False)[1].nbytes
-            self._blocks.move_to_end(key)
-            return self._blocks[key]
-
-
 class ParquetReader:
     """One row, one document, in the string column ``field``."""
 
-    def __init__(self, path: Path, field: str, cache: BlockCache, max_record_bytes: int = MAX_RECORD_BYTES):
+    def __init__(
+        self, path: Path, field: str, cache: BlockCache[pa.Array], max_record_bytes: int = MAX_RECORD_BYTES
+    ):
         self.path = path
         self.field = field
         self._cache = cache
@@ -107,7 +85,9 @@ class ParquetReader:
             raise UserError(f"{self.path}: not a readable parquet file ({first_line(error)})") from None
         there = schema.names.count(self.field)
         if not there:
-            raise UserError(f"{self.path}: no column {self.field!r}; {available(self.field, schema.names)}")
+            raise UserError(
+                f"{self.path}: no column {self.field!r}; {available(self.field, schema.names)}; set the data's field"
+            )
         if there > 1:
             raise UserError(
                 f"{self.path}: {there} columns are named {self.field!r}, expected one; rename the others"
@@ -164,7 +144,7 @@ class ParquetReader:
 
     def read(self, start: int, length: int, begin: int, end: int) -> bytes:
         number = bisect_right(self._starts[start], length) - 1
-        block = self._cache.get(self, start, number)
+        block = self._cache.get((self.path, start, number), lambda: self.block(start, number))
         return block[length - self._starts[start][number]].as_py()[begin:end]
 
     def where(self, place: int) -> str:

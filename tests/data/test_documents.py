@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jaxmoe.block_cache import BlockCache
 from jaxmoe.data import documents as documents_module
 from jaxmoe.data import formats, open_documents, parquet, split_documents
 from jaxmoe.errors import UserError
@@ -62,7 +63,6 @@ def test_parquet_reads_rows_of_all_row_groups(tmp_path, kind):
 def test_parquet_row_groups_beyond_the_cache_are_read_again(tmp_path, monkeypatch, caplog):
     texts = [f"text {i}" for i in range(9)]
     file = write_parquet(tmp_path / "a.parquet", text=texts)
-    monkeypatch.setattr(parquet, "CACHE_BYTES", 20)
     monkeypatch.setattr(documents_module, "CACHE_BYTES", 20)
     opened = open_documents(file)
     assert ".jsonl files read faster" in caplog.text
@@ -188,7 +188,7 @@ def test_what_is_no_regular_file(tmp_path, suffix):
     zero.symlink_to("/dev/zero")
     for file in (pipe, zero):
         refuses(file, str(file), "no regular file", include=["*"])
-        reader = documents_module._open_reader(file, "text", parquet.BlockCache(), 2**20)
+        reader = documents_module._open_reader(file, "text", BlockCache(), 2**20)
         with pytest.raises(OSError, match="expected a regular file"):  # for one that takes a file's place
             next(reader.scan())
 
