@@ -117,6 +117,7 @@ class RecordReader:
             messages and segments are looked up in each of them.
         roles: what rows call a role to what templates call it, beside the usual ones of conversations.
         system: whether system turns are kept.
+        tools: whether what rows say of functions that may be called is.
         template_arguments: what templates are given besides; a row's chat_template_kwargs win over it.
 
     Raises:
@@ -128,12 +129,14 @@ class RecordReader:
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
     system: Literal["keep", "drop"] = "keep"
+    tools: Literal["keep", "drop"] = "keep"
     template_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value, kind in (
             ("format", self.format, Format),
             ("system", self.system, Literal["keep", "drop"]),
+            ("tools", self.tools, Literal["keep", "drop"]),
         ):
             if value not in get_args(kind):
                 raise unexpected(
@@ -245,7 +248,8 @@ class RecordReader:
                 raise UserError(f"{where}: system turns only, which the data's system drops; remove the row")
         arguments = lookup(row, at := self._path("chat_template_kwargs"))
         own = {} if arguments is None else mapping(f"{where}: {at}", arguments, "an object", _MEND)
-        found = tools(f"{where}: {self._path('tools')}", lookup(row, self._path("tools")))
+        given = lookup(row, self._path("tools")) if self.tools == "keep" else None
+        found = tools(f"{where}: {self._path('tools')}", given)
         return Conversation(messages, found, {**self.template_arguments, **own})
 
     def _messages(self) -> MessageReader:

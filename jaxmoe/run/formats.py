@@ -30,7 +30,7 @@ def is_text(data: DataConfig) -> bool:
             "*" not in data.path and "?" not in data.path and not _is_hub_id(data.path) and not path.exists()
         )
     try:
-        files = [file for _, file in find_files(data.path, data.include, data.exclude)]
+        files = [file for _, file in find_files(data.path, data.include, data.exclude)[1]]
     except UserError:  # there may be files of rows of which that knows nothing
         return not (
             path.is_dir() and any(f.suffix.lower() in _ROWS_ONLY for f in path.rglob("*") if f.is_file())
