@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
         sample.prompt,
         stop=end_of_document(tokenizer, folder),
         dtype=dtype,
-        **sample.model_dump(exclude={"prompt"}),
+        **sample.model_dump(include={"tokens", "temperature", "seed"}),
     )
     sys.stdout.write(sample.prompt + text + "\n")
 

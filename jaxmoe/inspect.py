@@ -1,8 +1,12 @@
-"""``python -m jaxmoe.inspect MODEL``: what a checkpoint or a config.json holds, without loading weights."""
+"""``python -m jaxmoe.inspect MODEL``: what a checkpoint or a config.json holds, without loading weights.
+
+``python -m jaxmoe.inspect data CONFIG.yaml`` is `jaxmoe.inspect_data`.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxmoe import inspect_data
 from jaxmoe.cli import ArgumentParser, run_command
 from jaxmoe.files import path_argument
 
@@ -14,9 +18,13 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> None:
     """The command."""
+    if argv[:1] == ["data"] and len(argv) > 1:
+        inspect_data.main(argv[1:])
+        return
     parser = ArgumentParser(
         prog="jaxmoe inspect",
-        description="Check a checkpoint and say what is in it; a config.json works too.",
+        description="Check a checkpoint and say what is in it; a config.json works too. jaxmoe inspect data "
+        "CONFIG.yaml shows what a run trains on.",
     )
     parser.add_argument("model", type=path_argument, help="folder, hub id, or config.json file")
     parser.add_argument("--parameters", action="store_true", help="list every parameter and its tensors")

@@ -25,7 +25,7 @@ from jaxmoe.chat.rows import Rows, open_rows
 from jaxmoe.chat.templates import ChatTemplate, find_template, no_template
 from jaxmoe.chat.turns import EndTokens, TrainedTurns, TrainOn
 from jaxmoe.chat.workers import Source, Workers
-from jaxmoe.config import DataConfig, MixedSourceConfig, RunConfig
+from jaxmoe.config import DataConfig, MixedSourceConfig, RunConfig, TrainTokenizer
 from jaxmoe.data import end_of_document
 from jaxmoe.data.conversations import (
     HeldOut,
@@ -35,6 +35,7 @@ from jaxmoe.data.conversations import (
     held_out_batches,
     shares,
 )
+from jaxmoe.data.docstrings import DOCSTRINGS, docstring_file
 from jaxmoe.data.tokenizer import digest
 from jaxmoe.errors import UserError
 from jaxmoe.run.data import RunData
@@ -87,18 +88,18 @@ class ConversationData(RunData):
     @property
     def stops(self) -> Sequence[int]:
         """See `RunData.stops`; what ends a turn of the template is one of them, whatever the folder says."""
-        texts = list(self.ends.stops)
-        if self.template is not None:
-            usual = TrainedTurns(self.template, self.ends).usual_end
-            texts += [] if usual is None or usual in texts else [usual]
-        return [i for text in texts if (i := self.tokenizer.token_to_id(text)) is not None]
+        return [
+            i
+            for text in _with_usual(self.ends, self.template).stops
+            if (i := self.tokenizer.token_to_id(text)) is not None
+        ]
 
     def keep(self) -> None:
         """See `RunData.keep`."""
         given = (
             None if self.config.data.chat_template is None or self.template is None else self.template.source
         )
-        keep_tokenizer(self.config, self.tokenizer, given)
+        keep_tokenizer(self.config, self.tokenizer, given, self.stops)
 
     def prompt(self, text: str) -> list[int]:
         """See `RunData.prompt`."""
@@ -285,6 +286,10 @@ def open_conversations(config: RunConfig, model_folder: Path | None, vocab_size:
     eos = end_of_document(tokenizer, folder)
     template = find_template(data.chat_template, folder, _day(data))
     ends = end_tokens(tokenizer, model_folder or folder, eos, data.train_on.end_tokens)
+    if isinstance(
+        data.tokenizer, TrainTokenizer
+    ):  # nobody has said yet at which of its tokens generation stops
+        ends = _with_usual(ends, template)
     train_on = TrainOn(
         roles=data.train_on.roles,
         last_turn_only=data.train_on.last_turn_only,
@@ -323,6 +328,16 @@ def open_conversations(config: RunConfig, model_folder: Path | None, vocab_size:
     return ConversationData(config, tokenizer, eos, tuple(sources), template, ends)
 
 
+def _with_usual(ends: EndTokens, template: ChatTemplate | None) -> EndTokens:
+    """With what ends a turn of the template as the first of those at which generation stops, if it is none of them."""
+    usual = None if template is None else TrainedTurns(template, ends).usual_end
+    return (
+        ends
+        if usual is None or usual in ends.stops
+        else dataclasses.replace(ends, stops=(usual, *ends.stops))
+    )
+
+
 def _day(data: DataConfig) -> datetime.date | None:
     return None if data.template_date is None else datetime.date.fromisoformat(data.template_date)
 
@@ -332,7 +347,8 @@ def _open_rows(source: MixedSourceConfig, data: DataConfig) -> tuple[Rows, Recor
         open_rows, cache=cache_folder(data) / "rows", max_record_bytes=data.max_record_bytes
     )
     assert source.path is not None
-    rows = read(source.path, include=source.include, exclude=source.exclude)
+    path = docstring_file(cache_folder(data) / "rows") if source.path == DOCSTRINGS else source.path
+    rows = read(path, include=source.include, exclude=source.exclude)
     fields = {"text": source.field, **source.fields} if source.field != "text" else source.fields
     format = source.format
     if format == "auto":

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxmoe.chat.formats import detect
 from jaxmoe.config import DataConfig
+from jaxmoe.data.docstrings import DOCSTRINGS
 from jaxmoe.data.files import STANDARD_LIBRARY, find_files
 from jaxmoe.errors import UserError
 from jaxmoe.files import open_regular, why_unusable
@@ -23,6 +24,8 @@ def is_text(data: DataConfig) -> bool:
         return data.format == "text" and not data.sources
     assert data.path is not None
     path = Path(data.path).expanduser()
+    if data.path == DOCSTRINGS:
+        return False
     if data.path == STANDARD_LIBRARY or why_unusable(data.path):
         return True
     if not path.exists() or (path.is_file() and path.suffix.lower() in _ROWS_ONLY):

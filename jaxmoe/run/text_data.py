@@ -50,7 +50,7 @@ class TextData(RunData):
 
     def keep(self) -> None:
         """See `RunData.keep`."""
-        keep_tokenizer(self.config, self.tokenizer, None)
+        keep_tokenizer(self.config, self.tokenizer)
 
     def training_batches(self) -> Any:
         """See `RunData.training_batches`."""

@@ -1,7 +1,8 @@
 """The tokenizer of a run: given, the model's, or trained on its data; and what of it is kept."""
 
+import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -17,6 +18,7 @@ TOKENIZER_BYTES = 2**26
 """Training text that a new tokenizer learns from. Where every word is another one it takes ten times as much memory."""
 
 _TEMPLATE = "chat_template.jinja"
+_GENERATION = "generation_config.json"
 
 
 def open_tokenizer(
@@ -65,21 +67,32 @@ def _found(
     return load_tokenizer(model_folder, vocab_size), model_folder
 
 
-def keep_tokenizer(config: RunConfig, tokenizer: Tokenizer, template: str | None) -> None:
-    """Write what was made for this run into its folder: a tokenizer, and a chat template beside it."""
+def keep_tokenizer(
+    config: RunConfig, tokenizer: Tokenizer, template: str | None = None, stops: Sequence[int] = ()
+) -> None:
+    """Write what was made for this run into its folder.
+
+    Args:
+        config: the run.
+        tokenizer: written if it was trained.
+        template: in Jinja, for conversations, unless it is the tokenizer's own.
+        stops: tokens at which generation ends, of a tokenizer that was trained.
+    """
     if isinstance(config.data.tokenizer, TrainTokenizer):
-        processes.first(lambda: _write(RunLayout(Path(config.output_dir)).tokenizer, tokenizer))
+        processes.first(lambda: _write(RunLayout(Path(config.output_dir)).tokenizer, tokenizer, stops))
     if template is not None:
         processes.first(lambda: _write_template(RunLayout(Path(config.output_dir)).chat_template, template))
 
 
-def _write(kept: Path, tokenizer: Tokenizer) -> None:
+def _write(kept: Path, tokenizer: Tokenizer, stops: Sequence[int]) -> None:
     if kept.exists():
         return
     unfinished = partial(kept)
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         save_tokenizer(tokenizer, unfinished)
+        if stops:
+            (unfinished / _GENERATION).write_text(json.dumps({"eos_token_id": list(stops)}) + "\n", "utf-8")
         unfinished.rename(kept)  # whole or not there, whenever the process is killed
     except OSError as error:
         raise cannot_write(f"{kept}: cannot write the tokenizer", error) from error
@@ -99,6 +112,8 @@ def tokenizer_files(config: RunConfig) -> dict[str, Path | None]:
             layout.tokenizer if isinstance(given, TrainTokenizer) else _folder_of(Path(given).expanduser())
         )
         files = {name: folder / name if (folder / name).is_file() else None for name in TOKENIZER_FILES}
+    if isinstance(given, TrainTokenizer) and (layout.tokenizer / _GENERATION).exists():
+        files[_GENERATION] = layout.tokenizer / _GENERATION
     if layout.chat_template.exists():
         files[_TEMPLATE] = layout.chat_template
     return files

@@ -13,7 +13,7 @@ from jaxmoe.interop.source import config_source
 from jaxmoe.parallel.sharding import make_mesh
 from jaxmoe.params import dtypes
 from jaxmoe.run.assemble import Assembled
-from jaxmoe.run.data import RunData
+from jaxmoe.run.text_data import TextData
 from jaxmoe.run.weights import InitialWeights
 
 
@@ -51,13 +51,13 @@ def test_data_is_read_while_the_step_compiles(workspace, tmp_path, compiling, ca
 
 
 def test_an_interrupt_does_not_wait_for_the_compiler(workspace, tmp_path, compiling, monkeypatch, capfd):
-    asked = RunData.training_batches
+    asked = TextData.training_batches
 
     def last_of_the_data(data):
         threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
         return asked(data)
 
-    monkeypatch.setattr(RunData, "training_batches", last_of_the_data)
+    monkeypatch.setattr(TextData, "training_batches", last_of_the_data)
     assert cli(["train", str(small(tmp_path, workspace))]) == 130
     assert compiling.is_set()
     assert capfd.readouterr().err == "interrupted\n"
