@@ -29,6 +29,11 @@ _NOT_BLANK = re.compile(rb"\S")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
+def blake2b_16() -> "blake2b":
+    """A hash of 16 bytes, to be given the content of a file."""
+    return blake2b(digest_size=16)
+
+
 class Stamp(NamedTuple):
     """What a file cannot lose without a change."""
 
@@ -38,6 +43,16 @@ class Stamp(NamedTuple):
     @classmethod
     def of(cls, found: os.stat_result) -> "Stamp":
         return cls(found.st_size, found.st_mtime_ns)
+
+
+def changed(where: str) -> UserError:
+    """What to say of a file that is not what it was."""
+    return UserError(f"{where}: changed since it was opened; restore it or start the run again")
+
+
+def not_there_any_more(where: str, error: OSError) -> UserError:
+    """What to say of a file that could be read before."""
+    return UserError(f"{where}: cannot be read any more ({error.strerror or error}); restore the file")
 
 
 class RowFile(Protocol):
@@ -84,7 +99,7 @@ class JsonlFile:
         self._stamp = Stamp(0, 0)
 
     def scan(self) -> np.ndarray:
-        digest = blake2b(digest_size=16)
+        digest = blake2b_16()
         lines = _Lines(self)
         with open_regular(self.path) as file:
             self._stamp = Stamp.of(os.fstat(file.fileno()))
@@ -93,7 +108,7 @@ class JsonlFile:
                 lines.add(chunk, file)
             lines.end()
             if Stamp.of(os.fstat(file.fileno())) != self._stamp:
-                raise self._changed(self._shown)
+                raise changed(self._shown)
         self.digest = digest.digest()
         return np.concatenate(lines.found) if lines.found else np.zeros(0, PLACES)
 
@@ -102,12 +117,10 @@ class JsonlFile:
         try:
             with open_regular(self.path) as file:
                 if Stamp.of(os.fstat(file.fileno())) != self._stamp:
-                    raise self._changed(where)
+                    raise changed(where)
                 line = os.pread(file.fileno(), length, start)
         except OSError as error:
-            raise UserError(
-                f"{where}: cannot be read any more ({error.strerror or error}); restore the file"
-            ) from None
+            raise not_there_any_more(where, error) from None
         row = parse_object(line, where, start)
         if _SURROGATE.search(line):
             _refuse_surrogates(row, where)
@@ -123,10 +136,6 @@ class JsonlFile:
     @property
     def max_record_bytes(self) -> int:
         return self._most
-
-    @staticmethod
-    def _changed(where: str) -> UserError:
-        return UserError(f"{where}: changed since it was opened; restore it or start the run again")
 
 
 class _Lines:
@@ -194,5 +203,7 @@ def _refuse_surrogates(row: dict[str, Any], where: str) -> None:
     for field, value in row.items():
         try:
             json.dumps([field, value], ensure_ascii=False).encode()
+        except RecursionError:
+            raise UserError(f"{where}: objects in objects too deep to be read; remove the row") from None
         except UnicodeEncodeError:
             raise half_surrogate(f"{where}: field {field!r}") from None

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pyarrow import RecordBatch
 
+from jaxmoe.block_cache import BlockCache
+from jaxmoe.chat.arrow_file import ArrowFile
+from jaxmoe.chat.converting import array_as_lines, as_lines, has_lines, parquet_as_arrow
 from jaxmoe.chat.finding import find_row_files
 from jaxmoe.chat.row_files import MOST_RECORD_BYTES, PLACES, JsonlFile, RowFile
 from jaxmoe.errors import UserError
@@ -60,7 +64,7 @@ class Rows:
         They do not change with names.
         """
         used, number = np.unique(self._index["file"], return_inverse=True)
-        places = np.stack([number, self._index["start"], self._index["length"]], axis=1).astype("<i8")
+        places = np.stack([number, self._index["place"]], axis=1).astype("<i8")
         content = blake2b(b"".join(self._files[file].digest for file in used), digest_size=16)
         content.update(places.tobytes())
         return content.hexdigest()
@@ -82,9 +86,14 @@ def open_rows(
     The order is that of the files' relative names, then that in the file. However large a file is, little of it is in
     memory at a time.
 
+    Lines of a .jsonl file, or of a .json file that is one, are read where they are, and so are record batches of an
+    .arrow file. What is compressed, the array of a .json file and .parquet are rewritten into the cache once, and
+    messages name the original. A row of parquet costs the decoding of its row group, which shuffled reading would do
+    for every row.
+
     Args:
         path: a file, a folder (with its subfolders), a glob pattern, or a dataset on the hub, org/name.
-        cache: a folder for what is rewritten once before it can be read row by row.
+        cache: a folder for what is rewritten, which is found there by its content's hash and may be removed later.
         include: glob patterns on the path relative to the folder ("*" also matches "/"), of the files to read.
         exclude: glob patterns of files to leave out.
         max_record_bytes: the longest line, or row of a .json file, that is read.
@@ -97,10 +106,11 @@ def open_rows(
             f"max_record_bytes is {max_record_bytes:,}, expected 1 to {MOST_RECORD_BYTES:,}; change it"
         )
     root, found = find_row_files(str(path), include, exclude)
-    files, index = [], []
+    files: list[RowFile] = []
+    index, batches = [], BlockCache[RecordBatch]()
     for number, (_, file) in enumerate(found):
         try:
-            opened = JsonlFile(file, max_record_bytes)
+            opened = _open(file, cache, max_record_bytes, batches)
             places = opened.scan()
         except OSError as error:
             raise UserError(
@@ -112,5 +122,20 @@ def open_rows(
     rows = Rows(files, np.concatenate(index) if index else np.zeros(0, PLACES))
     if not len(rows):
         what = f"{len(files)} files are" if len(files) > 1 else f"{found[0][0]} is"
-        raise UserError(f"{root}: no rows, because {what} empty; expected one JSON object per line")
+        raise UserError(f"{root}: no rows, because {what} empty; expected objects or rows")
     return rows
+
+
+def _open(path: Path, cache: Path, max_record_bytes: int, batches: BlockCache[RecordBatch]) -> RowFile:
+    """The rows of a file by its suffix, rewritten first where they cannot be read one by one."""
+    name = path.name.lower()
+    if name.endswith(".arrow"):
+        return ArrowFile(path, batches)
+    if name.endswith(".parquet"):
+        rewritten, digest = parquet_as_arrow(path, cache)
+        return ArrowFile(rewritten, batches, str(path), digest)
+    packed = name.endswith((".gz", ".zst"))
+    if name.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl") or has_lines(path, max_record_bytes):
+        rewritten = as_lines(path, cache, max_record_bytes) if packed else path
+        return JsonlFile(rewritten, max_record_bytes, str(path))
+    return JsonlFile(array_as_lines(path, cache, max_record_bytes), max_record_bytes, str(path), rows=True)

@@ -268,7 +268,7 @@ def test_unusable_paths(tmp_path, opened):
     refuses(lambda: opened(tmp_path / "*.tx?", include=["a"]), "this is a pattern; leave them out")
     (tmp_path / "a.jsonl").write_text("\n \n")
     refuses(lambda: opened(tmp_path / "a.jsonl", exclude=["b"]), "this is a file; leave them out")
-    refuses(lambda: opened(tmp_path), "no rows, because a.jsonl is empty", "one JSON object per line")
+    refuses(lambda: opened(tmp_path), "no rows, because a.jsonl is empty; expected objects or rows")
     (tmp_path / "b.jsonl").write_text("")
     refuses(lambda: opened(tmp_path), "no rows, because 2 files are empty")
     os.mkfifo(tmp_path / "c.jsonl")
