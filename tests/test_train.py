@@ -28,7 +28,7 @@ from jaxmoe.run.folder import RunFolder
 from jaxmoe.run.meter import Meter
 from jaxmoe.run.programs import Programs
 
-TIMES = {"seconds", "tokens_per_second", "mfu"}
+TIMES = {"seconds", "data_seconds", "tokens_per_second", "mfu"}
 
 
 def metrics(output: Path) -> list[dict]:

@@ -1,5 +1,6 @@
 """Training batches of examples from several sources: mixed, shuffled, packed, and resumable."""
 
+import bisect
 import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +15,8 @@ from jaxmoe.data.evaluation import MAX_EVAL_TOKENS, first_fit
 from jaxmoe.errors import UserError
 from jaxmoe.model.batch import IGNORED
 
-_MOST_BINS = 512
-"""Rows that are filled side by side. With so many 99 of 100 slots are (8,000 chats with a log-normal length)."""
+_WINDOW = 1024
+"""Examples that are packed together: then 99.7 of 100 slots are filled (6,000 chats with a log-normal length)."""
 
 
 class ExampleRows(Protocol):
@@ -56,17 +57,18 @@ def conversation_batches(
     sources: Sequence[MixedSource],
     spec: BatchSpec,
     *,
-    epoch_tokens: int,
+    epoch_rows: int,
     threads: int,
     tokenizer: str,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Endless batches of this process: dict of (B, T) arrays, those of `as_row`.
+    """Endless batches of this process: dict of (B, T) arrays, those of `filled_row`.
 
     Sources take turns by their shares, which hold from the first rows on.
-    Each is shuffled anew in every epoch of its own, and every row goes to one process. Packed rows are filled best fit
-    (the fullest row that has room), some hundred side by side, and hold whole examples. Unpacked ones hold one each.
+    Each is shuffled anew in every epoch of its own, in which every row goes to one process. Packed rows hold whole
+    examples: about a thousand are taken at once, the longest first, and each put into the fullest row that has room
+    (best-fit decreasing), and the rows shuffled. Unpacked rows hold one each.
 
     ``get_state()`` returns a small JSON-able dict, and ``set_state`` of it continues with the same batches bit for bit,
     in the middle of a pack too, which is packed again.
@@ -74,7 +76,7 @@ def conversation_batches(
     Args:
         sources: at least one.
         spec: shape and seed; its eos and context play no part.
-        epoch_tokens: about how many tokens all sources have: no more rows are filled side by side than they fill.
+        epoch_rows: about how many examples all sources have: no more are packed together.
         threads: that read rows.
         tokenizer: hash that tells it from others.
 
@@ -90,21 +92,20 @@ def conversation_batches(
                 f"{source.name}: {len(source.rows)} rows for {process_count} processes, expected at least one "
                 "for each: give more"
             )
-        rows = grain.MapDataset.source(_Source(source.rows)).shuffle(seed=seed)
-        read.append(rows[process_index::process_count].repeat())
+        shuffled = grain.MapDataset.source(_Source(source.rows)).shuffle(seed=seed)
+        read.append(shuffled[process_index::process_count].repeat())
     mixed = grain.MapDataset.mix(read, [source.share for source in sources]) if len(read) > 1 else read[0]
     options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(8 * threads, 16) if threads else 0
     )
     examples = grain.experimental.FlatMapIterDataset(mixed.to_iter_dataset(options), _Flatten())
     T = spec.sequence_length
-    bins = int(min(max(epoch_tokens // process_count // T, 1), _MOST_BINS))
+    window = min(max(epoch_rows // process_count, 1), _WINDOW)
     if spec.packing:
-        rows = grain.experimental.BestFitPackIterDataset(
-            examples, length_struct={"tokens": T, "weights": T}, num_packing_bins=bins, seed=seeds[0]
-        ).map(_packed)
+        windows = examples.batch(window, batch_fn=list)
+        rows = grain.experimental.FlatMapIterDataset(windows, _Pack(T, seeds[0]))
     else:
-        rows = examples.map(lambda example: _padded(example, T))
+        rows = examples.map(lambda example: filled_row([example], T))
     batches = grain.experimental.ThreadPrefetchIterDataset(
         rows.batch(spec.batch_size, drop_remainder=True), prefetch_buffer_size=BATCHES_AHEAD
     )
@@ -113,7 +114,7 @@ def conversation_batches(
         "tokenizer": tokenizer,
         "sequence_length": T,
         "packing": spec.packing,
-        "bins": bins,
+        "window": window,
         "seed": spec.seed,
         "process_index": process_index,
         "process_count": process_count,
@@ -130,11 +131,8 @@ class _Source:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, i: int) -> list[dict[str, np.ndarray]]:
-        return [
-            {"tokens": np.asarray(example.ids), "weights": np.asarray(example.weights)}
-            for example in self._rows[int(i)]
-        ]
+    def __getitem__(self, i: int) -> list[Example]:
+        return self._rows[int(i)]
 
 
 class _Flatten(grain.experimental.FlatMapTransform):
@@ -142,42 +140,73 @@ class _Flatten(grain.experimental.FlatMapTransform):
 
     max_fan_out = 2**31
 
-    def flat_map(self, element: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    def flat_map(self, element: list[Example]) -> list[Example]:
         return element
 
 
-def _packed(row: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return as_row(row["tokens"], row["weights"], row["tokens_segment_ids"], row["tokens_positions"])
+class _Pack(grain.experimental.FlatMapTransform):
+    """Examples that are taken at once, as rows of T."""
+
+    max_fan_out = 2**31
+
+    def __init__(self, length: int, seed: int):
+        self._length = length
+        self._seed = seed
+
+    def flat_map(self, element: list[Example]) -> list[dict[str, np.ndarray]]:
+        rows = best_fit_decreasing([len(example.ids) for example in element], self._length)
+        # Longest first is how they were filled. What tells these examples from the ones before are their own ids.
+        drawn = np.random.default_rng([self._seed, *element[0].ids[:16], len(element[0].ids)])
+        return [
+            filled_row([element[i] for i in rows[row]], self._length) for row in drawn.permutation(len(rows))
+        ]
 
 
-def _padded(example: Mapping[str, np.ndarray], T: int) -> dict[str, np.ndarray]:
-    n = len(example["tokens"])
-    ids, weights = (np.pad(example[name], (0, T - n)) for name in ("tokens", "weights"))
-    places = np.arange(T, dtype=np.int32)
-    there = places < n
-    return as_row(ids, weights, there.astype(np.int32), np.where(there, places, 0))
+def best_fit_decreasing(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Numbers of items in bins of size ``most``: the longest first, each into the fullest bin that has room.
+
+    Raises:
+        ValueError: an item is longer than a bin.
+    """
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (what is left, number of the bin), sorted
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[item]
+        if length > most:
+            raise ValueError(f"an item of {length} in bins of {most}")
+        place = bisect.bisect_left(room, (length, -1))
+        if place == len(room):
+            left, number = most, len(bins)
+            bins.append([])
+        else:
+            left, number = room.pop(place)
+        bins[number].append(item)
+        bisect.insort(room, (left - length, number))
+    return bins
 
 
-def as_row(
-    tokens: np.ndarray, weights: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray
-) -> dict[str, np.ndarray]:
-    """A row as `jaxmoe.model.batch.learning_batch` takes it: the token before each trained one predicts it.
-
-    Args:
-        tokens, segment_ids, positions: (T,) int32.
-        weights: (T,) float32, of each token as a target.
+def filled_row(examples: Sequence[Example], T: int) -> dict[str, np.ndarray]:
+    """A row (T,) with examples side by side, as `jaxmoe.model.batch.learning_batch` takes it.
 
     Returns:
-        The first three, ``targets`` (T,) int32 and their ``weights`` (T,) float32.
+        int32 ``tokens``, ``segment_ids`` (from 1, padding is 0), ``positions`` and ``targets``, and their float32
+        ``weights``: the token before each trained one predicts it.
     """
-    following = np.append(segment_ids[1:], 0) == segment_ids
-    counts = np.where(following, np.append(weights[1:], 0), 0).astype(np.float32)
+    tokens, segment_ids, positions = (np.zeros(T, np.int32) for _ in range(3))
+    targets, weights, at = np.full(T, IGNORED, np.int32), np.zeros(T, np.float32), 0
+    for segment, example in enumerate(examples, 1):
+        n = len(example.ids)
+        here, before = slice(at, at + n), slice(at, at + n - 1)
+        tokens[here], segment_ids[here], positions[here] = example.ids, segment, np.arange(n)
+        weights[before] = example.weights[1:]
+        targets[before] = np.where(example.weights[1:] > 0, example.ids[1:], IGNORED)
+        at += n
     return {
         "tokens": tokens,
         "segment_ids": segment_ids,
         "positions": positions,
-        "targets": np.where(counts > 0, np.append(tokens[1:], 0), IGNORED).astype(np.int32),
-        "weights": counts,
+        "targets": targets,
+        "weights": weights,
     }
 
 
@@ -235,16 +264,7 @@ def held_out_batches(
 
 
 def _filled(rows: Sequence[Sequence[Example]], B: int, T: int) -> dict[str, np.ndarray]:
-    made = []
-    for number in range(B):
-        ids, segments, positions = (np.zeros(T, np.int32) for _ in range(3))
-        weights, at = np.zeros(T, np.float32), 0
-        for segment, example in enumerate(rows[number] if number < len(rows) else (), 1):
-            n = len(example.ids)
-            ids[at : at + n], weights[at : at + n] = example.ids, example.weights
-            segments[at : at + n], positions[at : at + n] = segment, np.arange(n)
-            at += n
-        made.append(as_row(ids, weights, segments, positions))
+    made = [filled_row(rows[number] if number < len(rows) else (), T) for number in range(B)]
     return {name: np.stack([row[name] for row in made]) for name in made[0]}
 
 

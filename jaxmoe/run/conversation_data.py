@@ -47,7 +47,6 @@ _VERSION = 1
 """Of what encoders make of a row: prepared data of another one is not read."""
 
 _MOST_WORKERS = 16
-_BYTES_PER_TOKEN = 4
 _TOLD_ERRORS = 5
 
 
@@ -154,15 +153,10 @@ class ConversationData(RunData):
         for source, made in zip(self.sources, prepared, strict=True):
             lines += _told_of(source, made, self.template)
         if self.prepared is not None:
-            steps = self._epoch_tokens / (self.config.train.batch_size * self.config.data.sequence_length)
+            tokens = sum(made.about.tokens for made in self.prepared)
+            steps = tokens / (self.config.train.batch_size * self.config.data.sequence_length)
             lines.append(f"an epoch has about {max(steps, 1):,.0f} steps")
         return lines
-
-    @property
-    def _epoch_tokens(self) -> int:
-        if self.prepared is not None:
-            return sum(made.about.tokens for made in self.prepared)
-        return sum(source.train.rows.num_bytes for source in self.sources) // _BYTES_PER_TOKEN
 
     def training_batches(self) -> Any:
         """See `RunData.training_batches`."""
@@ -177,7 +171,7 @@ class ConversationData(RunData):
         return conversation_batches(
             mixed,
             self.batch_spec(self.config.train.batch_size),
-            epoch_tokens=self._epoch_tokens,
+            epoch_rows=sum(sizes),
             threads=1 if self.prepared is not None else max(2 * self.workers.count, 1),
             tokenizer=digest(self.tokenizer),
             process_index=jax.process_index(),

@@ -304,7 +304,9 @@ class Trainer:
 
     def _next(self, batches: Any) -> Batch:
         """The next batch on the devices; a process may find a document that it cannot read."""
-        return processes.agree(lambda: self._to_devices(next(batches), self.config.train.accumulation))
+        with self.meter.reading():
+            rows = processes.agree(lambda: next(batches))
+        return self._to_devices(rows, self.config.train.accumulation)
 
     def _to_devices(self, rows: dict[str, np.ndarray], count: int) -> Batch:
         """This process's rows (B, T) → micro-batches (count, B / count, T), sharded over all processes."""

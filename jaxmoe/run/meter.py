@@ -1,6 +1,8 @@
 """Tokens per second, and the share of the devices' peak that the model's FLOPs are."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -89,11 +91,22 @@ class Meter:
     def restart(self) -> None:
         """The next step begins now; what came before (an evaluation, a checkpoint) is not counted."""
         self._start = time.perf_counter()
+        self._reading = 0.0
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around what waits for data."""
+        begun = time.perf_counter()
+        yield
+        self._reading += time.perf_counter() - begun
 
     def after(self, metrics: dict[str, Any]) -> dict[str, float]:
-        """Wait for a step's metrics; its ``tokens_per_second``, ``mfu`` and ``seconds``."""
+        """Wait for a step's metrics; its ``tokens_per_second``, ``mfu``, ``seconds`` and ``data_seconds``.
+
+        The last are those in which the next batch was waited for, mostly while the devices computed.
+        """
         tokens = float(metrics["tokens"])
         seconds = time.perf_counter() - self._start
         rate = tokens / seconds
         mfu = rate * self._flops_per_token / (self.peak * self._devices)
-        return {"seconds": seconds, "tokens_per_second": rate, "mfu": mfu}
+        return {"seconds": seconds, "data_seconds": self._reading, "tokens_per_second": rate, "mfu": mfu}

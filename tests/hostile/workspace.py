@@ -38,7 +38,7 @@ def config() -> dict:
 
 def result(output: Path) -> dict[str, object]:
     """All that a run leaves: its metrics but for times, and the bytes of its export."""
-    times = {"seconds", "tokens_per_second", "mfu"}
+    times = {"seconds", "data_seconds", "tokens_per_second", "mfu"}
     lines = (json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines())
     left: dict[str, object] = {
         "metrics": [{k: v for k, v in line.items() if k not in times} for line in lines]

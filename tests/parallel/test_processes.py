@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from jaxmoe.errors import UserError
 from jaxmoe.parallel import processes
 
-TIMES = {"seconds", "tokens_per_second", "mfu"}
+TIMES = {"seconds", "data_seconds", "tokens_per_second", "mfu"}
 
 
 def environment(devices: int, **more: str) -> dict[str, str]:

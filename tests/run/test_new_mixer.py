@@ -52,7 +52,7 @@ class MovingAverage(Mixer):
         return "gated moving average"
 
 
-TIMES = {"seconds", "tokens_per_second", "mfu"}
+TIMES = {"seconds", "data_seconds", "tokens_per_second", "mfu"}
 
 
 def every_other(spec):
