@@ -149,8 +149,8 @@ class ConversationData(RunData):
         """See `RunData.told`."""
         rows = sum(len(source.train.rows) for source in self.sources)
         lines = [f"{rows:,} rows"]
-        prepared = self.prepared or [None] * len(self.sources)
-        for source, made in zip(self.sources, prepared, strict=True):
+        for number, source in enumerate(self.sources):
+            made = None if self.prepared is None else self.prepared[number]
             lines += _told_of(source, made, self.template)
         if self.prepared is not None:
             tokens = sum(made.about.tokens for made in self.prepared)
@@ -275,7 +275,10 @@ def open_conversations(config: RunConfig, model_folder: Path | None, vocab_size:
     data = config.data
     opened = [_open_rows(source, data) for source in data.mixed]
     tokenizer, folder = open_tokenizer(
-        config, model_folder, vocab_size, lambda: _texts([(rows, reader) for rows, reader, _ in opened])
+        config,
+        model_folder,
+        vocab_size,
+        lambda: _texts([(rows, reader) for rows, reader, _ in opened], skip=data.bad_rows == "skip"),
     )
     eos = end_of_document(tokenizer, folder)
     template = find_template(data.chat_template, folder, _day(data))
@@ -394,16 +397,21 @@ def _check_names(sources: Sequence[OpenSource]) -> None:
             )
 
 
-def _texts(opened: Sequence[tuple[Rows, RecordReader]]) -> Iterator[str]:
-    """What rows say, drawn evenly, to train a tokenizer on."""
+def _texts(opened: Sequence[tuple[Rows, RecordReader]], *, skip: bool) -> Iterator[str]:
+    """What rows say, drawn evenly, to train a tokenizer on; ``skip`` passes over those that cannot be used."""
     total = sum(rows.num_bytes for rows, _ in opened)
     for rows, reader in opened:
         most = TOKENIZER_BYTES * rows.num_bytes // max(total, 1)
         taken = 0
         for i in np.random.default_rng(0).permutation(len(rows)).tolist():
-            for text in _said(reader(rows[i], rows.where(i))):
-                taken += len(text.encode())
-                yield text
+            try:
+                texts = list(_said(reader(rows[i], rows.where(i))))
+            except UserError:
+                if not skip:
+                    raise
+                continue
+            taken += sum(len(text.encode()) for text in texts)
+            yield from texts
             if taken >= most:
                 break
 
