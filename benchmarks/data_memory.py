@@ -115,7 +115,8 @@ def measure(folder: str, train_tokenizer: bool) -> dict[str, Any]:
     """Runs in a process of its own."""
     from jaxmoe import data
     from jaxmoe.errors import UserError
-    from jaxmoe.run.data import BASELINE_BYTES, TOKENIZER_BYTES, sample
+    from jaxmoe.run.text_data import BASELINE_BYTES, sample
+    from jaxmoe.run.tokenizers import TOKENIZER_BYTES
 
     spec = data.BatchSpec(2048, 16, eos=0)
     tokenizer = data.train_byte_bpe([PROSE[:50_000]], 1000)

@@ -192,6 +192,9 @@ def test_a_bad_row_stops_the_run_or_is_counted(folder, tmp_path):
     rows[7] = '{"messages": 3}'
     (tmp_path / "bad.jsonl").write_text("\n".join(rows) + "\n")
     given = {"sources": [], "path": str(tmp_path / "bad.jsonl"), "cache": str(tmp_path / "cache")}
+    tokenizer = opened(folder, tmp_path).tokenizer
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    given["tokenizer"] = str(tmp_path / "tokenizer.json")
     with pytest.raises(UserError) as prepared:
         _ = opened(folder, tmp_path, **given).prepared
     batches = opened(folder, tmp_path, prepare=False, **given).training_batches()
