@@ -8,6 +8,7 @@ import socket
 import stat
 import warnings
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -63,7 +64,7 @@ _KINDS = {
 }
 
 
-def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a file to read it, and nothing else: a pipe would wait for ever, a device may never end.
 
     Raises:

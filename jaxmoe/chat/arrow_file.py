@@ -23,8 +23,8 @@ _BATCH_BITS = 32  # of ``start``, which has the batch above them and the row in 
 class ArrowFile:
     """One row of a table, one row: all columns, without the keys of nested objects that are null.
 
-    The file is mapped, so that a record batch is read no further than its rows are asked for; one that is compressed
-    is decoded as a whole and kept in the cache.
+    The file is mapped: of a record batch no more is read than the rows that are asked for, and what was read the
+    system can drop again. One that is compressed is decoded as a whole and kept in the cache.
 
     Args:
         path: the file.
@@ -41,6 +41,7 @@ class ArrowFile:
         self._cache = cache
         self._shown = str(path) if shown is None else shown
         self._stamp = Stamp(0, 0)
+        self._source: pa.MemoryMappedFile | None = None
         self._schema: pa.Schema | None = None
         self._offsets: list[int] | None = None  # of the batches of a stream
 
@@ -134,11 +135,18 @@ class ArrowFile:
         return {name: _without_nulls(value) for name, value in values.items()}
 
     def _batch(self, number: int) -> pa.RecordBatch:
-        with pa.memory_map(str(self.path)) as source:
-            if self._offsets is None:
-                return pa.ipc.open_file(source).get_batch(number)
-            source.seek(self._offsets[number])
-            return pa.ipc.read_record_batch(pa.ipc.read_message(source), self._schema)
+        """One batch; the cache sees to it that one thread asks at a time."""
+        if self._source is None:
+            self._source = pa.memory_map(
+                str(self.path)
+            )  # once, since there may be as many batches as may be mapped
+        if self._offsets is None:
+            return pa.ipc.open_file(self._source).get_batch(number)
+        self._source.seek(self._offsets[number])
+        return pa.ipc.read_record_batch(pa.ipc.read_message(self._source), self._schema)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_source": None}
 
     def where(self, place: int) -> str:
         return f"{self._shown} row {place}"

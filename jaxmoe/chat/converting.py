@@ -151,9 +151,12 @@ def _write_batches(source: pq.ParquetFile, rows: int, file: IO[bytes], shown: st
 
 def _in_cache(path: Path, cache: Path, kind: str, suffix: str, write: Callable[[IO[bytes]], None]) -> Path:
     """The file in the cache that is made of another one, written unless it is there."""
-    with open_regular(path) as file:
-        digest = file_digest(file, blake2b_16).hexdigest()
-    target = cache / f"{kind}-{digest}{suffix}"
+    with open_regular(path) as source:
+        digest = file_digest(source, blake2b_16).hexdigest()
+    name = (
+        f".{kind}-{digest}"  # hidden, so that none is taken for data where the cache is in the data's folder
+    )
+    target = cache / f"{name}{suffix}"
     if target.exists():
         return target
     unfinished = partial(

@@ -8,6 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from jaxmoe.block_cache import CACHE_BYTES, BlockCache
 from jaxmoe.data.files import find_files
@@ -228,7 +229,7 @@ def open_documents(
         UserError: the path, a file or a document in it is not usable; the message says where.
     """
     root, files = find_files(str(path), include, exclude)
-    cache = BlockCache(CACHE_BYTES)
+    cache: BlockCache[pa.Array] = BlockCache(CACHE_BYTES)
     readers = [_open_reader(file, field, cache, max_record_bytes) for _, file in files]
     columns = {column.name: array(_TYPES.get(column.name, "q")) for column in fields(_Index)}
     for number, reader in enumerate(readers):
@@ -245,7 +246,7 @@ def open_documents(
     return documents
 
 
-def _open_reader(path: Path, field: str, cache: BlockCache, max_record_bytes: int) -> Reader:
+def _open_reader(path: Path, field: str, cache: BlockCache[pa.Array], max_record_bytes: int) -> Reader:
     """The reader for the path's suffix; any suffix but .jsonl and .parquet is plain text."""
     match path.suffix.lower():
         case ".jsonl":

@@ -780,6 +780,8 @@ for _ in range(100_000):
             ids(labels=[5, 6]),
             ["labels has 2 entries, expected 3, one for each id; tokenize the row again"],
         ),
+        ("tokens", ids(labels=[5, 6.0, 7]), ["labels[1] is the number 6.0, expected 6"]),
+        ("tokens", {"input_ids": [0, 1], "labels": [0, True]}, ["labels[1] is the boolean True, expected 1"]),
         ("tokens", ids(labels=5), ["labels is the number 5, expected an array of 3"]),
         (
             "tokens",
