@@ -17,6 +17,12 @@ quickstart: $(READY) ## train, export, reload and fine-tune a small model, in mi
 	.venv/bin/python -m jaxmoe.train
 	.venv/bin/python -m jaxmoe.train configs/quickstart-finetune.yaml
 
+.PHONY: quickstart-chat
+quickstart-chat: $(READY) ## train a small model on conversations and let it answer, in minutes on a CPU
+	.venv/bin/python -m jaxmoe.inspect data configs/quickstart-chat.yaml --rows 1
+	.venv/bin/python -m jaxmoe.train configs/quickstart-chat.yaml
+	.venv/bin/python -m jaxmoe.generate --chat runs/quickstart-chat/export "What does os.path.join do?"
+
 .PHONY: test
 test: lint types ## everything that must pass: lint, types, packaging, tests on two Pythons
 	.venv/bin/python -m pytest -n 2 --durations=20

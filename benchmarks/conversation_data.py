@@ -119,7 +119,11 @@ def _private(pid: int) -> float:
 def ours(file: Path, tokenizer: Path, cache: Path, workers: int) -> dict[str, Any]:
     """Prepare, and take batches."""
     from jaxmoe.config import RunConfig
+    from jaxmoe.data import load_tokenizer
+    from jaxmoe.run import conversation_data  # noqa: F401 - the peer is imported before its clock starts, too
     from jaxmoe.run.data import open_data
+
+    load_tokenizer(tokenizer)
 
     config = RunConfig.from_mapping(
         {

@@ -138,6 +138,28 @@ def test_ours_is_what_the_model_calls(benchmarks: Any):
     np.testing.assert_allclose(out, np.asarray(right), rtol=1e-4, atol=1e-5)
 
 
+def test_conversations_are_prepared_by_all_contestants_that_are_here(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import conversation_data
+
+    rows = conversation_data.write_rows(tmp_path / "rows.jsonl", 60_000)
+    found = []
+    for number, template in enumerate((conversation_data.PLAIN, conversation_data.MARKED)):
+        conversation_data.write_tokenizer(tmp_path / f"{number}", template)
+        with conversation_data.Memory() as memory:
+            found.append(
+                conversation_data.ours(
+                    tmp_path / "rows.jsonl", tmp_path / f"{number}", tmp_path / f"c{number}", 0
+                )
+            )
+        assert memory.peak > 10
+    assert rows > 10
+    for name in ("tokens", "trained"):  # by rendering and by marks alike
+        assert found[0][name] == found[1][name] > 1000
+    for name in ("common", "conversation_data"):
+        sys.modules.pop(name, None)
+
+
 @pytest.mark.once
 def test_memory_of_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Every input is made and read to its end; the figures are those of a process of its own."""

@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from jaxmoe.data import open_documents
-from jaxmoe.run.data import sample
+from jaxmoe.run.text_data import sample
 
 
 def test_what_a_new_tokenizer_learns_from(tmp_path):
