@@ -42,19 +42,19 @@ MARKED = (
 )
 
 
-def said(longest: int) -> str:
+def said(rng: random.Random, longest: int) -> str:
     """Some words."""
-    count = 1 + int(_RANDOM.expovariate(3 / longest))
-    return " ".join(_WORDS[int(_RANDOM.expovariate(1 / 400)) % 5000] for _ in range(count))
+    count = 1 + int(rng.expovariate(3 / longest))
+    return " ".join(_WORDS[int(rng.expovariate(1 / 400)) % 5000] for _ in range(count))
 
 
 def write_rows(file: Path, size: int) -> int:
     """A file of about so many bytes; returns how many rows it has."""
-    lines = []
+    rng, lines = random.Random(1), []
     for _ in range(4000):
         turns = [
-            {"role": role, "content": said(longest)}
-            for _ in range(_RANDOM.randint(1, 4))
+            {"role": role, "content": said(rng, longest)}
+            for _ in range(rng.randint(1, 4))
             for role, longest in (("user", 100), ("assistant", 300))
         ]
         lines.append(json.dumps({"messages": turns}) + "\n")
@@ -72,7 +72,8 @@ def write_tokenizer(folder: Path, template: str) -> None:
     """The same for all."""
     from jaxmoe.data import save_tokenizer, train_byte_bpe
 
-    save_tokenizer(train_byte_bpe([said(300) for _ in range(2000)], 4096, SPECIAL), folder)
+    rng = random.Random(2)
+    save_tokenizer(train_byte_bpe([said(rng, 300) for _ in range(2000)], 4096, SPECIAL), folder)
     (folder / "chat_template.jinja").write_text(template)
 
 

@@ -4,8 +4,10 @@ import collections
 import concurrent.futures
 import dataclasses
 import multiprocessing
+import os
 import pickle
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
@@ -106,7 +108,18 @@ class Workers:
                 initializer=_begin,
                 initargs=(pickle.dumps(self._sources),),
             )
-        return self._pool.submit(_encode, source, tuple(indices)).result
+        encoded = self._pool.submit(_encode, source, tuple(indices))
+
+        def wait() -> Encoded:
+            try:
+                return encoded.result()
+            except concurrent.futures.BrokenExecutor as error:
+                raise UserError(
+                    f"a process that tokenizes was ended from outside, expected it to live (has the system no memory "
+                    f"left?): set data.workers to less than {self.count}, or 0"
+                ) from error
+
+        return wait
 
     def all(self, source: int) -> Iterator[Encoded]:
         """All rows of a source in order, some at a time."""
@@ -126,7 +139,16 @@ _here: tuple[Source, ...] = ()
 def _begin(pickled: bytes) -> None:
     global _here
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the process that asked ends this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _here = pickle.loads(pickled)  # noqa: S301 - from the process that started this one
+
+
+def _end_with_parent() -> None:
+    """Of a parent that is killed nobody tells the processes that wait for its work."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _encode(source: int, indices: Sequence[int]) -> Encoded:

@@ -19,12 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxmoe.chat.encoder import Encoder, Example, end_tokens
 from jaxmoe.chat.formats import RecordReader, detect
-from jaxmoe.chat.prepared import Prepared, prepare
+from jaxmoe.chat.prepared import About, Prepared, prepare
 from jaxmoe.chat.records import Conversation, Message, Piece, Record, Segments
 from jaxmoe.chat.rows import Rows, open_rows
 from jaxmoe.chat.templates import ChatTemplate, find_template, no_template
 from jaxmoe.chat.turns import EndTokens, TrainedTurns, TrainOn
-from jaxmoe.chat.workers import Source, Workers
+from jaxmoe.chat.workers import Source, Workers, arrays
 from jaxmoe.config import DataConfig, MixedSourceConfig, RunConfig, TrainTokenizer
 from jaxmoe.data import end_of_document
 from jaxmoe.data.conversations import (
@@ -48,6 +48,7 @@ _VERSION = 1
 
 _MOST_WORKERS = 16
 _TOLD_ERRORS = 5
+_SAMPLED_ROWS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,14 +145,19 @@ class ConversationData(RunData):
         ]
         return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
 
-    @property
+    @functools.cached_property
     def told(self) -> list[str]:
         """See `RunData.told`."""
         rows = sum(len(source.train.rows) for source in self.sources)
         lines = [f"{rows:,} rows"]
         for number, source in enumerate(self.sources):
-            made = None if self.prepared is None else self.prepared[number]
-            lines += _told_of(source, made, self.template)
+            if self.prepared is None:
+                about = _sampled(source.train)
+                if about.bad and self.config.data.bad_rows == "stop":
+                    raise UserError(about.errors[0])
+                lines += _told_of(source, about, about.rows, self.template)
+            else:
+                lines += _told_of(source, self.prepared[number].about, None, self.template)
         if self.prepared is not None:
             tokens = sum(made.about.tokens for made in self.prepared)
             steps = tokens / (self.config.train.batch_size * self.config.data.sequence_length)
@@ -426,20 +432,35 @@ def _said(record: Record) -> Iterable[str]:
             raise UserError("data.tokenizer: rows of token ids have a tokenizer already: give that one")
 
 
-def _told_of(source: OpenSource, made: Prepared | None, template: ChatTemplate | None) -> list[str]:
-    """What a source has, and what of it is not as one would expect."""
+def _told_of(
+    source: OpenSource, about: About, sampled: int | None, template: ChatTemplate | None
+) -> list[str]:
+    """What a source has, and what of it is not as one would expect; ``sampled`` is how many rows were looked at."""
     line = f"{source.name}: {len(source.train.rows):,} rows of {source.format}"
     if template is not None and source.format not in ("text", "segments", "tokens"):
         line += f", {template.origin}"
-    if made is None:
-        return [line]
-    about = made.about
     share = about.trained / max(about.tokens, 1)
-    line += f", {about.examples:,} examples of {about.tokens:,} tokens, {share:.1%} trained"
+    where = "" if sampled is None else f" in the first {sampled:,} rows"
+    line += f", {about.examples:,} examples of {about.tokens:,} tokens{where}, {share:.1%} trained"
     lines = [line]
     if about.bad:
         lines.append(f"{source.name}: {about.bad:,} rows cannot be used and are left out: {about.errors[0]}")
     return lines + [f"{source.name}: {count:,} x {note}" for note, count in sorted(about.notes.items())]
+
+
+def _sampled(source: Source) -> About:
+    """The first rows, of a source that is not read before the run."""
+    encoded = source.encode(range(min(_SAMPLED_ROWS, len(source.rows))))
+    lengths, _, weights = arrays(encoded.examples)
+    return About(
+        rows=len(encoded.counts),
+        examples=len(lengths),
+        tokens=int(lengths.sum()),
+        trained=int(np.count_nonzero(weights)),
+        bad=len(encoded.errors),
+        errors=tuple(encoded.errors[:1]),
+        notes=dict(encoded.notes),
+    )
 
 
 class _progress:

@@ -197,10 +197,13 @@ def test_a_bad_row_stops_the_run_or_is_counted(folder, tmp_path):
     given["tokenizer"] = str(tmp_path / "tokenizer.json")
     with pytest.raises(UserError) as prepared:
         _ = opened(folder, tmp_path, **given).prepared
-    batches = opened(folder, tmp_path, prepare=False, **given).training_batches()
+    unprepared = opened(folder, tmp_path, prepare=False, **given)
+    with pytest.raises(UserError) as told:
+        _ = unprepared.told
+    batches = unprepared.training_batches()
     with pytest.raises(UserError) as streamed:
         list(itertools.islice(batches, 30))
-    for caught in (prepared, streamed):
+    for caught in (prepared, told, streamed):
         assert f"{tmp_path / 'bad.jsonl'} line " in str(caught.value)
         assert "\n" not in str(caught.value)
     data = opened(folder, tmp_path, bad_rows="skip", **given)
