@@ -112,6 +112,11 @@ class Mixer(Block):
 class FeedForward(Block):
     """What happens to each token by itself."""
 
+    def sparse_params(self, tokens: int) -> tuple[str, ...]:
+        """Names in its tree of those parameters of which so few tokens read a part. They may come as a `Repeat`."""
+        del tokens
+        return ()
+
     @abc.abstractmethod
     def apply(
         self, params: Tree, x_BTD: jax.Array, stream_BTD: jax.Array, context: Context

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxmoe.codecs import PACKED
 from jaxmoe.kernels.devices import Device
 from jaxmoe.model.batch import Batch
 from jaxmoe.model.dropout import Dropout
@@ -17,8 +18,8 @@ from jaxmoe.model.mixers.context import Context, make_context
 from jaxmoe.model.norms import norm
 from jaxmoe.model.precision import float32_matmuls, scaled
 from jaxmoe.model.spec import LayerGroup, LayerSpec, ModelSpec
-from jaxmoe.parallel.sharding import constrain
-from jaxmoe.params import Param, Tree
+from jaxmoe.parallel.sharding import constrain, current_mesh
+from jaxmoe.params import Param, Repeat, Tree
 
 Cache = tuple[tuple[Tree, ...], ...]
 """Of every group of layers, for each place in its pattern: what its mixer keeps, over all repeats; None without one."""
@@ -175,8 +176,16 @@ def _run_group(
     copy of it all.
     """
 
+    sparse = [{}] * len(params) if cache is None else _sparse(group, declared, params, x_BTD)
+    params = tuple(
+        {name: tree for name, tree in weights.items() if name not in apart}
+        for weights, apart in zip(params, sparse, strict=True)
+    )
+
     def run_layer(place: int, weights: Tree, x: jax.Array, layer_key: jax.Array | None, slot: Any) -> Any:
-        weights = _for_compute(declared[place], weights, x.dtype)
+        own = {name: tree for name, tree in declared[place].items() if name not in sparse[place]}
+        weights = _for_compute(own, weights, x.dtype)
+        weights |= {name: Repeat(tree, slot[1]) for name, tree in sparse[place].items()}
         if layer_key is not None and context.dropout:
             weights = with_dropout(weights, Dropout(layer_key, context.dropout))
         return _layer(group.pattern[place], weights, x, dataclasses.replace(context, key=layer_key), slot)
@@ -204,6 +213,35 @@ def _run_group(
     # (repeats, …) per place in the pattern → (repeats * places, …), that is layer order.
     merged = jax.tree.map(lambda *places: jnp.stack(places, axis=1).reshape(-1, *places[0].shape[1:]), *stats)
     return x_BTD, [merged], cache
+
+
+def _sparse(
+    group: LayerGroup, declared: tuple[Tree, ...], params: tuple[Tree, ...], x_BTD: jax.Array
+) -> list[dict[str, Tree]]:
+    """Of each place in the pattern, the parameters that a scan must not cut out: a token reads a part of them.
+
+    They are left to it where that is a cast, or where a mesh has its own cuts.
+    """
+
+    def ready(parameter: Param, value: Any) -> bool:
+        return isinstance(value, PACKED) or (
+            isinstance(value, jax.Array) and value.dtype == parameter.dtype(x_BTD.dtype)
+        )
+
+    if current_mesh() is not None:
+        return [{}] * len(params)
+    names = [
+        () if layer.ffn is None else layer.ffn.sparse_params(x_BTD.shape[0] * x_BTD.shape[1])
+        for layer in group.pattern
+    ]
+    return [
+        {
+            name: weights[name]
+            for name in own
+            if all(jax.tree.leaves(jax.tree.map(ready, tree[name], weights[name])))
+        }
+        for own, tree, weights in zip(names, declared, params, strict=True)
+    ]
 
 
 def _for_compute(declared: Tree, values: Tree, dtype: Any) -> Tree:
