@@ -34,6 +34,7 @@ every axis before them is a batch of matrices.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -133,6 +134,30 @@ def split(tree: Tree, mask: Tree) -> tuple[Tree, Tree]:
 def joined(chosen: Tree, others: Tree) -> Tree:
     """The tree that `split` took apart."""
     return jax.tree.map(lambda one, other: other if one is None else one, chosen, others, is_leaf=is_none)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("params", "index"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class Repeat:
+    """Parameters of one repeat of a layer, still among those of all: where a part of them is read, XLA copies no more.
+
+    Attributes:
+        params: a tree whose arrays all begin with L.
+        index: () int32, which of the L is meant.
+    """
+
+    params: Tree
+    index: jax.Array
+
+    @property
+    def repeats(self) -> int:
+        """L."""
+        return jax.tree.leaves(self.params)[0].shape[0]
+
+    @property
+    def joined(self) -> Tree:
+        """The tree with its first two axes, L and such as E, as one."""
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), self.params)
 
 
 def is_none(leaf: Any) -> bool:

@@ -1,6 +1,7 @@
 """The generate command: what it says, and what a user gets wrong."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -99,6 +100,7 @@ def test_a_text_that_the_device_has_no_memory_for(monkeypatch):
     def exhausted(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 52777619552856 bytes.")
 
-    monkeypatch.setattr(sampling, "_next_token", exhausted)
-    with pytest.raises(UserError, match=r"no memory for a text of 12 tokens, 2 of the prompt and 10 more"):
-        sampling.generate({}, None, [1, 2], tokens=10, temperature=0.0, seed=0, dtype=None)
+    monkeypatch.setattr(sampling, "_extend", exhausted)
+    with pytest.raises(UserError, match=r"no memory for a text of 12 tokens, 2 so far and 10 more"):
+        options = {"tokens": 10, "temperature": 0.0, "seed": 0, "dtype": None}
+        sampling.generate({}, SimpleNamespace(rotations=frozenset(), layers=()), [1, 2], **options)

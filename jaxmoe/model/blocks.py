@@ -6,6 +6,7 @@ outside asks which one it is: what is said of it below is all that the rest of t
 
 import abc
 from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import jax
 
@@ -45,7 +46,13 @@ class Block(abc.ABC):
 
 
 class Mixer(Block):
-    """What passes between the tokens of a document, never from a later one to an earlier one."""
+    """What passes between the tokens of a document, never from a later one to an earlier one.
+
+    Attributes:
+        rewinds: a cache can go on from any earlier token of its text, as if those after it had never been there.
+    """
+
+    rewinds: ClassVar[bool] = True
 
     @abc.abstractmethod
     def apply(self, params: Tree, x_BTD: jax.Array, context: Context) -> jax.Array:
@@ -58,6 +65,37 @@ class Mixer(Block):
 
         Returns:
             (B, T, D).
+        """
+
+    @abc.abstractmethod
+    def init_cache(self, repeats: int, batch: int, length: int, dtype: Any) -> Tree:
+        """What it keeps of tokens that were read, before there are any: arrays whose axes do not shrink with `length`.
+
+        Args:
+            repeats: L, all layers of a group that it is in at one place: the first axis of every array.
+            batch: B.
+            length: tokens that a text has at most.
+            dtype: compute dtype.
+        """
+
+    @abc.abstractmethod
+    def decode(
+        self, params: Tree, x_BTD: jax.Array, context: Context, cache: Tree, repeat: jax.Array
+    ) -> tuple[jax.Array, Tree]:
+        """`apply` to tokens that follow on what the cache has, which is nothing where the context is fresh.
+
+        Padding comes after a row's last token and may reach past the end of the cache; `Context.valid` tells it. What a
+        cache has at positions from the first of these tokens on is void.
+
+        Args:
+            params: the layer's, in the compute dtype.
+            x_BTD: (B, T, D), at consecutive positions.
+            context: of these tokens alone, with one document per row.
+            cache: as from `init_cache`.
+            repeat: () int32, which of the L layers this is.
+
+        Returns:
+            (B, T, D), and the cache with these tokens in it.
         """
 
     def rotations(self) -> frozenset[RopeSpec]:
@@ -73,6 +111,11 @@ class Mixer(Block):
 
 class FeedForward(Block):
     """What happens to each token by itself."""
+
+    def sparse_params(self, tokens: int) -> tuple[str, ...]:
+        """Names in its tree of those parameters of which so few tokens read a part. They may come as a `Repeat`."""
+        del tokens
+        return ()
 
     @abc.abstractmethod
     def apply(

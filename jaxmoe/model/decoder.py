@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxmoe.codecs import PACKED
 from jaxmoe.kernels.devices import Device
 from jaxmoe.model.batch import Batch
 from jaxmoe.model.dropout import Dropout
@@ -17,8 +18,11 @@ from jaxmoe.model.mixers.context import Context, make_context
 from jaxmoe.model.norms import norm
 from jaxmoe.model.precision import float32_matmuls, scaled
 from jaxmoe.model.spec import LayerGroup, LayerSpec, ModelSpec
-from jaxmoe.parallel.sharding import constrain
-from jaxmoe.params import Param, Tree
+from jaxmoe.parallel.sharding import constrain, current_mesh
+from jaxmoe.params import Param, Repeat, Tree
+
+Cache = tuple[tuple[Tree, ...], ...]
+"""Of every group of layers, for each place in its pattern: what its mixer keeps, over all repeats; None without one."""
 
 
 def hidden_states(
@@ -55,25 +59,94 @@ def hidden_states(
     with float32_matmuls(dtype):
         context = make_context(spec.rotations, batch, dtype, packed=packed, key=key, device=device)
         context = dataclasses.replace(context, dropout=dropout)
-        return _hidden_states(params, spec, batch.tokens, context, dtype, remat)
+        hidden, stats, _ = _hidden_states(params, spec, batch.tokens, context, dtype, remat=remat)
+        return hidden, stats
 
 
 def _hidden_states(
-    params: Tree, spec: ModelSpec, tokens: jax.Array, context: Context, dtype: Any, remat: bool
-) -> tuple[jax.Array, RouterStats | None]:
+    params: Tree,
+    spec: ModelSpec,
+    tokens: jax.Array,
+    context: Context,
+    dtype: Any,
+    *,
+    remat: bool = False,
+    cache: Cache | None = None,
+) -> tuple[jax.Array, RouterStats | None, Cache]:
     # Rows of the table are looked up whole: split along D, the lookup's result would have to be resharded.
     table = jax.tree.map(constrain, params["embed"], letters_of(params["embed"], "V."))
     x_BTD = constrain(lookup(table, tokens, dtype), "BTD")
     if spec.embedding_scale != 1.0:
         x_BTD = x_BTD * jnp.asarray(spec.embedding_scale, dtype)
     stats: list[RouterStats] = []
+    caches = []
     for index, group in enumerate(spec.groups):
         key = None if context.key is None else jax.random.fold_in(context.key, index)
         trees = (spec.declared["groups"][index], params["groups"][index])
-        x_BTD, group_stats = _run_group(group, *trees, x_BTD, dataclasses.replace(context, key=key), remat)
+        group_context = dataclasses.replace(context, key=key)
+        group_cache = None if cache is None else cache[index]
+        x_BTD, group_stats, group_cache = _run_group(group, *trees, x_BTD, group_context, remat, group_cache)
         stats.extend(group_stats)
+        caches.append(group_cache)
     x_BTD = norm(params, "norm", spec.norm, x_BTD)
-    return x_BTD, jax.tree.map(lambda *parts: jnp.concatenate(parts), *stats) if stats else None
+    return (
+        x_BTD,
+        jax.tree.map(lambda *parts: jnp.concatenate(parts), *stats) if stats else None,
+        tuple(caches),
+    )
+
+
+def init_cache(spec: ModelSpec, batch: int, length: int, dtype: Any) -> Cache:
+    """What mixers keep of tokens that were read, before there are any.
+
+    Args:
+        spec: the model.
+        batch: B.
+        length: tokens that a text has at most.
+        dtype: compute dtype.
+    """
+    return tuple(
+        tuple(
+            None if layer.mixer is None else layer.mixer.init_cache(group.repeats, batch, length, dtype)
+            for layer in group.pattern
+        )
+        for group in spec.groups
+    )
+
+
+def decode(
+    params: Tree,
+    spec: ModelSpec,
+    batch: Batch,
+    cache: Cache,
+    *,
+    dtype: Any,
+    fresh: bool,
+    length: jax.Array | None = None,
+    device: Device | None = None,
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """`hidden_states` of tokens that follow on those that the cache has.
+
+    Args:
+        params: as in `hidden_states`.
+        spec: the model.
+        batch: token ids at consecutive positions, one document per row; padding (segment 0) comes after it.
+        cache: as from `init_cache`.
+        dtype: compute dtype.
+        fresh: the cache has nothing yet.
+        length: () int32, tokens that the text will have when it is complete: some rotations go by that. By default
+            those of this batch are its last.
+        device: that computes; None for the one at hand.
+
+    Returns:
+        (B, T, D) in `dtype`, and the cache with these tokens in it.
+    """
+    with float32_matmuls(dtype):
+        context = make_context(
+            spec.rotations, batch, dtype, packed=False, device=device, fresh=fresh, length=length
+        )
+        hidden, _, cache = _hidden_states(params, spec, batch.tokens, context, dtype, cache=cache)
+        return hidden, cache
 
 
 def output_head(params: Tree, spec: ModelSpec) -> Head:
@@ -95,35 +168,80 @@ def _run_group(
     x_BTD: jax.Array,
     context: Context,
     remat: bool,
-) -> tuple[jax.Array, list[RouterStats]]:
-    """Scan over the repeats of a group. The statistics of its MoE layers come back in layer order."""
+    cache: tuple[Tree, ...] | None,
+) -> tuple[jax.Array, list[RouterStats], tuple[Tree, ...] | None]:
+    """Scan over the repeats of a group. The statistics of its MoE layers come back in layer order.
 
-    def run_layer(place: int, weights: Tree, x: jax.Array, layer_key: jax.Array | None) -> Any:
-        weights = _for_compute(declared[place], weights, x.dtype)
+    A cache is carried whole from layer to layer: a mixer writes a few tokens into it, where a scan's output would be a
+    copy of it all.
+    """
+
+    sparse = [{}] * len(params) if cache is None else _sparse(group, declared, params, x_BTD)
+    params = tuple(
+        {name: tree for name, tree in weights.items() if name not in apart}
+        for weights, apart in zip(params, sparse, strict=True)
+    )
+
+    def run_layer(place: int, weights: Tree, x: jax.Array, layer_key: jax.Array | None, slot: Any) -> Any:
+        own = {name: tree for name, tree in declared[place].items() if name not in sparse[place]}
+        weights = _for_compute(own, weights, x.dtype)
+        weights |= {name: Repeat(tree, slot[1]) for name, tree in sparse[place].items()}
         if layer_key is not None and context.dropout:
             weights = with_dropout(weights, Dropout(layer_key, context.dropout))
-        return _layer(group.pattern[place], weights, x, dataclasses.replace(context, key=layer_key))
+        return _layer(group.pattern[place], weights, x, dataclasses.replace(context, key=layer_key), slot)
 
     if remat:
         run_layer = jax.checkpoint(run_layer, static_argnums=(0,), prevent_cse=False)
 
-    def body(x: jax.Array, scanned: tuple[tuple[Tree, ...], jax.Array | None]) -> Any:
-        pattern_params, repeat_key = scanned
-        layer_stats = []
+    def body(carry: tuple[jax.Array, Any], scanned: tuple[tuple[Tree, ...], Any, Any]) -> Any:
+        (x, caches), (pattern_params, repeat_key, repeat) = carry, scanned
+        layer_stats, written = [], []
         for place, weights in enumerate(pattern_params):
             layer_key = None if repeat_key is None else jax.random.fold_in(repeat_key, place)
-            x, stats = run_layer(place, weights, x, layer_key)
+            slot = None if caches is None else (caches[place], repeat)
+            x, stats, new = run_layer(place, weights, x, layer_key, slot)
+            written.append(new)
             if stats is not None:
                 layer_stats.append(stats)
-        return x, layer_stats
+        return (x, None if caches is None else tuple(written)), layer_stats
 
     keys = None if context.key is None else jax.random.split(context.key, group.repeats)
-    x_BTD, stats = jax.lax.scan(body, x_BTD, (params, keys))
+    repeats = None if cache is None else jnp.arange(group.repeats)
+    (x_BTD, cache), stats = jax.lax.scan(body, (x_BTD, cache), (params, keys, repeats))
     if not stats:
-        return x_BTD, []
+        return x_BTD, [], cache
     # (repeats, …) per place in the pattern → (repeats * places, …), that is layer order.
     merged = jax.tree.map(lambda *places: jnp.stack(places, axis=1).reshape(-1, *places[0].shape[1:]), *stats)
-    return x_BTD, [merged]
+    return x_BTD, [merged], cache
+
+
+def _sparse(
+    group: LayerGroup, declared: tuple[Tree, ...], params: tuple[Tree, ...], x_BTD: jax.Array
+) -> list[dict[str, Tree]]:
+    """Of each place in the pattern, the parameters that a scan must not cut out: a token reads a part of them.
+
+    They are left to it where that is a cast, or where a mesh has its own cuts.
+    """
+
+    def ready(parameter: Param, value: Any) -> bool:
+        return isinstance(value, PACKED) or (
+            isinstance(value, jax.Array) and value.dtype == parameter.dtype(x_BTD.dtype)
+        )
+
+    if current_mesh() is not None:
+        return [{}] * len(params)
+    names = [
+        () if layer.ffn is None else layer.ffn.sparse_params(x_BTD.shape[0] * x_BTD.shape[1])
+        for layer in group.pattern
+    ]
+    return [
+        {
+            name: weights[name]
+            for name in own
+            if all(jax.tree.leaves(jax.tree.map(ready, tree[name], weights[name])))
+        }
+        for own, tree, weights in zip(names, declared, params, strict=True)
+    ]
 
 
 def _for_compute(declared: Tree, values: Tree, dtype: Any) -> Tree:
@@ -137,9 +255,13 @@ def _for_compute(declared: Tree, values: Tree, dtype: Any) -> Tree:
 
 
 def _layer(
-    layer: LayerSpec, params: Tree, x_BTD: jax.Array, context: Context
-) -> tuple[jax.Array, RouterStats | None]:
-    """What comes out of a layer (B, T, D), and the statistics of its router."""
+    layer: LayerSpec, params: Tree, x_BTD: jax.Array, context: Context, slot: tuple[Tree, jax.Array] | None
+) -> tuple[jax.Array, RouterStats | None, Tree | None]:
+    """What comes out of a layer (B, T, D), the statistics of its router, and its cache where it has one.
+
+    Args:
+        slot: the cache of its mixer and which repeat it is; None where every token is at hand.
+    """
 
     def before(name: str, x: jax.Array) -> jax.Array:
         return norm(params, f"{name}_norm", layer.norm, x) if layer.normed_before else x
@@ -152,15 +274,19 @@ def _layer(
         stream = normed if layer.from_normed else x
         return constrain(scaled(stream, scales[0]) + scaled(out, scales[1]), "BTD")
 
-    normed, stats = x_BTD, None
+    normed, stats, cache = x_BTD, None, None
     if layer.mixer is not None:
         normed = before("attention", x_BTD)
-        x_BTD = add(
-            "attention", layer.mixer_scales, x_BTD, normed, layer.mixer.apply(params, normed, context)
-        )
+        if slot is None:
+            mixed = layer.mixer.apply(params, normed, context)
+        else:
+            mixed, cache = layer.mixer.decode(params, normed, context, *slot)
+        x_BTD = add("attention", layer.mixer_scales, x_BTD, normed, mixed)
     if layer.ffn is not None:
         if layer.mixer is None or not layer.one_norm:
             normed = before("ffn", x_BTD)
         out, stats = layer.ffn.apply(params, normed, x_BTD, context)
         x_BTD = add("ffn", layer.ffn_scales, x_BTD, normed, out)
-    return x_BTD * along_last(params["output_scale"], x_BTD) if layer.output_scale else x_BTD, stats
+    if layer.output_scale:
+        x_BTD = x_BTD * along_last(params["output_scale"], x_BTD)
+    return x_BTD, stats, cache

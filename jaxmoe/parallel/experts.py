@@ -14,14 +14,14 @@ from jaxmoe.kernels.expert_mlp import Activation, Experts, Lora, SlotDropout, ex
 from jaxmoe.kernels.expert_mlp.operands import is_packed, shape_of
 from jaxmoe.model.linear import LowRank, dense
 from jaxmoe.parallel.sharding import BATCH_AXES, axis_size, current_mesh, spec_of
-from jaxmoe.params import Tree
+from jaxmoe.params import Repeat, Tree
 
 _LETTERS = {"gate_up": "EGF.", "down": "E.F", "gate_up_bias": "EGF", "down_bias": "E."}
 """Of each parameter; the model width is gathered before experts multiply."""
 
 
 def experts_on_mesh(
-    params: Tree,
+    params: Tree | Repeat,
     activation: Activation,
     x_RD: Float[Array, "R D"],
     experts_RK: Int[Array, "R K"],
@@ -37,6 +37,7 @@ def experts_on_mesh(
     Args:
         params: gate_up (E, G, F, D) and down (E, D, F), each any weight of `jaxmoe.model.linear`, and biases. A
             low-rank pair runs in the same kernels as its base; in that of gate_up, gate and up share a (E, 1, r, D).
+            Without a mesh they may be a `Repeat` of arrays and what is packed.
         activation: of the experts.
         x_RD: (R, D).
         experts_RK: (R, K) int32, those that each token goes to.
@@ -49,6 +50,10 @@ def experts_on_mesh(
     Raises:
         ValueError: gate and up have an a each.
     """
+    if isinstance(params, Repeat):  # the experts of all layers, of which no token chooses those of others
+        joined = params.joined
+        experts_RK = experts_RK + params.index * (shape_of(joined["down"])[0] // params.repeats)
+        params = joined
     experts, dropout = _operands(params, x_RD.dtype), _dropout(params)
     layer = functools.partial(expert_mlp, activation=activation, device=device)
     mesh = current_mesh()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny
+from helpers import parity, reading, tiny
 from helpers.runs import run_config, run_until, write_workspace
 
 import jaxmoe
@@ -21,6 +21,7 @@ from jaxmoe.model.batch import Batch
 from jaxmoe.model.blocks import Mixer
 from jaxmoe.model.linear import linear
 from jaxmoe.model.mixers.context import make_context
+from jaxmoe.model.sampling import Generator
 from jaxmoe.model.spec import group_layers
 from jaxmoe.params import named, param
 from jaxmoe.run import loop
@@ -28,7 +29,14 @@ from jaxmoe.run import loop
 
 @dataclasses.dataclass(frozen=True)
 class MovingAverage(Mixer):
-    """sigmoid(gate · x) · s, with s ← λ s + (1 − λ) x from the start of each document, λ = sigmoid(decay)."""
+    """sigmoid(gate · x) · s, with s ← λ s + (1 − λ) x from the start of each document, λ = sigmoid(decay).
+
+    What it keeps of a text is s: it goes on after the last token alone.
+    """
+
+    width: int
+
+    rewinds = False
 
     def params(self, width):
         sizes = {"D": width, "X": width}
@@ -37,16 +45,31 @@ class MovingAverage(Mixer):
         }
 
     def apply(self, params, x_BTD, context):
-        own = params["average"]
+        return self._mix(params["average"], x_BTD, context.starts[..., None])[0]
+
+    def init_cache(self, repeats, batch, length, dtype):
+        return jnp.zeros((repeats, batch, self.width), jnp.float32)
+
+    def decode(self, params, x_BTD, context, cache, repeat):
+        first_BT = jnp.full(x_BTD.shape[:2], False)
+        before = None if context.fresh else cache[repeat]
+        out_BTD, state_BTD = self._mix(params["average"], x_BTD, first_BT[..., None], before)
+        # Padding comes last, and is not to count.
+        last_B = jnp.sum(context.valid, axis=1) - 1
+        return out_BTD, cache.at[repeat].set(state_BTD[jnp.arange(last_B.size), last_B])
+
+    def _mix(self, own, x_BTD, starts_BTJ, before_BD=None):
         share_D = jax.nn.sigmoid(own["decay"].astype(jnp.float32))[None, None]
-        kept_BTD = jnp.where(context.starts[..., None], 0.0, share_D)
+        kept_BTD = jnp.where(starts_BTJ, 0.0, share_D)
         added_BTD = (1 - share_D) * x_BTD.astype(jnp.float32)
+        if before_BD is not None:
+            added_BTD = added_BTD.at[:, 0].add(share_D[:, 0] * before_BD)
 
         def after(first, then):
             return first[0] * then[0], first[1] * then[0] + then[1]
 
         _, state_BTD = jax.lax.associative_scan(after, (kept_BTD, added_BTD), axis=1)
-        return jax.nn.sigmoid(linear(x_BTD, own["gate"])) * state_BTD.astype(x_BTD.dtype)
+        return jax.nn.sigmoid(linear(x_BTD, own["gate"])) * state_BTD.astype(x_BTD.dtype), state_BTD
 
     def describe(self):
         return "gated moving average"
@@ -57,7 +80,7 @@ TIMES = {"seconds", "data_seconds", "tokens_per_second", "mfu"}
 
 def every_other(spec):
     layers = [
-        dataclasses.replace(layer, mixer=MovingAverage()) if index % 2 else layer
+        dataclasses.replace(layer, mixer=MovingAverage(spec.width)) if index % 2 else layer
         for index, layer in enumerate(spec.layers)
     ]
     return dataclasses.replace(spec, groups=group_layers(layers))
@@ -93,13 +116,22 @@ def test_value():
                 state = np.zeros(5)
             state = share * state + (1 - share) * x[row, t]
             want[row, t] = state / (1 + np.exp(-gate @ x[row, t]))
-    mixer, params = MovingAverage(), {"gate": jnp.float32(gate), "decay": jnp.float32(decay)}
+    mixer, params = MovingAverage(5), {"gate": jnp.float32(gate), "decay": jnp.float32(decay)}
     for packed in (True, False):  # borders are known also where attention has no mask
         context = make_context((), Batch(None, jnp.zeros((2, 9), int), segments), jnp.float32, packed=packed)
         begins = [[0, 3, 7], [0, 6, 8]]
         assert [np.flatnonzero(row).tolist() for row in context.starts] == begins
         got = mixer.apply({"average": params}, jnp.float32(x), context)
         np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_it_continues_a_text():
+    spec = every_other(reading.model_of("qwen3_moe")[1])
+    params, prompt = reading.weights_of(spec), reading.prompt_of(spec, 37)
+    one = Generator(params, spec, dtype=jnp.float32)
+    for text in (prompt, [*prompt, 5], [*prompt, 5, *prompt], prompt[:30]):  # the last one is read anew
+        want = reading.whole(params, spec, text)[-1]
+        parity.assert_close(one.feed(text), want, 1e-5, f"logits after {len(text)} tokens")
 
 
 def metrics_of(folder):

@@ -72,6 +72,10 @@ class MoESpec(FeedForward):
         del stream_BTD
         return moe(params, self, x_BTD, context)
 
+    def sparse_params(self, tokens: int) -> tuple[str, ...]:
+        """The experts, where there are more than so many tokens can choose."""
+        return ("experts",) if tokens * self.router.top_k < self.router.num_experts else ()
+
     def idle_params(self, width: int) -> int:
         """Those of the experts that a token is not sent to."""
         router = self.router
@@ -128,6 +132,10 @@ class DenseMoESpec(FeedForward):
         experts_see = norm(params, "experts_norm", self.norm, stream_BTD)
         out, stats = moe(params, self.moe, experts_see, context, router_sees=stream_BTD)
         return dense_BTD + norm(params, "experts_post_norm", self.norm, out), stats
+
+    def sparse_params(self, tokens: int) -> tuple[str, ...]:
+        """Those of the experts."""
+        return self.moe.sparse_params(tokens)
 
     def idle_params(self, width: int) -> int:
         """Those of the experts that a token is not sent to."""

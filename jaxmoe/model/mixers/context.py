@@ -25,6 +25,7 @@ class Context:
         key: PRNG key of the layer, in training; None means that nothing is random.
         dropout: share that low-rank pairs drop of their inputs, where there is a key.
         device: that computes; None for the one at hand.
+        fresh: the tokens begin their texts. False says that a cache has what comes before them.
     """
 
     positions: jax.Array
@@ -34,6 +35,7 @@ class Context:
     key: jax.Array | None = None
     device: Device | None = None
     dropout: float = 0.0
+    fresh: bool = True
 
     @property
     def valid(self) -> jax.Array | None:
@@ -64,6 +66,8 @@ def make_context(
     packed: bool = True,
     key: jax.Array | None = None,
     device: Device | None = None,
+    fresh: bool = True,
+    length: jax.Array | None = None,
 ) -> Context:
     """Prepare a batch for all layers.
 
@@ -71,7 +75,8 @@ def make_context(
         rotations: of all layers.
         batch: token ids and how they are packed.
         dtype: compute dtype.
-        packed, key, device: see `Context`.
+        packed, key, device, fresh: see `Context`.
+        length: () int32, tokens of the longest text; by default up to the last of the positions.
     """
-    tables = {spec: rope_tables(spec, batch.positions, dtype) for spec in rotations}
-    return Context(batch.positions, batch.segment_ids, packed, tables, key, device)
+    tables = {spec: rope_tables(spec, batch.positions, dtype, length) for spec in rotations}
+    return Context(batch.positions, batch.segment_ids, packed, tables, key, device, fresh=fresh)

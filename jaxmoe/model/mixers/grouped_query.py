@@ -13,6 +13,7 @@ from jaxmoe.model.blocks import Mixer
 from jaxmoe.model.linear import linear, on_rows
 from jaxmoe.model.mixers.attend import attend
 from jaxmoe.model.mixers.context import Context
+from jaxmoe.model.mixers.kv_cache import KVCache, attend_to_cache
 from jaxmoe.model.mixers.rope import RopeSpec, apply_rope
 from jaxmoe.model.norms import NormSpec, apply_norm
 from jaxmoe.model.precision import scaled
@@ -87,17 +88,52 @@ class AttentionSpec(Mixer):
     def apply(self, params: Tree, x_BTD: jax.Array, context: Context) -> jax.Array:
         """x (B, T, D) → (B, T, D)."""
         params = params["attention"]
-        q_BTNH, k_BTMH, v_BTMH = _project(_repeat_kv_heads(params, self, x_BTD.dtype), self, x_BTD, context)
+        q_BTNH, k_BTMH, v_BTMH = self._heads(params, x_BTD, context)
         out_BTNH = attend(
-            constrain(q_BTNH, "BTNH"),
-            constrain(k_BTMH, "BTMH"),
-            constrain(v_BTMH, "BTMH"),
-            context.documents,
-            scale=self.head_dim**-0.5 if self.scale is None else self.scale,
-            window=self.window,
-            sinks=params.get("sinks"),
-            device=context.device,
+            q_BTNH, k_BTMH, v_BTMH, context.documents, device=context.device, **self._scores(params)
         )
+        return self._output(params, x_BTD, out_BTNH)
+
+    def init_cache(self, repeats: int, batch: int, length: int, dtype: Any) -> KVCache:
+        """Of keys, rotated, and values."""
+        heads = math.lcm(self.num_kv_heads, axis_size("tensor"))
+        k, v = (
+            constrain(jnp.zeros((repeats, batch, heads, length, width), dtype), "..M..")
+            for width in (self.head_dim, self.width_of_value)
+        )
+        return KVCache(k, v)
+
+    def decode(
+        self, params: Tree, x_BTD: jax.Array, context: Context, cache: KVCache, repeat: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        """x (B, T, D) → (B, T, D), with attention to what is cached, and the cache with the keys and values of x."""
+        params = params["attention"]
+        q_BTNH, k_BTMH, v_BTMH = self._heads(params, x_BTD, context)
+        positions_BT = context.positions
+        cache = cache.written(repeat, positions_BT, k_BTMH, v_BTMH)
+        if context.fresh:
+            out_BTNH = attend(
+                q_BTNH, k_BTMH, v_BTMH, context.documents, device=context.device, **self._scores(params)
+            )
+        else:
+            k_BMSH, v_BMSH, keys_BS = cache.seen(repeat, positions_BT, self.window)
+            out_BTNH = attend_to_cache(q_BTNH, k_BMSH, v_BMSH, positions_BT, keys_BS, **self._scores(params))
+        return self._output(params, x_BTD, out_BTNH), cache
+
+    def _heads(
+        self, params: Tree, x_BTD: jax.Array, context: Context
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As `_project`, where the mesh has them."""
+        q_BTNH, k_BTMH, v_BTMH = _project(_repeat_kv_heads(params, self, x_BTD.dtype), self, x_BTD, context)
+        return constrain(q_BTNH, "BTNH"), constrain(k_BTMH, "BTMH"), constrain(v_BTMH, "BTMH")
+
+    def _scores(self, params: Tree) -> dict[str, Any]:
+        """What scores are made with, and which count."""
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return {"scale": scale, "window": self.window, "sinks": params.get("sinks")}
+
+    def _output(self, params: Tree, x_BTD: jax.Array, out_BTNH: jax.Array) -> jax.Array:
+        """What heads give (B, T, N, value width) → (B, T, D)."""
         bias = params["o_bias"] if self.output_bias else None
         if self.gated:
             gate_BTP = jax.nn.sigmoid(linear(x_BTD, params["gate_proj"]))

@@ -1,7 +1,8 @@
 """Rotary position embeddings (Su et al., arXiv 2104.09864) and the usual ways to stretch them.
 
 Frequencies follow the definitions of transformers' ``modeling_rope_utils``; those that depend on how long
-the sequence is (dynamic, longrope) take the longest position in the batch, so they are computed in the graph.
+the sequence is (dynamic, longrope) take the longest position in the batch, so they are computed in the graph. Who
+reads a text in parts says how long all of it will be: what is rotated already cannot follow when frequencies change.
 """
 
 import dataclasses
@@ -90,6 +91,19 @@ class RopeSpec:
     interleaved: bool = False
     float32: bool = False
 
+    def shortest(self, length: int) -> int:
+        """Tokens of the shortest text with the frequencies that one of `length` has."""
+        match self.scaling:
+            case Dynamic():
+                return max(length, self.scaling.max_positions)
+            case LongRope():
+                return (
+                    self.scaling.original_max_positions + 1
+                    if length > self.scaling.original_max_positions
+                    else 1
+                )
+        return 1
+
     def traits(self, width: int) -> Iterator[str]:
         """What sets it apart, on heads of `width`."""
         if self.rotary_dim != width:
@@ -100,15 +114,18 @@ class RopeSpec:
             yield f"{type(self.scaling).__name__.lower()} rope"
 
 
-def rope_tables(spec: RopeSpec, positions: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def rope_tables(
+    spec: RopeSpec, positions: jax.Array, dtype: jnp.dtype, length: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines, each (B, T, rotary_dim/2), computed in float32 and rounded to `dtype` (or not: `float32`).
 
     Args:
         spec: the rotation.
         positions: (B, T) int32.
         dtype: dtype of the activations that will be rotated.
+        length: () int32, tokens of the longest text; by default up to the last of the positions.
     """
-    frequencies, attention_factor = _frequencies(spec, positions)
+    frequencies, attention_factor = _frequencies(spec, jnp.max(positions) + 1 if length is None else length)
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     kept = jnp.float32 if spec.float32 else dtype
     cos, sin = (jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor)
@@ -139,8 +156,8 @@ def _inverse_frequencies(theta: float, rotary_dim: int) -> np.ndarray:
     return np.float32(1.0) / np.power(np.float32(theta), exponents)
 
 
-def _frequencies(spec: RopeSpec, positions: jax.Array) -> tuple[jax.Array, float]:
-    """Inverse frequencies (rotary_dim/2,) and the factor on cos and sin."""
+def _frequencies(spec: RopeSpec, length: jax.Array) -> tuple[jax.Array, float]:
+    """Inverse frequencies (rotary_dim/2,) and the factor on cos and sin, in texts of `length` tokens."""
     base = _inverse_frequencies(spec.theta, spec.rotary_dim)
     match spec.scaling:
         case None:
@@ -148,7 +165,7 @@ def _frequencies(spec: RopeSpec, positions: jax.Array) -> tuple[jax.Array, float
         case Linear(factor):
             return jnp.asarray(base / np.float32(factor)), 1.0
         case Dynamic():
-            return _dynamic(spec, spec.scaling, positions), 1.0
+            return _dynamic(spec, spec.scaling, length), 1.0
         case Yarn():
             return jnp.asarray(_yarn(spec, spec.scaling, base)), spec.scaling.attention_factor
         case Llama3():
@@ -157,12 +174,12 @@ def _frequencies(spec: RopeSpec, positions: jax.Array) -> tuple[jax.Array, float
             turning = np.arange(base.size) < rotating
             return jnp.asarray(np.where(turning, base, 0) / np.float32(factor)), 1.0
         case LongRope(short, long, original, attention_factor):
-            divisor = jnp.where(jnp.max(positions) + 1 > original, jnp.asarray(long), jnp.asarray(short))
+            divisor = jnp.where(length > original, jnp.asarray(long), jnp.asarray(short))
             return jnp.asarray(base) / divisor.astype(jnp.float32), attention_factor
 
 
-def _dynamic(spec: RopeSpec, scaling: Dynamic, positions: jax.Array) -> jax.Array:
-    length = jnp.maximum(jnp.max(positions) + 1, scaling.max_positions).astype(jnp.float32)
+def _dynamic(spec: RopeSpec, scaling: Dynamic, length: jax.Array) -> jax.Array:
+    length = jnp.maximum(length, scaling.max_positions).astype(jnp.float32)
     growth = scaling.factor * length / scaling.max_positions - (scaling.factor - 1)
     theta = spec.theta * growth ** (spec.rotary_dim / (spec.rotary_dim - 2))
     exponents = np.arange(0, spec.rotary_dim, 2, dtype=np.float32) / np.float32(spec.rotary_dim)

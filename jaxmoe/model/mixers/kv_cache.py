@@ -1,0 +1,136 @@
+"""The cache of attention: keys and values of the tokens before, and attention to them."""
+
+import dataclasses
+import functools
+
+import einops
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.parallel.sharding import constrain
+
+_QUERIES = 64
+"""Queries whose scores are there at once: those of a long part of a text with all of its keys would be gigabytes."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("k", "v"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every position, of all repeats of a layer. What lies after a text's last token is void.
+
+    Heads come before positions, so that no product with one token's queries transposes the keys of a whole text.
+
+    Attributes:
+        k: (L, B, M, S, H), rotated.
+        v: (L, B, M, S, value width).
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+    def written(
+        self,
+        repeat: jax.Array,
+        positions_BT: Int[Array, "B T"],
+        k_BTMH: Float[Array, "B T M H"],
+        v_BTMV: Float[Array, "B T M values"],
+    ) -> "KVCache":
+        """With keys and values of one repeat at their positions; those past the end are left out."""
+        rows = jnp.arange(positions_BT.shape[0])[:, None]
+
+        def put(cache: jax.Array, new: jax.Array) -> jax.Array:
+            # Indices on both sides of a slice have their axes first: (B, T, M, width).
+            cache = cache.at[repeat, rows, :, positions_BT].set(new.astype(cache.dtype), mode="drop")
+            return constrain(cache, "..M..")
+
+        return KVCache(put(self.k, k_BTMH), put(self.v, v_BTMV))
+
+    def seen(
+        self, repeat: jax.Array, positions_BT: Int[Array, "B T"], window: int | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Keys and values (B, M, S, …) that queries at consecutive positions may see, and where they stand, (B, S)."""
+        (_, batch, heads, length, _), queries = self.k.shape, positions_BT.shape[1]
+        size = length if window is None else min(length, window + queries - 1)
+        if size == length:
+            starts_B = jnp.zeros((batch,), jnp.int32)
+            k_BMSH, v_BMSV = self.k[repeat], self.v[repeat]
+        else:
+            starts_B = jnp.clip(positions_BT[:, 0] - window + 1, 0, length - size)
+
+            def cut(cache: jax.Array) -> jax.Array:
+                def of_row(cache_LMSH: jax.Array, start: jax.Array) -> jax.Array:
+                    shape = (1, heads, size, cache.shape[-1])
+                    return jax.lax.dynamic_slice(cache_LMSH, (repeat, 0, start, 0), shape)[0]
+
+                return jax.vmap(of_row, in_axes=(1, 0))(cache, starts_B)
+
+            k_BMSH, v_BMSV = cut(self.k), cut(self.v)
+        return k_BMSH, v_BMSV, starts_B[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+
+
+def attend_to_cache(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BMSH: Float[Array, "B M S H"],
+    v_BMSV: Float[Array, "B M S values"],
+    queries_BT: Int[Array, "B T"],
+    keys_BS: Int[Array, "B S"],
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks: Float[Array, "N"] | None = None,
+) -> Float[Array, "B T N values"]:
+    """`jaxmoe.model.mixers.attend.attend` for queries that are not those of the keys, by their positions.
+
+    Args:
+        q_BTNH: queries.
+        k_BMSH, v_BMSV: keys and values; M divides N.
+        queries_BT, keys_BS: positions; a key that is void has one after every query that counts.
+        scale: factor of the scores.
+        window: keys that a query sees, itself included; None sees all before it.
+        sinks: (N,), one more logit per head, that attends to nothing.
+
+    Returns:
+        (B, T, N, value width) in q's dtype.
+    """
+    heads = k_BMSH.shape[1]
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(1, heads, 1, -1, 1)
+
+    def attend(q_BCNH: jax.Array, queries_BC: jax.Array) -> jax.Array:
+        count = q_BCNH.shape[1]
+        q_BMQH = einops.rearrange(q_BCNH, "b c (m r) h -> b m (r c) h", m=heads)
+        products = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        scores_BMSQ = scale * products("bmsh,bmqh->bmsq", k_BMSH, q_BMQH)
+        scores_BMSRC = scores_BMSQ.reshape(*scores_BMSQ.shape[:3], -1, count)
+        age_BSC = queries_BC[:, None] - keys_BS[:, :, None]
+        seen_BSC = age_BSC >= 0 if window is None else (age_BSC >= 0) & (age_BSC < window)
+        scores_BMSRC = jnp.where(seen_BSC[:, None, :, None], scores_BMSRC, jnp.finfo(jnp.float32).min)
+        top_BMRC = scores_BMSRC.max(axis=2, keepdims=True)
+        if sinks is not None:
+            top_BMRC = jnp.maximum(top_BMRC, sinks)
+        shares_BMSRC = jnp.exp(scores_BMSRC - top_BMRC)
+        total_BMRC = shares_BMSRC.sum(axis=2, keepdims=True)
+        if sinks is not None:
+            total_BMRC += jnp.exp(sinks - top_BMRC)
+        shares_BMSQ = shares_BMSRC.reshape(scores_BMSQ.shape).astype(v_BMSV.dtype)
+        out_BMVQ = products("bmsv,bmsq->bmvq", v_BMSV, shares_BMSQ)
+        out_BMVRC = out_BMVQ.reshape(*out_BMVQ.shape[:3], -1, count) / total_BMRC
+        return einops.rearrange(out_BMVRC, "b m v r c -> b c (m r) v").astype(q_BCNH.dtype)
+
+    length = q_BTNH.shape[1]
+    if length <= _QUERIES:
+        return attend(q_BTNH, queries_BT)
+    missing = -length % _QUERIES
+    parts = [
+        jnp.moveaxis(
+            jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)), mode="edge").reshape(
+                x.shape[0], -1, _QUERIES, *x.shape[2:]
+            ),
+            1,
+            0,
+        )
+        for x in (q_BTNH, queries_BT)
+    ]
+    out_ABCNV = jax.lax.map(lambda part: attend(*part), tuple(parts))
+    return jnp.moveaxis(out_ABCNV, 0, 1).reshape(out_ABCNV.shape[1], -1, *out_ABCNV.shape[3:])[:, :length]
