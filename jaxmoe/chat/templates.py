@@ -13,6 +13,9 @@ from jaxmoe.chat.records import Message
 from jaxmoe.errors import UserError, first_line, listed, quote
 from jaxmoe.files import read_text, why_unusable
 
+KEY = "data.chat_template"
+"""The key of a run's configuration that names a template."""
+
 _MAX_BYTES = 2**24
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(?:'([^']*)'|"([^"]*)")\s*\)""")
@@ -149,7 +152,7 @@ def built_in() -> list[str]:
 
 
 def find_template(
-    given: str | None, folder: Path | None, date: datetime.date | None = None
+    given: str | None, folder: Path | None, date: datetime.date | None = None, *, key: str = KEY
 ) -> ChatTemplate | None:
     """The template that is asked for, with the special tokens of a tokenizer's folder.
 
@@ -157,6 +160,7 @@ def find_template(
         given: a file, the name of one of the folder's or of `built_in`; None is the folder's own.
         folder: of the tokenizer.
         date: that stands for today's, by default today's.
+        key: what a user sets ``given`` by, for messages.
 
     Returns:
         None if none is asked for and the folder has none.
@@ -182,17 +186,17 @@ def find_template(
         return _dated(_text(path), given, special, date)
     names = listed(sorted({*own, *built_in()}), 20)
     raise UserError(
-        f"data.chat_template: {quote(given)} is neither a file nor a known template, expected a .jinja file or one of "
+        f"{key}: {quote(given)} is neither a file nor a known template, expected a .jinja file or one of "
         f"{names}"
     )
 
 
-def no_template(folder: Path | None) -> UserError:
+def no_template(folder: Path | None, key: str = KEY) -> UserError:
     """What to say where a conversation needs a template and there is none."""
     where = "the tokenizer" if folder is None else f"{folder}: the tokenizer"
     return UserError(
         f"{where} has no chat template, which conversations need, expected chat_template.jinja beside it: set "
-        f"data.chat_template to a .jinja file or to one of {', '.join(built_in())}"
+        f"{key} to a .jinja file or to one of {', '.join(built_in())}"
     )
 
 

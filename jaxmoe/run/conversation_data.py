@@ -17,13 +17,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxmoe.chat.dialogue import asked, stop_ids, with_usual_end
 from jaxmoe.chat.encoder import Encoder, Example, end_tokens
 from jaxmoe.chat.formats import RecordReader, detect
 from jaxmoe.chat.prepared import About, Prepared, prepare
 from jaxmoe.chat.records import Conversation, Message, Piece, Record, Segments
 from jaxmoe.chat.rows import Rows, open_rows
 from jaxmoe.chat.templates import ChatTemplate, find_template, no_template
-from jaxmoe.chat.turns import EndTokens, TrainedTurns, TrainOn
+from jaxmoe.chat.turns import EndTokens, TrainOn
 from jaxmoe.chat.workers import Source, Workers, arrays
 from jaxmoe.config import DataConfig, MixedSourceConfig, RunConfig, TrainTokenizer
 from jaxmoe.data import end_of_document
@@ -88,11 +89,7 @@ class ConversationData(RunData):
     @property
     def stops(self) -> Sequence[int]:
         """See `RunData.stops`; what ends a turn of the template is one of them, whatever the folder says."""
-        return [
-            i
-            for text in _with_usual(self.ends, self.template).stops
-            if (i := self.tokenizer.token_to_id(text)) is not None
-        ]
+        return stop_ids(self.tokenizer, self.ends, self.template)
 
     def keep(self) -> None:
         """See `RunData.keep`."""
@@ -107,8 +104,7 @@ class ConversationData(RunData):
             return super().prompt(text)
         if self.template is None:
             raise no_template(None)
-        asked = self.template.render([Message("user", (Piece(text),))], generation_prompt=True)
-        return self.tokenizer.encode(asked, add_special_tokens=False).ids
+        return asked(self.template, self.tokenizer, [Message("user", (Piece(text),))])
 
     @functools.cached_property
     def workers(self) -> Workers:
@@ -292,7 +288,7 @@ def open_conversations(config: RunConfig, model_folder: Path | None, vocab_size:
     if isinstance(
         data.tokenizer, TrainTokenizer
     ):  # nobody has said yet at which of its tokens generation stops
-        ends = _with_usual(ends, template)
+        ends = with_usual_end(ends, template)
     train_on = TrainOn(
         roles=data.train_on.roles,
         last_turn_only=data.train_on.last_turn_only,
@@ -329,16 +325,6 @@ def open_conversations(config: RunConfig, model_folder: Path | None, vocab_size:
         )
     _check_names(sources)
     return ConversationData(config, tokenizer, eos, tuple(sources), template, ends)
-
-
-def _with_usual(ends: EndTokens, template: ChatTemplate | None) -> EndTokens:
-    """With what ends a turn of the template as the first of those at which generation stops, if it is none of them."""
-    usual = None if template is None else TrainedTurns(template, ends).usual_end
-    return (
-        ends
-        if usual is None or usual in ends.stops
-        else dataclasses.replace(ends, stops=(usual, *ends.stops))
-    )
 
 
 def _day(data: DataConfig) -> datetime.date | None:

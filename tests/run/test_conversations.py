@@ -1,16 +1,20 @@
 """Training runs on conversations, from rows in files to what is exported."""
 
+import io
 import itertools
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.runs import finish, start, write_config
 from tokenizers import Tokenizer
 
+import jaxmoe
 from jaxmoe.cli import main as cli
 from jaxmoe.config import RunConfig
 from jaxmoe.errors import UserError
+from jaxmoe.model.sampling import generate
 from jaxmoe.run.data import open_data
 
 TIMES = {"seconds", "data_seconds", "tokens_per_second", "mfu"}
@@ -296,3 +300,43 @@ def test_the_column_names_decide(folder, tmp_path):
     plain.write_text("".join(json.dumps({"text": word * 9}) + "\n" for word in WORDS))
     data = opened(folder, tmp_path, sources=[], path=str(plain), chat_template=None)
     assert type(data).__name__ == "TextData"
+
+
+def chat(export, *arguments):
+    return cli(["generate", "--chat", str(export), "--dtype", "float32", "--tokens", "6", *arguments])
+
+
+def test_a_dialogue_reads_what_was_said_before(finished, capsys, monkeypatch):
+    """And says what the model says to all of it at once."""
+    export = finished[0] / "export"
+    monkeypatch.setattr("sys.stdin", io.StringIO("11 plums\n\npears\n"))
+    assert chat(export, "--system", "apples", "--temperature", "0") == 0
+    answers = capsys.readouterr().out.split("\n")[:2]
+    model = jaxmoe.from_pretrained(str(export), dtype="float32")
+    tokenizer = Tokenizer.from_file(str(export / "tokenizer.json"))
+    said = [("system", "apples")]
+    for asked, answer in zip(("11 plums", "pears"), answers, strict=True):
+        said.append(("user", asked))
+        text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in said)
+        ids = tokenizer.encode(text + "<|im_start|>assistant\n").ids
+        stops = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
+        options = {"tokens": 6, "temperature": 0.0, "seed": 0, "dtype": jnp.float32}
+        found = generate(model.pure_params(), model.spec, ids, stop=stops, **options)
+        assert tokenizer.decode(found) == answer
+        said.append(("assistant", answer))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--chat", "--template", "nope", "x"], "--template: 'nope' is neither a file nor a known template"),
+        (["--system", "x", "y"], "--system: found it without --chat, expected both"),
+        (["--template", "chatml", "y"], "--template: found it without --chat, expected both"),
+        ([], "prompt: found none, expected a text to continue, or --chat for a dialogue"),
+    ],
+)
+def test_mistakes_of_a_dialogue_are_one_line(finished, capsys, arguments, told):
+    assert cli(["generate", str(finished[0] / "export"), *arguments]) == 2
+    found = capsys.readouterr().err
+    assert told in found
+    assert found.count("\n") == 1
