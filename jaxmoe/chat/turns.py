@@ -456,10 +456,12 @@ class _Attempt:
             other = dataclasses.replace(message, pieces=(Piece(instead),))
         else:
             return begin
-        found = self._place(messages, number, text, other, thought)
+        if not thought.strip():
+            return begin
+        found = self._place(messages, number, text, other, thought.rstrip())
         if found is not None:
             return max(begin, found[1])
-        if thought.strip() and _PLACEHOLDER in self._changed(messages, number, other):
+        if _PLACEHOLDER in self._changed(messages, number, other):
             raise self._refusal(number, "its reasoning is not to be trained and the template changes it")
         return begin
 
