@@ -19,6 +19,8 @@ from jaxmoe.errors import UserError, first_line
 from jaxmoe.files import read_text
 
 _MAX_CONFIG_BYTES = 2**24
+_FITTING = ("padding", "truncation")
+"""What some tokenizer.json files have set for a use of their own; their padding would be trained."""
 
 Long = Literal["truncate", "split", "drop"]
 
@@ -89,14 +91,12 @@ class Encoder:
     @functools.cached_property
     def _bare(self) -> Tokenizer:
         """Without what it puts around a text, some of which also cuts white space off the offsets."""
-        state = json.loads(self._tokenizer.to_str())
-        state["post_processor"] = None
-        return Tokenizer.from_str(json.dumps(state))
+        return _without(self._tokenizer, "post_processor", *_FITTING)
 
     @functools.cached_property
     def _begins(self) -> list[int]:
         """The ids that the tokenizer puts before every text."""
-        encoding = self._tokenizer.encode("a")
+        encoding = _without(self._tokenizer, *_FITTING).encode("a")
         return (
             encoding.ids[: encoding.special_tokens_mask.index(0)] if 0 in encoding.special_tokens_mask else []
         )
@@ -239,6 +239,11 @@ class Encoder:
     def __getstate__(self) -> dict[str, Any]:
         own = ("_bare", "_begins", "_separates", "_turns", "_stop")
         return {name: value for name, value in self.__dict__.items() if name not in own}
+
+
+def _without(tokenizer: Tokenizer, *parts: str) -> Tokenizer:
+    state = json.loads(tokenizer.to_str())
+    return Tokenizer.from_str(json.dumps({**state, **dict.fromkeys(parts)}))
 
 
 def _straddled(begins: np.ndarray, ends: np.ndarray, at: int) -> bool:
