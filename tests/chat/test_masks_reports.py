@@ -7,8 +7,7 @@ from helpers.chat_templates import FAMILIES, ChatFamily, tokenizer
 from helpers.chats import chat, result, said, samples, spelt, system, trained, user
 
 from jaxmoe.chat.encoder import Encoder, Example
-from jaxmoe.chat.records import Piece as Part
-from jaxmoe.chat.records import Record, Segments
+from jaxmoe.chat.records import Message, Piece, Record, Segments
 from jaxmoe.chat.turns import TrainedTurns, TrainOn
 from jaxmoe.errors import UserError
 
@@ -42,7 +41,7 @@ def test_what_precedes_an_answer_is_the_prompt_with_what_begins_an_answer(name: 
     messages = (user("Hi there"), said("Sure.", weight=1.0))
     (sample,) = samples(family, chat(*messages))
     bare = family.template.render(messages[:1])
-    assert sample.text.startswith(bare)
+    assert sample.text.startswith(bare.removesuffix("<|endoftext|>"))
     served = family.template.render(messages[:1], generation_prompt=True)
     assert served.startswith(sample.text[: sample.prompts[0]])
     if "<|im_start|>" in served:
@@ -56,9 +55,9 @@ def test_what_precedes_an_answer_is_the_prompt_with_what_begins_an_answer(name: 
     [said("Yes.", "hm"), said("<think>\nhm\n</think>\n\nYes."), said("\n\nYes.", "\nhm\n")],
     ids=["apart", "inside", "white space"],
 )
-def test_qwen3_has_one_thought(answer: object) -> None:
+def test_qwen3_has_one_thought(answer: Message) -> None:
     """huggingface/trl#6361, #6363: Qwen3's training templates wrote the block of thoughts twice."""
-    (turns,) = trained("qwen3", chat(user("?"), answer))  # type: ignore[arg-type]
+    (turns,) = trained("qwen3", chat(user("?"), answer))
     assert turns == ["<think>\nhm\n</think>\n\nYes.<|im_end|>"]
 
 
@@ -92,7 +91,7 @@ def test_text_of_prompts_begins_once() -> None:
     assert example.ids.tolist().count(tokenizer().token_to_id("<s>")) == 1
 
 
-@pytest.mark.parametrize("length", [25, 26, 27])
+@pytest.mark.parametrize("length", [14, 17, 20])
 def test_a_turn_that_is_cut_off_is_trained_as_far_as_it_goes(length: int) -> None:
     """huggingface/transformers#34494, #34531: its mask was all zeros."""
     conversation = chat(user("Hi"), said("Hello there: one two three. Hello there."))
@@ -166,17 +165,17 @@ def test_thoughts_within_a_chain_of_tools_stay() -> None:
 
 
 def test_a_row_with_nothing_to_train_is_refused() -> None:
-    """unslothai/unsloth#2095, #2900, #2771, #3920: all labels -100, found out by a loss of zero if at all."""
+    """unslothai/unsloth#2095, #2900, #2771: all labels -100, found out by a loss of zero if at all."""
     with pytest.raises(
         UserError, match="no turn to train on among roles system, user, expected one of assistant"
     ):
         encoded(chat(system("Be terse."), user("?")), FAMILIES["qwen3"])
     with pytest.raises(UserError, match="none of its tokens is trained"):
-        encoded(Segments((Part("Hi", 0.0),), ends=False), FAMILIES["qwen3"])
+        encoded(Segments((Piece("Hi", 0.0),), ends=False), FAMILIES["qwen3"])
 
 
 def test_words_that_begin_with_the_answer_s_white_space() -> None:
-    """unslothai/unsloth#1290, #1262: marks were looked for as tokens, which white space after them changes."""
+    """unslothai/unsloth#1290, #1262: Mistral's marks were looked for as tokens, which text beside them changes."""
     for content in ("\nYes.", "  Yes.", "\n\n\n", "Yes.\n"):
         for name in ("mixtral", "marked", "olmoe"):
             found = trained(name, chat(user(content), said(content)))
@@ -195,7 +194,7 @@ def test_results_of_tools_are_not_trained() -> None:
 
 
 def test_notes_say_what_is_served_otherwise() -> None:
-    """hiyouga/LlamaFactory#9392, #8832: a prompt that opens thoughts, and an answer without any."""
+    """hiyouga/LlamaFactory#9392: a model without thoughts was trained, unsaid, on a template that has their marks."""
     turns = TrainedTurns(FAMILIES["minimax_m2"].template, FAMILIES["minimax_m2"].ends)
     (sample,) = turns.samples(chat(user("?"), said("Yes.")))
     assert spelt(sample) == ["Yes.[e~["]
