@@ -19,6 +19,8 @@ from jaxmoe.errors import UserError, first_line
 from jaxmoe.files import read_text
 
 _MAX_CONFIG_BYTES = 2**24
+_FITTING = ("padding", "truncation")
+"""What some tokenizer.json files have set for a use of their own; their padding would be trained."""
 
 Long = Literal["truncate", "split", "drop"]
 
@@ -89,14 +91,12 @@ class Encoder:
     @functools.cached_property
     def _bare(self) -> Tokenizer:
         """Without what it puts around a text, some of which also cuts white space off the offsets."""
-        state = json.loads(self._tokenizer.to_str())
-        state["post_processor"] = None
-        return Tokenizer.from_str(json.dumps(state))
+        return _without(self._tokenizer, "post_processor", *_FITTING)
 
     @functools.cached_property
     def _begins(self) -> list[int]:
         """The ids that the tokenizer puts before every text."""
-        encoding = self._tokenizer.encode("a")
+        encoding = _without(self._tokenizer, *_FITTING).encode("a")
         return (
             encoding.ids[: encoding.special_tokens_mask.index(0)] if 0 in encoding.special_tokens_mask else []
         )
@@ -148,19 +148,21 @@ class Encoder:
                 samples = self._turns.samples(record)
                 self.notes.update(self._turns.notes - before)
                 for sample in samples:
-                    yield self._tokens(sample.text, sample.spans)
+                    yield self._tokens(sample.text, sample.spans, sample.prompts)
 
     def _segments(self, pieces: Sequence[tuple[str, float]], ends: bool) -> Example:
-        spans, at = [], 0
+        spans, prompts, at, before = [], [], 0, 0.0
         for text, weight in pieces:
             if weight and text:
                 spans.append(Span(at, at + len(text), weight))
-            at += len(text)
-        found = self._tokens("".join(text for text, _ in pieces), spans)
-        ids, weights = (
-            [np.array(self._begins, np.int32), found.ids],
-            [np.zeros(len(self._begins), np.float32), found.weights],
-        )
+                prompts += [at] if not before else []
+            at, before = at + len(text), weight
+        found = self._tokens("".join(text for text, _ in pieces), spans, prompts)
+        ids, weights = [found.ids], [found.weights]
+        count = len(self._begins)
+        if found.ids[:count].tolist() != self._begins:
+            ids.insert(0, np.array(self._begins, np.int32))
+            weights.insert(0, np.zeros(count, np.float32))
         stop = self._stop
         if ends and stop is not None and found.ids[-1:].tolist() != [stop]:
             last = pieces[-1][1] if self._train_on.end_of_turn != "none" else 0.0
@@ -172,25 +174,28 @@ class Encoder:
     def _stop(self) -> int | None:
         return self._tokenizer.token_to_id(self._ends.document) if self._ends.document is not None else None
 
-    def _tokens(self, text: str, spans: Sequence[Span]) -> Example:
-        """The ids of a text, and the weights of those that have a character in a span.
+    def _tokens(self, text: str, spans: Sequence[Span], prompts: Sequence[int]) -> Example:
+        """The ids of a text, and the weights of those that lie in a span.
 
-        Where a token would lie half in what is given and half in what is trained, as that of a line end of the template
+        Where a token would lie half in a prompt and half in what goes on from it, as that of a line end of the template
         and one of the answer, the text is cut between them: that is what the model is served, and what it goes on with.
         """
         ids, begins, ends = self._encoded(text)
-        cuts = [
-            span.begin for span, before in zip(spans, (None, *spans), strict=False) if _given(span, before)
-        ]
-        if self._separates and (inside := [at for at in cuts if _straddled(begins, ends, at)]):
-            parts = [
-                self._encoded(text[a:b], a) for a, b in zip((0, *inside), (*inside, len(text)), strict=True)
-            ]
+        if self._separates and (cuts := [at for at in prompts if _straddled(begins, ends, at)]):
+            parts = [self._encoded(text[a:b], a) for a, b in zip((0, *cuts), (*cuts, len(text)), strict=True)]
             ids, begins, ends = (np.concatenate(column) for column in zip(*parts, strict=True))
         weights = np.zeros(len(ids), np.float32)
         for span in spans:
             first = np.searchsorted(ends, span.begin, "right")
-            weights[first : np.searchsorted(begins, span.end, "left")] = span.weight
+            last = np.searchsorted(begins, span.end, "left")
+            # A token with letters of what is not trained is not either, or a word that is to be avoided would be. White
+            # space belongs to the word after it, or to the special token before that takes it in. After a prompt that
+            # could not be cut off all that is said is trained.
+            if first < last and span.begin not in prompts and text[begins[first] : span.begin].strip():
+                first += 1
+            if first < last and text[span.end : ends[last - 1]].strip():
+                last -= 1
+            weights[first:last] = span.weight
         return Example(ids, weights)
 
     def _encoded(self, text: str, offset: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -236,9 +241,9 @@ class Encoder:
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
 
-def _given(span: Span, before: Span | None) -> bool:
-    """Whether what comes before a span is not trained."""
-    return span.begin > 0 and (before is None or before.end < span.begin)
+def _without(tokenizer: Tokenizer, *parts: str) -> Tokenizer:
+    state = json.loads(tokenizer.to_str())
+    return Tokenizer.from_str(json.dumps({**state, **dict.fromkeys(parts)}))
 
 
 def _straddled(begins: np.ndarray, ends: np.ndarray, at: int) -> bool:

@@ -11,10 +11,11 @@ writes. Whatever is found, what the turn says must be in it: a mask that is not 
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from jaxmoe.chat.records import ASSISTANT, Conversation, Message, Piece
 from jaxmoe.chat.templates import DIALECTS, ChatTemplate, Dialect, TemplateFault
@@ -22,8 +23,11 @@ from jaxmoe.errors import UserError, quote
 
 _PROBE = Message("user", (Piece("And then?"),))
 _RESULT = Message("tool", (Piece("{}"),))
+_PLACEHOLDER = "Gladly: 7 it is."
+"""A text that no conversation has, and that templates write as it is."""
 _INLINE = re.compile(r"^\s*<think>(.*?)</think>", re.DOTALL)
 _SPACE = re.compile(r"\s+")
+_QUOTING = re.compile(r"[\s\"'\\]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +65,17 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A text and what of it is trained, the spans in order and apart."""
+    """A text and what of it is trained.
+
+    Attributes:
+        text: with all that the model is given.
+        spans: what is trained, in order and apart.
+        prompts: where what the model is served ends and a trained turn goes on, in characters.
+    """
 
     text: str
     spans: tuple[Span, ...]
+    prompts: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +131,7 @@ class _Turn:
         begin: of what is trained, in characters.
         stop: where the token that ends it begins; the end of the text where there is none.
         spans: what is trained of it, without the end.
+        weight: of the token that ends it.
     """
 
     number: int
@@ -127,10 +139,7 @@ class _Turn:
     begin: int
     stop: int
     spans: tuple[Span, ...]
-
-    @property
-    def weight(self) -> float:
-        return self.spans[-1].weight if self.spans else 1.0
+    weight: float
 
 
 class TrainedTurns:
@@ -152,13 +161,12 @@ class TrainedTurns:
     @functools.cached_property
     def usual_end(self) -> str | None:
         """The token that ends a plain answer in the middle of a conversation; None where it cannot be seen."""
-        answer = "Gladly indeed."
-        plain = (_PROBE, Message(ASSISTANT, (Piece(answer),)), _PROBE)
+        plain = (_PROBE, Message(ASSISTANT, (Piece(_PLACEHOLDER),)), _PROBE)
         try:
             text = self.template.render(plain)
         except TemplateFault:
             return None
-        return self.ends.first(text.partition(answer)[2])
+        return self.ends.first(text.partition(_PLACEHOLDER)[2])
 
     def samples(self, conversation: Conversation) -> list[Sample]:
         """The texts to train on, in the order of the turns that they end with.
@@ -211,7 +219,7 @@ class _Attempt:
         self._owner = owner
         self._template, self._ends, self._train_on = owner.template, owner.ends, owner.train_on
         self._messages = conversation.messages
-        self._options = {
+        self._options: dict[str, Any] = {
             "tools": conversation.tools,
             "arguments": conversation.template_arguments,
             "dialect": dialect,
@@ -247,15 +255,15 @@ class _Attempt:
         return found[::-1]
 
     def _turn(self, number: int, weight: float) -> _Turn:
-        message = self._messages[number]
         whole = self._render(number + 1, number)
-        if message.role != ASSISTANT:
-            return self._other_turn(number, weight, whole)
+        messages = self._messages[: number + 1]
+        if messages[number].role != ASSISTANT:
+            return self._other_turn(messages, number, whole, weight)
         begin = self._begin(number, whole)
-        end, stop = self._end(number, whole, begin)
-        said = whole[:end] if end < len(whole) else whole
-        self._check_said(number, said[begin:])
-        return _Turn(number, said + stop, begin, len(said), self._spans(number, said, begin, weight))
+        end, token = self._end(number, whole, begin)
+        self._check_said(number, whole[begin:end])
+        spans = self._spans(messages, number, whole, begin, end)
+        return _Turn(number, whole[:end] + token, begin, end, spans, weight)
 
     def _begin(self, number: int, whole: str) -> int:
         """Where what the model writes begins in the text that ends with its turn."""
@@ -272,7 +280,9 @@ class _Attempt:
         begin = min(self._ends.before(prompt, common), self._ends.before(whole, common))
         # Not in a word that the generation prompt and the answer happen to begin with.
         while (
-            begin > len(history) and not whole[begin - 1].isspace() and not self._ends.trailing(whole[:begin])
+            begin > len(history)
+            and not whole[begin - 1].isspace()
+            and not self._ends.trailing(whole[len(history) : begin])
         ):
             begin -= 1
         self.notes[
@@ -283,63 +293,55 @@ class _Attempt:
 
     def _end(self, number: int, whole: str, begin: int) -> tuple[int, str]:
         """Where what the turn says ends, and the token that ends it."""
-        trailing = [
-            (begin + first, whole[begin + first : begin + last])
-            for first, last in self._ends.trailing(whole[begin:])
-        ]
-        if trailing:
-            stops = [end for end in trailing if end[1] in self._ends.stops]
-            usual = [end for end in trailing if end[1] == self._owner.usual_end]
-            at, token = (stops or usual or trailing[-1:])[0]
-            if not stops:
-                self.notes[_not_a_stop(token)] += 1
-            return at, token
-        token = self._end_that_follows(number, whole)
-        if token is None:
-            raise self._refusal(
-                number, "no token ends it and the tokenizer has no eos_token", "set train_on.end_tokens"
-            )
-        if token not in self._ends.stops:
+        stops = self._ends.stops
+        end, token = self._closing(whole, begin, len(whole)) or (len(whole), None)
+        if token not in stops and (follows := self._following(number, whole)) in stops:
+            end, token = len(whole), follows
+        elif token is None:
+            usual = self._owner.usual_end
+            token = usual if usual in stops else follows or self._put_there(number)
+        if token not in stops:
             self.notes[_not_a_stop(token)] += 1
-        return len(whole), token
+        return end, token
 
-    def _end_that_follows(self, number: int, whole: str) -> str | None:
-        """The token with which the next turn begins, where the template puts none after an answer."""
-        message = self._messages[number]
-        probe = _RESULT if message.tool_calls else _PROBE
+    def _closing(self, text: str, begin: int, end: int) -> tuple[int, str] | None:
+        """Where the token begins that ends the turn between two places, and the token; None if none is there."""
+        trailing = [(begin + a, text[begin + a : begin + b]) for a, b in self._ends.trailing(text[begin:end])]
+        stops = [found for found in trailing if found[1] in self._ends.stops]
+        usual = [found for found in trailing if found[1] == self._owner.usual_end]
+        return next(iter(stops or usual or trailing[-1:]), None)
+
+    def _following(self, number: int, whole: str) -> str | None:
+        """The token with which the next turn begins; None where it begins otherwise."""
+        probe = _RESULT if self._messages[number].tool_calls else _PROBE
         after = self._messages[number + 1 : number + 2] or (probe,)
         try:
             longer = self._template.render((*self._messages[: number + 1], *after), **self._options)
         except TemplateFault:
-            longer = ""
-        if longer.startswith(whole) and (token := self._ends.leading(longer[len(whole) :])):
-            return token
-        if self._owner.usual_end in self._ends.stops:
-            return self._owner.usual_end
-        if self._ends.stops:
-            self.notes[f"the template ends turns with no token: {self._ends.stops[0]!r} was put there"] += 1
-            return self._ends.stops[0]
-        return None
+            return None
+        return self._ends.leading(longer[len(whole) :]) if longer.startswith(whole) else None
 
-    def _other_turn(self, number: int, weight: float, whole: str) -> _Turn:
-        """A turn that nothing is generated of: its content, found where the text of the turn is."""
-        content = self._messages[number].content.strip()
-        try:
-            before = self._template.render(self._messages[:number], **self._options)
-        except TemplateFault:
-            before = ""
-        least = _common(before, whole)
-        places = [m.start() for m in re.finditer(re.escape(content), whole) if m.start() >= least]
-        if not content or len(places) != 1:
+    def _put_there(self, number: int) -> str:
+        """The token that ends a turn where the template ends turns with none."""
+        if not self._ends.stops:
             raise self._refusal(
-                number, f"its content is found {len(places)} times in the text that the template makes of it"
+                number, "no token ends it and the tokenizer has no eos_token", "set train_on.end_tokens"
             )
-        end = places[0] + len(content)
-        token = self._ends.leading(whole[end:].lstrip())
-        if token is None:
-            return _Turn(number, whole[:end], places[0], end, (Span(places[0], end, weight),))
-        stop = whole.index(token, end)
-        return _Turn(number, whole[: stop + len(token)], places[0], stop, (Span(places[0], end, weight),))
+        self.notes[f"the template ends turns with no token: {self._ends.stops[0]!r} was put there"] += 1
+        return self._ends.stops[0]
+
+    def _other_turn(self, messages: Sequence[Message], number: int, text: str, weight: float) -> _Turn:
+        """A turn that nothing is generated of: its content, and the token that comes after it."""
+        found = self._content(messages, number, text)
+        if found is None or found[0] == found[1]:
+            raise self._refusal(
+                number, "its content is empty or the template changes it, and it is to be trained"
+            )
+        begin, end, _ = found
+        token = self._ends.leading(text[end:].lstrip())
+        stop = end if token is None else text.index(token, end)
+        spans = self._spans(messages, number, text, begin, end)
+        return _Turn(number, text[: stop + len(token or "")], begin, stop, spans, weight)
 
     # -- with marks
 
@@ -350,31 +352,44 @@ class _Attempt:
             raise self._fault(len(self._messages) - 1, fault) from None
         marks = [(begin, end) for begin, end in marks if end > begin]
         written = [number for number, message in enumerate(self._messages) if message.role == ASSISTANT]
-        if len(marks) != len(written) or any(self._messages[number].role != ASSISTANT for number in trained):
+        if len(marks) != len(written):
+            marks = list(_adjoined(marks))
+        if len(marks) != len(written):
             raise self._refusal(
                 trained[0],
                 f"the template marks {len(marks)} turns as generated and the conversation has {len(written)} of the "
                 "assistant",
             )
-        turns = []
-        for number, (begin, end) in zip(written, marks, strict=True):
-            if number not in trained:
-                continue
-            self._check_said(number, text[begin:end])
-            trailing = self._ends.trailing(text[begin:end])
-            if trailing:
-                stop, end = begin + trailing[0][0], begin + trailing[-1][1]
-            else:
-                stop, token = end, self._ends.leading(text[end:])
-                end += len(token or "")
-            turns.append(
-                _Turn(
-                    number, text[:end], begin, stop, self._spans(number, text[:stop], begin, weights[number])
-                )
-            )
-        return [(turns[-1].text, turns)]
+        places = dict(zip(written, marks, strict=True))
+        turns = [
+            self._marked_turn(number, text, *places[number], weights[number])
+            if number in places
+            else self._other_turn(self._messages, number, text, weights[number])
+            for number in trained
+        ]
+        return [(max((turn.text for turn in turns), key=len), turns)]
+
+    def _marked_turn(self, number: int, text: str, begin: int, end: int, weight: float) -> _Turn:
+        self._check_said(number, text[begin:end])
+        # Where the mark leaves out the token that ends the turn, it would never be learnt.
+        stop, token = self._closing(text, begin, end) or (end, self._ends.leading(text[end:]))
+        if token is None:
+            self.notes["the template marks no token that ends turns: none is trained"] += 1
+        elif token not in self._ends.stops:
+            self.notes[_not_a_stop(token)] += 1
+        spans = self._spans(self._messages, number, text, begin, stop)
+        return _Turn(number, text[: stop + len(token or "")], begin, stop, spans, weight)
 
     # -- both
+
+    def _changed(self, messages: Sequence[Message], number: int, other: Message) -> str:
+        """The text of messages with another one in place of one; empty where the template does not take it."""
+        try:
+            return self._template.render(
+                (*messages[:number], other, *messages[number + 1 :]), **self._options
+            )
+        except TemplateFault:
+            return ""
 
     def _sample(self, text: str, turns: Sequence[_Turn], last: int) -> Sample:
         spans: list[Span] = []
@@ -385,50 +400,107 @@ class _Attempt:
             if ends and (policy in ("turn", "all") or (policy == "last" and turn.number == last)):
                 spans.append(Span(turn.stop, len(turn.text), turn.weight))
         if policy == "all":
-            tokens = {turn.text[turn.stop :] for turn in turns} - {""}
-            inside = [(turn.begin, len(turn.text)) for turn in turns]
-            for token in tokens:
-                for match in re.finditer(re.escape(token), text):
-                    if not any(begin <= match.start() < end for begin, end in inside):
-                        spans.append(Span(*match.span(), 1.0))
-        return Sample(text, tuple(_joined(sorted(spans, key=lambda span: span.begin))))
+            spans.extend(self._other_ends(text, turns))
+        prompts = [turn.begin for turn in turns if self._messages[turn.number].role == ASSISTANT]
+        return Sample(text, tuple(_joined(sorted(spans, key=lambda span: span.begin))), tuple(prompts))
 
-    def _spans(self, number: int, said: str, begin: int, weight: float) -> tuple[Span, ...]:
-        """What is trained from ``begin`` to the end of ``said``."""
-        message = self._messages[number]
-        if not self._train_on.reasoning:
-            begin = self._after_reasoning(message, said, begin)
-        if all(piece.weight is None for piece in message.pieces):
-            return (Span(begin, len(said), weight),) if begin < len(said) else ()
-        content = message.content
-        at = said.rfind(content, begin)
-        if at < 0:
-            raise self._refusal(
-                number, "parts of its content have weights and the template changes the content"
-            )
+    def _other_ends(self, text: str, turns: Sequence[_Turn]) -> Iterator[Span]:
+        """The tokens that end turns which are not trained, where they are the ones that end trained turns."""
+        trained = {turn.number for turn in turns}
+        tokens = {turn.text[turn.stop :] for turn in turns}
+        for number in range(turns[-1].number):
+            if number in trained:
+                continue
+            try:
+                whole = self._template.render(self._messages[: number + 1], **self._options)
+            except TemplateFault:  # of a system turn alone, for one
+                continue
+            for begin, end in self._ends.trailing(whole):
+                if whole[begin:end] in tokens and text.startswith(whole[:end]):
+                    yield Span(begin, end, 1.0)
+
+    def _spans(
+        self, messages: Sequence[Message], number: int, text: str, begin: int, end: int
+    ) -> tuple[Span, ...]:
+        """What is trained between two places of the text of messages, which are around what one of them says."""
+        message = messages[number]
         # Around the content, that is for thoughts and calls, the turn's own weight holds.
         own = message.weight if message.weight is not None else float(message.role in self._train_on.roles)
-        spans, place = [Span(begin, at, own)], at
-        for piece in message.pieces:
-            each = own if piece.weight is None else piece.weight
-            spans.append(Span(place, place + len(piece.text), each))
-            place += len(piece.text)
-        spans.append(Span(place, len(said), own))
-        return tuple(span for span in spans if span.weight and span.end > span.begin)
+        if not self._train_on.reasoning:
+            begin = self._after_reasoning(messages, number, text, begin)
+        parts = [(begin, end, own)]
+        if any(piece.weight is not None for piece in message.pieces):
+            found = self._content(messages, number, text)
+            if found is None:
+                raise self._refusal(
+                    number, "parts of its content have weights and the template changes the content"
+                )
+            first, last, place = found
+            parts = [(begin, first, own)]
+            for piece in message.pieces:
+                weight = own if piece.weight is None else piece.weight
+                parts.append((max(first, place), min(last, place + len(piece.text)), weight))
+                place += len(piece.text)
+            parts.append((last, end, own))
+        return tuple(Span(max(a, begin), b, weight) for a, b, weight in parts if weight and b > max(a, begin))
 
-    def _after_reasoning(self, message: Message, said: str, begin: int) -> int:
-        thought = message.reasoning
-        if thought is None and (inline := _INLINE.match(message.content)):
+    def _after_reasoning(self, messages: Sequence[Message], number: int, text: str, begin: int) -> int:
+        """Where a turn goes on after what was thought."""
+        message = messages[number]
+        content = message.content
+        if message.reasoning is not None:
+            thought, other = message.reasoning, dataclasses.replace(message, reasoning=_PLACEHOLDER)
+        elif inline := _INLINE.match(content):
             thought = inline[1]
-        if thought is None or not thought.strip():
+            instead = content[: inline.start(1)] + _PLACEHOLDER + content[inline.end(1) :]
+            other = dataclasses.replace(message, pieces=(Piece(instead),))
+        else:
             return begin
-        at = said.find(thought.strip(), begin)
-        return begin if at < 0 else at + len(thought.strip())
+        if not thought.strip():
+            return begin
+        found = self._place(messages, number, text, other, thought.rstrip())
+        if found is not None:
+            return max(begin, found[1])
+        if _PLACEHOLDER in self._changed(messages, number, other):
+            raise self._refusal(number, "its reasoning is not to be trained and the template changes it")
+        return begin
+
+    def _content(self, messages: Sequence[Message], number: int, text: str) -> tuple[int, int, int] | None:
+        """`_place` of the content of a message."""
+        message = messages[number]
+        other = dataclasses.replace(message, pieces=(Piece(_PLACEHOLDER),))
+        return self._place(messages, number, text, other, message.content)
+
+    def _place(
+        self, messages: Sequence[Message], number: int, text: str, other: Message, value: str
+    ) -> tuple[int, int, int] | None:
+        """Where what a message says is in the text of messages.
+
+        Found by what becomes of ``other``, the same message with the placeholder for it, and not by looking for it: the
+        same words may be elsewhere.
+
+        Returns:
+            Where it begins and ends, without white space that the template takes off, and where it would begin with
+            that; None if the template changes it.
+        """
+        before, found, after = self._changed(messages, number, other).partition(_PLACEHOLDER)
+        if not found or _PLACEHOLDER in after or not text.startswith(before):
+            return None
+        at = len(before)
+        for kept in (value, value.rstrip(), value.lstrip(), value.strip()):
+            if text.startswith(kept, at):
+                return at, at + len(kept), at - value.index(kept)
+        return None
 
     def _check_said(self, number: int, target: str) -> None:
         """Refuse unless all that the turn says is in what is trained."""
         message = self._messages[number]
         content = message.content.strip()
+        if content and (message.tool_calls or message.reasoning):
+            # Content of a few letters is in other things that the turn says as well.
+            other = dataclasses.replace(message, pieces=(Piece(_PLACEHOLDER),))
+            if _PLACEHOLDER not in self._changed(self._messages[: number + 1], number, other):
+                raise self._refusal(number, "the template leaves its content out")
         if content not in target:
             answer = content.rpartition("</think>")[2].strip() if "</think>" in content else content
             if answer not in target and _spaceless(answer) not in _spaceless(target):
@@ -437,11 +509,14 @@ class _Attempt:
                 )
             self.notes["thoughts inside the content are left out by the template"] += 1
         for call in message.tool_calls:
-            missing = [part for part in _parts(call) if part not in target]
-            if missing:
+            if (written := _as_python(call)) is not None and written in target:
                 raise self._refusal(
-                    number, f"its tool call's {quote(missing[0])} is not in the text that would be trained"
+                    number, f"its tool call's {quote(written[:60])} is written as Python does and not as JSON"
                 )
+        if (missing := _missing(message.tool_calls, target)) is not None:
+            raise self._refusal(
+                number, f"{quote(missing[:60])} of its tool calls is not in the text that would be trained"
+            )
         thought = (message.reasoning or "").strip()
         if thought and thought not in target:
             self.notes["the template leaves out reasoning of the turn that is trained"] += 1
@@ -499,14 +574,48 @@ class _Attempt:
         return UserError(f"turn {number + 1} ({role}): {reason}: {remedy} ({self._template.origin})")
 
 
-def _parts(call: Mapping[str, object]) -> Iterator[str]:
-    """What must be read in the text of a call: its name and its arguments' names."""
-    function = call["function"]
-    assert isinstance(function, Mapping)
-    yield str(function["name"])
-    arguments = function.get("arguments")
-    if isinstance(arguments, Mapping):
-        yield from map(str, arguments)
+def _as_python(call: Mapping[str, Any]) -> str | None:
+    """What Python writes of a call's arguments; None where that is JSON."""
+    arguments = call["function"].get("arguments")
+    if not isinstance(arguments, Mapping):
+        return None
+    written = str(dict(arguments))
+    return None if written == json.dumps(arguments, ensure_ascii=False) else written
+
+
+def _missing(calls: Sequence[Mapping[str, Any]], text: str) -> str | None:
+    """A part of calls that a text has less often than they have it; quotes, escapes and white space aside."""
+    bare = _QUOTING.sub("", text)
+    for part, times in collections.Counter(itertools.chain.from_iterable(map(_parts, calls))).items():
+        written = (part, json.dumps(part), json.dumps(part, ensure_ascii=False))
+        if max(bare.count(_QUOTING.sub("", form)) for form in written) < times:
+            return part
+    return None
+
+
+def _parts(value: Any) -> Iterator[str]:
+    """The texts in the function of a call: its name, and its arguments with their names."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        function = value.get("function")
+        if isinstance(function, Mapping):
+            yield from _parts([function["name"], function.get("arguments")])
+        else:
+            yield from _parts([*map(str, value), *value.values()])
+    elif isinstance(value, Sequence):
+        for entry in value:
+            yield from _parts(entry)
+
+
+def _adjoined(marks: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Marks of which one ends where the next begins as one: some templates mark a turn in parts."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in marks:
+        if joined and joined[-1][1] == begin:
+            begin = joined.pop()[0]
+        joined.append((begin, end))
+    return joined
 
 
 def _joined(spans: Sequence[Span]) -> Iterator[Span]:
@@ -533,7 +642,8 @@ def _spaceless(text: str) -> str:
 
 def _common(one: str, other: str) -> int:
     """How many characters two texts begin with together."""
-    most = min(len(one), len(other))
-    if one[:most] == other[:most]:
-        return most
-    return next(at for at in range(most) if one[at] != other[at])
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one.startswith(other[low:middle], low) else (low, middle - 1)
+    return low
