@@ -130,7 +130,7 @@ class ChatTemplate:
 
         source = self.with_tools if tools and self.with_tools is not None else self.source
         try:
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(  # a pair, whatever its annotation says
                 conversations=[[dialect.written(message) for message in messages]],
                 tools=None if tools is None else [dict(tool) for tool in tools],
                 chat_template=source,
@@ -140,6 +140,7 @@ class ChatTemplate:
             )
         except Exception as error:  # a template may do anything that Jinja can
             raise TemplateFault(f"{type(error).__name__}: {first_line(error)}") from error
+        texts, spans = rendered
         return texts[0], [(begin, end) for begin, end in spans[0]] if marked else []
 
 
