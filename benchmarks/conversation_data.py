@@ -1,7 +1,7 @@
 """Conversations per second from a file to token ids with masks, beside TRL's preparation of the same file; and memory.
 
     python benchmarks/conversation_data.py
-    python benchmarks/conversation_data.py --megabytes 2000 --no-peer    # a file that is larger; memory is bounded
+    python benchmarks/conversation_data.py --megabytes 2000 --repeats 1 --contestants 'jaxmoe, by rendering'
 
 Rows are chats of one to four turns made of words. The peer is TRL's SFTTrainer with ``assistant_only_loss``, as many
 processes and the same tokenizer and template, which has marks of what is generated (TRL trains on no others); ours is
@@ -230,7 +230,11 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=20)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
-        "--no-peer", action="store_true", help="TRL needs trl and datasets, which jaxmoe does not"
+        "--contestants",
+        nargs="+",
+        choices=list(CONTESTANTS),
+        default=list(CONTESTANTS),
+        help="TRL's needs trl and datasets, which jaxmoe does not",
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where files are made")
@@ -250,7 +254,7 @@ def main() -> None:
         folder = Path(name)
         count = write_rows(folder / "rows.jsonl", int(options.megabytes * MB))
         size = (folder / "rows.jsonl").stat().st_size
-        wanted = [c for c in CONTESTANTS if not (options.no_peer and CONTESTANTS[c][0] is peer)]
+        wanted = options.contestants
         found: dict[str, list[dict[str, Any]]] = {c: [] for c in wanted}
         for _, contestant in itertools.product(range(options.repeats), wanted):
             found[contestant].append(measure(contestant, folder, options.workers))

@@ -78,7 +78,9 @@ class Encoder:
     def settings(self) -> dict[str, Any]:
         """All that decides what it makes of a record."""
         return {
-            "tokenizer": blake2b(self._tokenizer.to_str().encode(), digest_size=16).hexdigest(),
+            # Not what is put around a text as it is written: one that was saved and read again has it in other words.
+            "tokenizer": blake2b(self._bare.to_str().encode(), digest_size=16).hexdigest(),
+            "begins": self._begins,
             "template": None if self._template is None else dataclasses.asdict(self._template),
             "ends": [self._ends.stops, sorted(self._ends.special), self._ends.document],
             "train_on": dataclasses.asdict(self._train_on),

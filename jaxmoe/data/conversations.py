@@ -50,7 +50,7 @@ def shares(sizes: Sequence[int], epochs: Sequence[float], temperature: float) ->
     et al. 2020, section 3.5.2, https://arxiv.org/abs/1910.10683).
     """
     grown = (np.array(sizes, float) * np.array(epochs, float)) ** (1.0 / temperature)
-    return list(grown / grown.sum())
+    return (grown / grown.sum()).tolist()
 
 
 def conversation_batches(

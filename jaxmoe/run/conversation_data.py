@@ -283,12 +283,15 @@ def open_conversations(config: RunConfig, model_folder: Path | None, vocab_size:
         lambda: _texts([(rows, reader) for rows, reader, _ in opened], skip=data.bad_rows == "skip"),
     )
     eos = end_of_document(tokenizer, folder)
-    template = find_template(data.chat_template, folder, _day(data))
-    ends = end_tokens(tokenizer, model_folder or folder, eos, data.train_on.end_tokens)
-    if isinstance(
-        data.tokenizer, TrainTokenizer
-    ):  # nobody has said yet at which of its tokens generation stops
-        ends = with_usual_end(ends, template)
+    if isinstance(data.tokenizer, TrainTokenizer):
+        # Nobody has said yet which of its tokens are for what, and a run that goes on must not see it otherwise.
+        template = find_template(data.chat_template, None, _day(data))
+        own = {} if eos is None else {"eos_token": tokenizer.id_to_token(eos)}
+        template = None if template is None else dataclasses.replace(template, special_tokens=own)
+        ends = with_usual_end(end_tokens(tokenizer, None, eos, data.train_on.end_tokens), template)
+    else:
+        template = find_template(data.chat_template, folder, _day(data))
+        ends = end_tokens(tokenizer, model_folder or folder, eos, data.train_on.end_tokens)
     train_on = TrainOn(
         roles=data.train_on.roles,
         last_turn_only=data.train_on.last_turn_only,

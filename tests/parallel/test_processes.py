@@ -340,3 +340,56 @@ def test_no_cluster(given, expected, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=expected):
         processes.join()
+
+
+@pytest.mark.once
+def test_conversations_are_prepared_once_for_two_processes_which_resume(tmp_path):
+    """Unpacked rows of both processes are together those of one; a killed run goes on bit for bit."""
+    draw = random.Random(0)
+    words = ["apples", "pears", "plums", "cherries", "11", "12"]
+
+    def turn(role):
+        return {"role": role, "content": " ".join(draw.choices(words, k=draw.randint(1, 5)))}
+
+    rows = [{"messages": [turn("user"), turn("assistant")]} for _ in range(64)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = families.config_json(
+        "mixtral", vocab_size=320, num_hidden_layers=1, num_local_experts=4, initializer_range=0.02
+    )
+
+    def config(name, **train):
+        given = {
+            "model": {"config": raw, "dtype": "float32", "remat": False},
+            "data": {
+                **{"path": str(tmp_path / "chats.jsonl"), "sequence_length": 32, "packing": False},
+                **{"chat_template": "chatml", "cache": str(tmp_path / "cache"), "eval_fraction": 0.2},
+                "tokenizer": {
+                    "train_bpe": 300,
+                    "special_tokens": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+                },
+            },
+            "optimizer": {"learning_rate": 0.003},
+            "mesh": {"fsdp": 2},
+            "train": {"steps": 6, "batch_size": 8, "checkpoint_every": 2, "log_every": 1, "peak_tflops": 1.0},
+            "output_dir": str(tmp_path / name),
+        }
+        given["train"] |= train
+        return write_config(tmp_path / f"{name}-config", given)
+
+    whole = ["-m", "jaxmoe.train", str(config("whole")), "train.distributed=true"]
+    for code, out, err in finish(start_two(whole, whole)):
+        assert code == 0, out + err
+    assert len(list((tmp_path / "cache" / "prepared").glob("*/about.json"))) == 1
+    part = config("part")
+    both = start_two(*[["-m", "jaxmoe.train", str(part), "train.distributed=true"]] * 2)
+    for line in both[0].stdout:
+        if line.startswith("step 4/"):
+            break
+    for process in both:
+        process.kill()
+        process.communicate()
+    again = ["-m", "jaxmoe.train", str(part), "train.distributed=true"]
+    for code, out, err in finish(start_two(again, again)):
+        assert code == 0, out + err
+    assert metrics(tmp_path / "part") == metrics(tmp_path / "whole")
+    assert any("eval/loss" in record for record in metrics(tmp_path / "whole"))
