@@ -1,33 +1,27 @@
 """Conversations and other rows of which a part is trained, from one source or several."""
 
 import dataclasses
-import datetime
 import functools
 import hashlib
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxmoe.chat.dialogue import asked, stop_ids, with_usual_end
-from jaxmoe.chat.encoder import Encoder, Example, end_tokens
-from jaxmoe.chat.formats import RecordReader, detect
+from jaxmoe.chat.dialogue import asked, stop_ids
+from jaxmoe.chat.encoder import Example
 from jaxmoe.chat.prepared import About, Prepared, prepare
-from jaxmoe.chat.records import Conversation, Message, Piece, Record, Segments
-from jaxmoe.chat.rows import Rows, open_rows
-from jaxmoe.chat.templates import ChatTemplate, find_template, no_template
-from jaxmoe.chat.turns import EndTokens, TrainOn
+from jaxmoe.chat.records import Message, Piece
+from jaxmoe.chat.templates import ChatTemplate, no_template
+from jaxmoe.chat.turns import EndTokens
 from jaxmoe.chat.workers import Source, Workers, arrays
-from jaxmoe.config import DataConfig, MixedSourceConfig, RunConfig, TrainTokenizer
-from jaxmoe.data import end_of_document
+from jaxmoe.config import DataConfig, RunConfig
 from jaxmoe.data.conversations import (
     HeldOut,
     MixedSource,
@@ -36,11 +30,12 @@ from jaxmoe.data.conversations import (
     held_out_batches,
     shares,
 )
-from jaxmoe.data.docstrings import DOCSTRINGS, docstring_file
 from jaxmoe.data.tokenizer import digest
 from jaxmoe.errors import UserError
+from jaxmoe.run.conversation_sources import OpenSource, cache_folder, open_sources
 from jaxmoe.run.data import RunData
-from jaxmoe.run.tokenizers import TOKENIZER_BYTES, keep_tokenizer, open_tokenizer
+from jaxmoe.run.display import RowProgress
+from jaxmoe.run.tokenizers import keep_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -53,25 +48,6 @@ _SAMPLED_ROWS = 200
 
 
 @dataclasses.dataclass(frozen=True)
-class OpenSource:
-    """A source of a run.
-
-    Attributes:
-        name: in metrics.
-        config: of it.
-        format: of its rows.
-        train: its rows with what makes examples of them.
-        heldout: the same, held out; None without evaluation.
-    """
-
-    name: str
-    config: MixedSourceConfig
-    format: str
-    train: Source
-    heldout: Source | None
-
-
-@dataclasses.dataclass(frozen=True)
 class ConversationData(RunData):
     """Rows of a run.
 
@@ -79,7 +55,6 @@ class ConversationData(RunData):
         sources: at least one.
         template: of conversations, None where there are none.
         ends: the tokens that end turns.
-        vocab_size: V of the model.
     """
 
     sources: tuple[OpenSource, ...]
@@ -126,7 +101,7 @@ class ConversationData(RunData):
 
     def _prepare(self, number: int, name: str, source: Source) -> Prepared:
         folder = cache_folder(self.config.data) / "prepared" / self._fingerprint(source)
-        with _progress(name, len(source.rows)) as told:
+        with RowProgress(name, len(source.rows)) as told:
             return prepare(
                 self.workers, number, folder, skip=self.config.data.bad_rows == "skip", progress=told
             )
@@ -265,160 +240,12 @@ def worker_count(data: DataConfig) -> int:
     return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
 
 
-def cache_folder(data: DataConfig) -> Path:
-    """Where prepared data is kept."""
-    if data.cache is not None:
-        return Path(data.cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxmoe"
-
-
 def open_conversations(config: RunConfig, model_folder: Path | None, vocab_size: int) -> ConversationData:
     """See `jaxmoe.run.data.open_data`."""
-    data = config.data
-    opened = [_open_rows(source, data) for source in data.mixed]
-    tokenizer, folder = open_tokenizer(
-        config,
-        model_folder,
-        vocab_size,
-        lambda: _texts([(rows, reader) for rows, reader, _ in opened], skip=data.bad_rows == "skip"),
+    opened = open_sources(config, model_folder, vocab_size)
+    return ConversationData(
+        config, opened.tokenizer, opened.eos, opened.sources, opened.template, opened.ends
     )
-    eos = end_of_document(tokenizer, folder)
-    if isinstance(data.tokenizer, TrainTokenizer):
-        # Nobody has said yet which of its tokens are for what, and a run that goes on must not see it otherwise.
-        template = find_template(data.chat_template, None, _day(data))
-        own = {} if eos is None else {"eos_token": tokenizer.id_to_token(eos)}
-        template = None if template is None else dataclasses.replace(template, special_tokens=own)
-        ends = with_usual_end(end_tokens(tokenizer, None, eos, data.train_on.end_tokens), template)
-    else:
-        template = find_template(data.chat_template, folder, _day(data))
-        ends = end_tokens(tokenizer, model_folder or folder, eos, data.train_on.end_tokens)
-    train_on = TrainOn(
-        roles=data.train_on.roles,
-        last_turn_only=data.train_on.last_turn_only,
-        end_of_turn=data.train_on.end_of_turn,
-        reasoning=data.train_on.reasoning,
-    )
-
-    def encoder(per_sequence: bool) -> Encoder:
-        return Encoder(
-            tokenizer,
-            template,
-            ends,
-            train_on,
-            data.sequence_length,
-            long=data.long,
-            per_sequence=per_sequence,
-            vocab_size=vocab_size,
-        )
-
-    sources = []
-    for number, (source, (rows, reader, held_out)) in enumerate(zip(data.mixed, opened, strict=True)):
-        if template is None and reader.format in ("messages", "conversations", "instruction"):
-            raise no_template(folder)
-        if held_out is None and source.eval_fraction:
-            rows, held_out = _split(rows, source.eval_fraction, config.train.seed)
-        sources.append(
-            OpenSource(
-                _name(source, number),
-                source,
-                reader.format,
-                Source(rows, reader, encoder(data.loss == "sequence")),
-                None if held_out is None else Source(held_out, reader, encoder(False)),
-            )
-        )
-    _check_names(sources)
-    return ConversationData(config, tokenizer, eos, tuple(sources), template, ends)
-
-
-def _day(data: DataConfig) -> datetime.date | None:
-    return None if data.template_date is None else datetime.date.fromisoformat(data.template_date)
-
-
-def _open_rows(source: MixedSourceConfig, data: DataConfig) -> tuple[Rows, RecordReader, Rows | None]:
-    read = functools.partial(
-        open_rows, cache=cache_folder(data) / "rows", max_record_bytes=data.max_record_bytes
-    )
-    assert source.path is not None
-    path = docstring_file(cache_folder(data) / "rows") if source.path == DOCSTRINGS else source.path
-    rows = read(path, include=source.include, exclude=source.exclude)
-    fields = {"text": source.field, **source.fields} if source.field != "text" else source.fields
-    format = source.format
-    if format == "auto":
-        format = detect(rows[0], fields=fields, where=rows.where(0))
-    reader = RecordReader(
-        format,
-        fields=fields,
-        roles=source.roles,
-        system=source.system,
-        tools=source.tools,
-        template_arguments=source.chat_template_kwargs,
-    )
-    if source.eval_path is None:
-        return rows, reader, None
-    is_file = Path(source.eval_path).expanduser().is_file()  # patterns choose among the files of a folder
-    held_out = read(
-        source.eval_path,
-        include=None if is_file else source.include,
-        exclude=() if is_file else source.exclude,
-    )
-    return rows, reader, held_out
-
-
-def _split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
-    """About this fraction held out, one at least and all but one at most, whatever the rows' order."""
-    count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-    if not count:
-        raise UserError(
-            f"{rows.where(0)}: the only row, expected two or more to hold out {fraction} of them: give more rows"
-        )
-    drawn = np.random.default_rng([seed, len(rows)]).permutation(len(rows))
-    return rows.subset(np.sort(drawn[count:])), rows.subset(np.sort(drawn[:count]))
-
-
-def _name(source: MixedSourceConfig, number: int) -> str:
-    if source.name is not None:
-        return source.name
-    assert source.path is not None
-    return Path(source.path).name.split(".")[0] or f"source{number + 1}"
-
-
-def _check_names(sources: Sequence[OpenSource]) -> None:
-    names = [source.name for source in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(
-                f"data.sources: {names.count(name)} of them are called {name!r}, expected different names: set "
-                "their name"
-            )
-
-
-def _texts(opened: Sequence[tuple[Rows, RecordReader]], *, skip: bool) -> Iterator[str]:
-    """What rows say, drawn evenly, to train a tokenizer on; ``skip`` passes over those that cannot be used."""
-    total = sum(rows.num_bytes for rows, _ in opened)
-    for rows, reader in opened:
-        most = TOKENIZER_BYTES * rows.num_bytes // max(total, 1)
-        taken = 0
-        for i in np.random.default_rng(0).permutation(len(rows)).tolist():
-            try:
-                texts = list(_said(reader(rows[i], rows.where(i))))
-            except UserError:
-                if not skip:
-                    raise
-                continue
-            taken += sum(len(text.encode()) for text in texts)
-            yield from texts
-            if taken >= most:
-                break
-
-
-def _said(record: Record) -> Iterable[str]:
-    match record:
-        case Conversation(messages):
-            return (text for m in messages for text in (m.content, m.reasoning) if text)
-        case Segments(pieces):
-            return (piece.text for piece in pieces)
-        case _:
-            raise UserError("data.tokenizer: rows of token ids have a tokenizer already: give that one")
 
 
 def _told_of(
@@ -450,27 +277,3 @@ def _sampled(source: Source) -> About:
         errors=tuple(encoded.errors[:1]),
         notes=dict(encoded.notes),
     )
-
-
-class _progress:
-    """Shows how many rows are done, on a terminal."""
-
-    def __init__(self, name: str, total: int):
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("[bold]prepare {task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=jax.process_index() != 0 or not console.is_terminal,
-        )
-        self._task = self._progress.add_task(name, total=total)
-
-    def __enter__(self) -> Callable[[int], Any]:
-        self._progress.start()
-        return lambda rows: self._progress.update(self._task, completed=rows)
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()

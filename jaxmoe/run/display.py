@@ -1,8 +1,11 @@
 """What a run shows: a live line on a terminal, plain lines in a log file."""
 
 import sys
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -52,6 +55,30 @@ class RunDisplay:
     def say(self, text: str) -> None:
         """A line of its own, above the live line."""
         self._console.print(text, soft_wrap=True)
+
+
+class RowProgress:
+    """Shows on stderr how many rows are prepared, where it is a terminal; silent in all processes but the first."""
+
+    def __init__(self, name: str, total: int):
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("[bold]prepare {task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=jax.process_index() != 0 or not console.is_terminal,
+        )
+        self._task = self._progress.add_task(name, total=total)
+
+    def __enter__(self) -> Callable[[int], Any]:
+        self._progress.start()
+        return lambda rows: self._progress.update(self._task, completed=rows)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
 
 
 def _to_stderr(text: str) -> None:
