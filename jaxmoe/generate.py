@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--temperature", type=float, default=default["temperature"].default)
     parser.add_argument("--seed", type=int, default=default["seed"].default)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", help="default: bfloat16, and on a CPU float32")
     options = parser.parse_intermixed_args(argv)  # the prompt may be left out, and may come after options
     for name in ("system", "template"):
         if not options.chat and getattr(options, name) is not None:
@@ -58,7 +58,8 @@ def main(argv: list[str]) -> None:
     from jaxmoe.interop.source import compute_dtype, open_source
     from jaxmoe.model.sampling import Generator, continue_text
 
-    dtype = compute_dtype(options.dtype)
+    # XLA widens 16-bit floats on a CPU, of all experts for every token.
+    dtype = compute_dtype(options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     if dtype == jnp.float16 and jax.default_backend() == "cpu":
         raise UserError(
             "--dtype: found float16, which jax does not multiply on a CPU, expected bfloat16 or float32"

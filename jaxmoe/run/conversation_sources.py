@@ -119,7 +119,8 @@ def _template(
     # Nobody has said yet which of its tokens are for what, and a run that goes on must not see it otherwise.
     template = find_template(data.chat_template, None, day)
     if template is not None and eos is not None:
-        template = dataclasses.replace(template, special_tokens={"eos_token": tokenizer.id_to_token(eos)})
+        own = {"eos_token": tokenizer.id_to_token(eos) or ""}
+        template = dataclasses.replace(template, special_tokens=own)
     return template, with_usual_end(end_tokens(tokenizer, None, eos, data.train_on.end_tokens), template)
 
 
