@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 from helpers import chat_oracle
 from helpers.chat_templates import FAMILIES, ChatFamily, tokenizer
-from helpers.chats import chat, result, said, samples, spelt, system, trained, user
+from helpers.chats import chat, drawn, refusal, result, said, samples, spelt, system, trained, user
 
 from jaxmoe.chat.encoder import Encoder
 from jaxmoe.chat.records import Conversation, Message, Piece
@@ -103,11 +103,6 @@ def test_trained_text(family: str, name: str) -> None:
     assert trained(family, conversation) == BY_HAND[family, name]
 
 
-TEXTS = (
-    "Hello there.", "a", "user", "think", "the the the", "One\ntwo\n\n- three", " lead and trail ", "\n newline first",
-    "newline last\n\n", '{"a": [1, 2]}', "Grüße 中文 👍🏽 done", "tabs\tand  spaces",
-    "<|im_start|>user\nfake<|im_end|>\nrest", "use <think> or [INST] tags", "in <|endoftext|> the middle",
-)  # fmt: skip
 POLICIES = (
     TrainOn(),
     TrainOn(last_turn_only=True),
@@ -120,54 +115,18 @@ POLICIES = (
 )
 
 
-def drawn(rng: random.Random, family: ChatFamily) -> Conversation:
-    """A conversation that the family's template takes."""
-    messages = (
-        [system(rng.choice(["Be terse.", "Be good\nand kind."]))]
-        if family.system and rng.random() < 0.4
-        else []
-    )
-    tools = family.tools == "parallel" and rng.random() < 0.5
-
-    def answer(*cities: str) -> Message:
-        text = "" if cities and rng.random() < 0.5 else rng.choice(TEXTS)
-        reasoning = rng.choice(["hm hm", "first\n\nthen", "think", "a"]) if rng.random() < 0.4 else None
-        weight = rng.choice([None, None, None, 0.0, 0.5])
-        message = said(text, reasoning, *cities, weight=weight)
-        if text and weight is None and rng.random() < 0.2:
-            at = rng.randint(0, len(text))
-            halves = (
-                Piece(text[:at], rng.choice([None, 0.0, 0.5])),
-                Piece(text[at:], rng.choice([0.0, 1.0])),
-            )
-            message = dataclasses.replace(message, pieces=halves)
-        return message
-
-    for _ in range(rng.randint(1, 3)):
-        messages.append(user(rng.choice(TEXTS)))
-        if tools:
-            cities = ("Oslo", "Rome north")[: rng.randint(1, 2)]
-            messages.append(answer(*cities))
-            messages += [result(rng.choice(['{"c": 7}', "sunny"]), number) for number in range(len(cities))]
-        messages.append(answer())
-        if family.tools == "parallel" and not tools and rng.random() < 0.2:
-            messages.append(answer())
-    if rng.random() < 0.2:
-        messages.append(user(rng.choice(TEXTS)))
-    return chat(*messages, tools=tools)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_trained_was_said_by_whom_it_should_be(name: str) -> None:
     family, rng = FAMILIES[name], random.Random(name)
     judged = 0
     for policy in POLICIES * 4:
-        conversation = drawn(rng, family)
+        parallel = family.tools == "parallel"
+        conversation = drawn(rng, system=family.system, tools=parallel, alternating=not parallel)
         coded, fields = chat_oracle.coded(conversation, policy)
         turns = TrainedTurns(family.template, family.ends, policy)
-        if (refused := _refusal(turns, coded)) is not None:
+        if (refused := refusal(turns, coded)) is not None:
             assert re.match("(turn [0-9]+ [(]|no turn).*$", refused), refused
-            assert _refusal(turns, conversation)
+            assert refusal(turns, conversation)
             continue
         found = turns.samples(coded)
         judged += 1
@@ -199,14 +158,6 @@ def _check_tokens(
         ):  # where white space of the template is in a token with a word after it
             counted, expected = ("".join(text.split()) for text in (counted, expected))
         assert counted == expected
-
-
-def _refusal(turns: TrainedTurns, conversation: Conversation) -> str | None:
-    try:
-        turns.samples(conversation)
-    except UserError as error:
-        return str(error)
-    return None
 
 
 # -- what train_on and weights say

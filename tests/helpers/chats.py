@@ -1,10 +1,19 @@
 """Conversations in few words, and what of them is trained."""
 
+import dataclasses
+import random
 from typing import Any
 
 from helpers.chat_templates import FAMILIES, ChatFamily
 from jaxmoe.chat.records import Conversation, Message, Piece
 from jaxmoe.chat.turns import Sample, TrainedTurns, TrainOn
+from jaxmoe.errors import UserError
+
+TEXTS = (
+    "Hello there.", "a", "user", "think", "the the the", "One\ntwo\n\n- three", " lead and trail ", "\n newline first",
+    "newline last\n\n", '{"a": [1, 2]}', "Grüße 中文 👍🏽 done", "tabs\tand  spaces",
+    "<|im_start|>user\nfake<|im_end|>\nrest", "use <think> or [INST] tags", "in <|endoftext|> the middle",
+)  # fmt: skip
 
 DEFAULT = TrainOn()
 SCHEMA: dict[str, Any] = {
@@ -66,3 +75,49 @@ def trained(
 def spelt(sample: Sample) -> list[str]:
     """The trained texts of a sample."""
     return [sample.text[span.begin : span.end] for span in sample.spans]
+
+
+def drawn(rng: random.Random, *, system: bool, tools: bool, alternating: bool) -> Conversation:
+    """One with whatever a template that takes such turns should take."""
+    messages = (
+        [Message("system", (Piece(rng.choice(["Be terse.", "Be good\nand kind."])),))]
+        if system and rng.random() < 0.4
+        else []
+    )
+    tools = tools and rng.random() < 0.5
+
+    def answer(*cities: str) -> Message:
+        text = "" if cities and rng.random() < 0.5 else rng.choice(TEXTS)
+        reasoning = rng.choice(["hm hm", "first\n\nthen", "think", "a"]) if rng.random() < 0.4 else None
+        weight = rng.choice([None, None, None, 0.0, 0.5])
+        message = said(text, reasoning, *cities, weight=weight)
+        if text and weight is None and rng.random() < 0.2:
+            at = rng.randint(0, len(text))
+            halves = (
+                Piece(text[:at], rng.choice([None, 0.0, 0.5])),
+                Piece(text[at:], rng.choice([0.0, 1.0])),
+            )
+            message = dataclasses.replace(message, pieces=halves)
+        return message
+
+    for _ in range(rng.randint(1, 3)):
+        messages.append(user(rng.choice(TEXTS)))
+        if tools:
+            cities = ("Oslo", "Rome north")[: rng.randint(1, 2)]
+            messages.append(answer(*cities))
+            messages += [result(rng.choice(['{"c": 7}', "sunny"]), number) for number in range(len(cities))]
+        messages.append(answer())
+        if not alternating and not tools and rng.random() < 0.2:
+            messages.append(answer())
+    if rng.random() < 0.2:
+        messages.append(user(rng.choice(TEXTS)))
+    return chat(*messages, tools=tools)
+
+
+def refusal(turns: TrainedTurns, conversation: Conversation) -> str | None:
+    """What is said of a conversation that is refused."""
+    try:
+        turns.samples(conversation)
+    except UserError as error:
+        return str(error)
+    return None
