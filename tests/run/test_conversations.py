@@ -165,6 +165,8 @@ def test_workers_encode_as_the_run_itself_does(folder, tmp_path):
     data.close()
     for one, other in zip(mine, theirs, strict=True):
         assert one.about == other.about
+        assert one.about.trained == sum(int((e.weights > 0).sum()) for i in range(len(one)) for e in one[i])
+        assert one.about.tokens == sum(len(e.ids) for i in range(len(one)) for e in one[i])
         assert all(
             np.array_equal(a.ids, b.ids) and np.array_equal(a.weights, b.weights)
             for i in range(len(one))
@@ -214,6 +216,7 @@ def test_a_bad_row_stops_the_run_or_is_counted(folder, tmp_path):
     for caught in (prepared, told, streamed):
         assert f"{tmp_path / 'bad.jsonl'} line " in str(caught.value)
         assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache" / "prepared").glob("*/about.json"))
     data = opened(folder, tmp_path, bad_rows="skip", **given)
     assert data.prepared[0].about.bad == 2
     assert any("2 rows cannot be used and are left out" in line for line in data.told)
