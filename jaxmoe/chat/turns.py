@@ -116,10 +116,6 @@ class EndTokens:
         match = self._any.search(text)
         return match[0] if match else None
 
-    def before(self, text: str, at: int) -> int:
-        """A place not inside one of them: ``at``, or where the one begins that it is in."""
-        return next((m.start() for m in self._any.finditer(text) if m.start() < at < m.end()), at)
-
 
 @dataclasses.dataclass(frozen=True)
 class _Turn:
@@ -277,8 +273,8 @@ class _Attempt:
                 number,
                 "the template writes the turns before it differently once it is there, so that no prompt fits",
             )
-        begin = min(self._ends.before(prompt, common), self._ends.before(whole, common))
-        # Not in a word that the generation prompt and the answer happen to begin with.
+        begin = common
+        # Not in a word or a mark that the generation prompt and the answer happen to begin with.
         while (
             begin > len(history)
             and not whole[begin - 1].isspace()

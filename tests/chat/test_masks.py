@@ -282,6 +282,17 @@ def test_the_prompt_is_what_would_be_served(name: str) -> None:
         assert repr(served[sample.prompts[0] :]) in note
 
 
+@pytest.mark.parametrize(
+    ("prompt", "answer"), [("<|think|>", "<|tool|>x"), ("<|think|>", "<|th"), ("thus", "this")]
+)
+def test_a_prompt_that_begins_as_the_answer_does(prompt: str, answer: str) -> None:
+    """What is trained begins in no mark and in no word."""
+    source = _chatml().source.replace("assistant\\n' }}{%- endif", f"assistant\\n{prompt}' }}}}{{%- endif")
+    assert prompt in source
+    family = dataclasses.replace(_chatml(), source=source, special=("<|im_start|>", "<|think|>", "<|tool|>"))
+    assert trained(family, chat(user("?"), said(answer))) == [[answer + "<|im_end|>"]]
+
+
 def test_several_turns_of_the_assistant() -> None:
     conversation = chat(user("?"), said("One."), said("Two."), user("!"), said("Three."))
     assert trained(_chatml(), conversation) == [["One.<|im_end|>", "Two.<|im_end|>", "Three.<|im_end|>"]]

@@ -176,7 +176,9 @@ def test_what_is_cut_off(length: int) -> None:
 # -- kinds of tokenizers
 
 
-def _metaspace(scheme: str) -> Tokenizer:
+def _metaspace(
+    scheme: str, text: str = "Hello there: one two three. First answer. Second answer."
+) -> Tokenizer:
     made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     if scheme == "normalizer":
         made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -210,6 +212,33 @@ def test_tokenizers_of_sentencepiece_s_kind(scheme: str) -> None:
     assert given.decode(example.ids.tolist(), skip_special_tokens=False).split() == whole.split()
     found = [text.strip() for text in texts(example, given)]
     assert found == ["First answer.</s>", "Second  answer. </s>"]
+
+
+@pytest.mark.parametrize(("prompt", "expected"), [("A: ", [")b</s>"]), ("A:", [":)b</s>"])])
+def test_what_cannot_be_cut_off_a_prompt_is_trained(prompt: str, expected: list[str]) -> None:
+    """Cut, the answer would begin with one more space than the text has; uncut, all that is said is trained."""
+    letters = ["</s>", *"▁HiA:)b", ":)", "▁)"]
+    given = Tokenizer(models.BPE(dict(zip(letters, range(20), strict=False)), [(":", ")"), ("▁", ")")]))
+    given.add_special_tokens(["</s>"])
+    given.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    given.decoder = decoders.Metaspace(prepend_scheme="always", split=False)
+    source = "{% for m in messages %}{{ m.content if m.role == 'user' else PROMPT + m.content + '</s>' }}{% endfor %}"
+    source = (
+        source.replace("PROMPT", f"'{prompt}'") + f"{{{{ '{prompt}' if add_generation_prompt else '' }}}}"
+    )
+    family = ChatFamily(source, ("</s>",))
+    (example,) = encoded(chat(user("Hi"), said(")b")), family, given)
+    assert given.encode(f"Hi{prompt})b</s>", add_special_tokens=False).ids == example.ids.tolist()
+    assert texts(example, given) == expected
+    assert example.weights.sum() == 3
+
+
+def test_offsets_that_leave_white_space_out() -> None:
+    """A tokenizer that says so of its tokens: what ends in white space is trained to its end all the same."""
+    family = FAMILIES["marked"]
+    encoder = Encoder(_trimming(), family.template, family.ends, TrainOn(end_of_turn="none"), 100)
+    (example,) = encoder(chat(user("Hi"), said("Hello there \n ")))
+    assert texts(example) == ["Hello there \n "]
 
 
 def test_tokens_of_part_of_a_character() -> None:
