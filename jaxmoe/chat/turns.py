@@ -229,7 +229,7 @@ class _Attempt:
             self._by_marks(trained, weights) if self._template.marks else self._by_rendering(trained, weights)
         )
         for text, turns in found:
-            self._check_history(text, turns[-1].number)
+            self._check_history(text, turns)
         last = max(turn.number for _, turns in found for turn in turns)
         return [self._sample(text, turns, last) for text, turns in found]
 
@@ -517,25 +517,16 @@ class _Attempt:
         if thought and thought not in target:
             self.notes["the template leaves out reasoning of the turn that is trained"] += 1
 
-    def _check_history(self, text: str, last: int) -> None:
-        """Refuse where the template silently leaves out what others said, or the tools."""
-        for number, message in enumerate(self._messages[:last]):
-            content = message.content.strip()
-            if message.role == ASSISTANT or not content or content in text:
-                continue
-            if json.dumps(content, ensure_ascii=False)[1:-1] in text or _spaceless(content) in _spaceless(
-                text
-            ):
-                continue
-            if message.role == "tool":
-                self.notes["the template writes results of tools in a form of its own"] += 1
-                continue
-            remedy = (
-                "set the source's system: drop, or another template"
-                if message.role == "system"
-                else "use another template"
-            )
-            raise self._refusal(number, "the template leaves its content out", remedy)
+    def _check_history(self, text: str, turns: Sequence[_Turn]) -> None:
+        """Refuse where a template silently leaves out what others said, or the tools, or lets the assistant say it."""
+        after = 0
+        for turn in turns:
+            generated = self._messages[turn.number].role == ASSISTANT
+            before = text[: turn.begin] if generated else text
+            for number in range(after, turn.number):
+                if self._messages[number].role != ASSISTANT:
+                    self._check_shown(number, turn.number, before)
+            after = turn.number
         for tool in self._tools or ():
             name = (
                 tool.get("function", tool).get("name")
@@ -547,6 +538,25 @@ class _Attempt:
                     f"{self._template.origin} leaves the tool {name!r} out, expected one that shows tools: use another "
                     "template, or set the source's tools: drop"
                 )
+
+    def _check_shown(self, number: int, turn: int, text: str) -> None:
+        """Refuse unless the text before a turn has what another one says."""
+        message = self._messages[number]
+        content = message.content.strip()
+        if content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text:
+            return
+        if _spaceless(content) in _spaceless(text):
+            return
+        if message.role == "tool":
+            messages = self._messages[: turn + 1]
+            other = dataclasses.replace(message, pieces=(Piece(_PLACEHOLDER),))
+            if self._changed(messages, number, other) != self._changed(messages, number, message):
+                self.notes["the template writes results of tools in a form of its own"] += 1
+                return
+        remedy = "use another template"
+        if message.role == "system":
+            remedy = "set the source's system: drop, or another template"
+        raise self._refusal(number, f"the template leaves its content out before turn {turn + 1}", remedy)
 
     def _render(self, count: int, number: int, generation_prompt: bool = False) -> str:
         if not count and not generation_prompt:

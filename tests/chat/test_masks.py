@@ -347,7 +347,12 @@ def test_refusals_name_the_turn() -> None:
         (_chatml(), chat(user("a"), said("ends <|im_end|>")), TrainOn(), "turn 2 (assistant): its content"),
         (_chatml(), chat(user("a"), said("b", weight=0.0)), TrainOn(), "no turn to train on"),
         (_without(FAMILIES["gemma4"], "system"), chat(system("Be terse."), user("a"), said("b")), TrainOn(),
-         "turn 1 (system): the template leaves its content out"),
+         "turn 1 (system): the template leaves its content out before turn 3"),
+        # Its words would be the assistant's: the template puts them into whatever turn comes first.
+        (_merging(), chat(system("Be terse."), said("b"), user("c"), said("d")), TrainOn(),
+         "turn 1 (system): the template leaves its content out before turn 2"),
+        (_without(FAMILIES["minimax_m2"], "results"), CALLING, TrainOn(),
+         "turn 3 (tool): the template leaves its content out before turn 4"),
         (_without(FAMILIES["deepseek_v3"], "no calls"), CALLING, TrainOn(), "turn 2 (assistant): 'weather'"),
         (dataclasses.replace(_python_calls(), stops=("<|im_end|>",)), CALLING, TrainOn(), "written as Python does"),
     ]  # fmt: skip
@@ -360,10 +365,25 @@ def test_refusals_name_the_turn() -> None:
 
 
 def _without(family: ChatFamily, what: str) -> ChatFamily:
-    old = "messages[0].content|trim" if what == "system" else "{%- if m.tool_calls -%}"
-    new = "''" if what == "system" else "{%- if false -%}"
+    old, new = {
+        "system": ("messages[0].content|trim", "''"),
+        "results": ("<response>' + m.content + '", "<response>"),
+        "no calls": ("{%- if m.tool_calls -%}", "{%- if false -%}"),
+    }[what]
     assert old in family.source
     return dataclasses.replace(family, source=family.source.replace(old, new))
+
+
+def _merging() -> ChatFamily:
+    """Writes what the system says at the beginning of the turn after it."""
+    source = """
+{%- for m in messages if m.role != 'system' -%}
+  {{ '<|im_start|>' + m.role + '\\n' + (messages[0].content if loop.first and messages[0].role == 'system' else '') }}
+  {{- m.content + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+    return dataclasses.replace(_chatml(), source=source)
 
 
 def _python_calls() -> ChatFamily:
