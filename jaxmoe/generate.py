@@ -100,7 +100,7 @@ def _dialogue(
 ) -> "tuple[Dialogue, list[int]]":
     """A conversation that nobody has said anything in but for the system, and the tokens that end an answer."""
     from jaxmoe.chat.dialogue import Dialogue, stop_ids
-    from jaxmoe.chat.encoder import end_tokens
+    from jaxmoe.chat.ends import end_tokens
     from jaxmoe.chat.templates import find_template, no_template
 
     template = find_template(given, folder, key="--template")

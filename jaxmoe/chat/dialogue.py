@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from jaxmoe.chat.ends import EndTokens
 from jaxmoe.chat.records import ASSISTANT, Message, Piece
 from jaxmoe.chat.templates import ChatTemplate, TemplateFault
-from jaxmoe.chat.turns import EndTokens, TrainedTurns
+from jaxmoe.chat.turns import TrainedTurns
 from jaxmoe.errors import UserError
 
 

@@ -4,19 +4,19 @@ import collections
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from jaxmoe.chat.ends import EndTokens
 from jaxmoe.chat.records import Conversation, Record, Segments, Tokens
+from jaxmoe.chat.samples import Span, TrainOn
 from jaxmoe.chat.templates import ChatTemplate
-from jaxmoe.chat.turns import EndTokens, Span, TrainedTurns, TrainOn
+from jaxmoe.chat.turns import TrainedTurns
 from jaxmoe.errors import UserError, first_line
-from jaxmoe.files import read_text
 
 _MAX_CONFIG_BYTES = 2**24
 _FITTING = ("padding", "truncation")
@@ -252,45 +252,3 @@ def _straddled(begins: np.ndarray, ends: np.ndarray, at: int) -> bool:
     """Whether a token has characters on both sides of a place."""
     first = np.searchsorted(ends, at, "right")
     return bool(first < len(begins) and begins[first] < at)
-
-
-def end_tokens(
-    tokenizer: Tokenizer, folder: Path | None, document: int | None, given: Sequence[str] = ()
-) -> EndTokens:
-    """The tokens that end turns: those that are given, that generation_config.json stops at, and that end documents.
-
-    Args:
-        tokenizer: that has them.
-        folder: of the model or the tokenizer, with a generation_config.json perhaps.
-        document: id of the token that ends a document.
-        given: texts of such tokens, the usual one first.
-
-    Raises:
-        UserError: a given token is none of the tokenizer, or generation_config.json is not readable.
-    """
-    stops = list(given)
-    for token in given:
-        if tokenizer.token_to_id(token) is None:
-            raise UserError(
-                f"train_on.end_tokens: {token!r} is no token of the tokenizer, expected one: add it or name another"
-            )
-    for token_id in [*_generation_stops(folder), *([] if document is None else [document])]:
-        text = tokenizer.id_to_token(token_id)
-        if text is not None and text not in stops:
-            stops.append(text)
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    ends_document = None if document is None else tokenizer.id_to_token(document)
-    return EndTokens(tuple(stops), frozenset(special), ends_document)
-
-
-def _generation_stops(folder: Path | None) -> list[int]:
-    file = None if folder is None else folder / "generation_config.json"
-    if file is None or not file.is_file():
-        return []
-    try:
-        config: Any = json.loads(read_text(file, _MAX_CONFIG_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not readable as JSON ({first_line(error)}); mend or remove it") from None
-    ids = config.get("eos_token_id") if isinstance(config, Mapping) else None
-    ids = ids if isinstance(ids, list) else [ids]
-    return [i for i in ids if type(i) is int and 0 <= i < 2**32]

@@ -11,13 +11,15 @@ writes. Whatever is found, what the turn says must be in it: a mask that is not 
 import collections
 import dataclasses
 import functools
-import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
+from jaxmoe.chat.calls import as_python, missing_part
+from jaxmoe.chat.ends import EndTokens
 from jaxmoe.chat.records import ASSISTANT, Conversation, Message, Piece
+from jaxmoe.chat.samples import Sample, Span, TrainOn, joined
 from jaxmoe.chat.templates import DIALECTS, ChatTemplate, Dialect, TemplateFault
 from jaxmoe.errors import UserError, quote
 
@@ -27,94 +29,6 @@ _PLACEHOLDER = "Gladly: 7 it is."
 """A text that no conversation has, and that templates write as it is."""
 _INLINE = re.compile(r"^\s*<think>(.*?)</think>", re.DOTALL)
 _SPACE = re.compile(r"\s+")
-_QUOTING = re.compile(r"[\s\"'\\]+")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainOn:
-    """Which tokens of a conversation count in the loss.
-
-    Attributes:
-        roles: whose turns, unless a message has a weight of its own.
-        last_turn_only: of those, only the last.
-        end_of_turn: the token that ends a turn: of the turns that are trained, of all turns, of the last one that is
-            trained, or none.
-        reasoning: whether what was thought is trained, with the mark that opens it.
-    """
-
-    roles: tuple[str, ...] = (ASSISTANT,)
-    last_turn_only: bool = False
-    end_of_turn: Literal["turn", "all", "last", "none"] = "turn"
-    reasoning: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """Characters of a text that are trained.
-
-    Attributes:
-        begin: of the first.
-        end: after the last.
-        weight: of its tokens in the loss.
-    """
-
-    begin: int
-    end: int
-    weight: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """A text and what of it is trained.
-
-    Attributes:
-        text: with all that the model is given.
-        spans: what is trained, in order and apart.
-        prompts: where what the model is served ends and a trained turn goes on, in characters.
-    """
-
-    text: str
-    spans: tuple[Span, ...]
-    prompts: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class EndTokens:
-    """The tokens that end a turn.
-
-    Attributes:
-        stops: at which generation stops, the usual one first.
-        special: all special tokens of the tokenizer.
-        document: the one that ends a document; None where there is none.
-    """
-
-    stops: tuple[str, ...]
-    special: frozenset[str]
-    document: str | None = None
-
-    @functools.cached_property
-    def _any(self) -> re.Pattern[str]:
-        longest_first = sorted({*self.special, *self.stops}, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-    def trailing(self, text: str) -> list[tuple[int, int]]:
-        """(begin, end) of those after which nothing but white space and others of them comes, in order."""
-        found: list[tuple[int, int]] = []
-        for match in self._any.finditer(text):
-            if found and text[found[-1][1] : match.start()].strip():
-                found = []
-            found.append(match.span())
-        return found if found and not text[found[-1][1] :].strip() else []
-
-    def leading(self, text: str) -> str | None:
-        """The one that a text begins with."""
-        match = self._any.match(text)
-        return match[0] if match else None
-
-    def first(self, text: str) -> str | None:
-        """The first one in a text."""
-        match = self._any.search(text)
-        return match[0] if match else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -398,7 +312,7 @@ class _Attempt:
         if policy == "all":
             spans.extend(self._other_ends(text, turns))
         prompts = [turn.begin for turn in turns if self._messages[turn.number].role == ASSISTANT]
-        return Sample(text, tuple(_joined(sorted(spans, key=lambda span: span.begin))), tuple(prompts))
+        return Sample(text, tuple(joined(sorted(spans, key=lambda span: span.begin))), tuple(prompts))
 
     def _other_ends(self, text: str, turns: Sequence[_Turn]) -> Iterator[Span]:
         """The tokens that end turns which are not trained, where they are the ones that end trained turns."""
@@ -505,11 +419,11 @@ class _Attempt:
                 )
             self.notes["thoughts inside the content are left out by the template"] += 1
         for call in message.tool_calls:
-            if (written := _as_python(call)) is not None and written in target:
+            if (written := as_python(call)) is not None and written in target:
                 raise self._refusal(
                     number, f"its tool call's {quote(written[:60])} is written as Python does and not as JSON"
                 )
-        if (missing := _missing(message.tool_calls, target)) is not None:
+        if (missing := missing_part(message.tool_calls, target)) is not None:
             raise self._refusal(
                 number, f"{quote(missing[:60])} of its tool calls is not in the text that would be trained"
             )
@@ -580,40 +494,6 @@ class _Attempt:
         return UserError(f"turn {number + 1} ({role}): {reason}: {remedy} ({self._template.origin})")
 
 
-def _as_python(call: Mapping[str, Any]) -> str | None:
-    """What Python writes of a call's arguments; None where that is JSON."""
-    arguments = call["function"].get("arguments")
-    if not isinstance(arguments, Mapping):
-        return None
-    written = str(dict(arguments))
-    return None if written == json.dumps(arguments, ensure_ascii=False) else written
-
-
-def _missing(calls: Sequence[Mapping[str, Any]], text: str) -> str | None:
-    """A part of calls that a text has less often than they have it; quotes, escapes and white space aside."""
-    bare = _QUOTING.sub("", text)
-    for part, times in collections.Counter(itertools.chain.from_iterable(map(_parts, calls))).items():
-        written = (part, json.dumps(part), json.dumps(part, ensure_ascii=False))
-        if max(bare.count(_QUOTING.sub("", form)) for form in written) < times:
-            return part
-    return None
-
-
-def _parts(value: Any) -> Iterator[str]:
-    """The texts in the function of a call: its name, and its arguments with their names."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        function = value.get("function")
-        if isinstance(function, Mapping):
-            yield from _parts([function["name"], function.get("arguments")])
-        else:
-            yield from _parts([*map(str, value), *value.values()])
-    elif isinstance(value, Sequence):
-        for entry in value:
-            yield from _parts(entry)
-
-
 def _adjoined(marks: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Marks of which one ends where the next begins as one: some templates mark a turn in parts."""
     joined: list[tuple[int, int]] = []
@@ -622,20 +502,6 @@ def _adjoined(marks: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
             begin = joined.pop()[0]
         joined.append((begin, end))
     return joined
-
-
-def _joined(spans: Sequence[Span]) -> Iterator[Span]:
-    """Spans that follow each other with the same weight as one."""
-    last: Span | None = None
-    for span in spans:
-        if last is not None and span.begin <= last.end and span.weight == last.weight:
-            last = Span(last.begin, max(last.end, span.end), last.weight)
-            continue
-        if last is not None:
-            yield last
-        last = span
-    if last is not None:
-        yield last
 
 
 def _not_a_stop(token: str) -> str:

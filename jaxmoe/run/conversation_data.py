@@ -16,10 +16,10 @@ import numpy as np
 
 from jaxmoe.chat.dialogue import asked, stop_ids
 from jaxmoe.chat.encoder import Example
+from jaxmoe.chat.ends import EndTokens
 from jaxmoe.chat.prepared import About, Prepared, prepare
 from jaxmoe.chat.records import Message, Piece
 from jaxmoe.chat.templates import ChatTemplate, no_template
-from jaxmoe.chat.turns import EndTokens
 from jaxmoe.chat.workers import Source, Workers, arrays
 from jaxmoe.config import DataConfig, RunConfig
 from jaxmoe.data.conversations import (

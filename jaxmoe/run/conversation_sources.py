@@ -11,12 +11,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxmoe.chat.dialogue import with_usual_end
-from jaxmoe.chat.encoder import Encoder, end_tokens
+from jaxmoe.chat.encoder import Encoder
+from jaxmoe.chat.ends import EndTokens, end_tokens
 from jaxmoe.chat.formats import RecordReader, detect
 from jaxmoe.chat.records import Conversation, Record, Segments
 from jaxmoe.chat.rows import Rows, open_rows
+from jaxmoe.chat.samples import TrainOn
 from jaxmoe.chat.templates import ChatTemplate, find_template, no_template
-from jaxmoe.chat.turns import EndTokens, TrainOn
 from jaxmoe.chat.workers import Source
 from jaxmoe.config import DataConfig, MixedSourceConfig, RunConfig, TrainTokenizer
 from jaxmoe.data import end_of_document

@@ -5,7 +5,7 @@ import datetime
 import pytest
 
 from jaxmoe.chat.dialogue import Dialogue, asked, stop_ids, with_usual_end
-from jaxmoe.chat.encoder import end_tokens
+from jaxmoe.chat.ends import end_tokens
 from jaxmoe.chat.records import Conversation, Message, Piece
 from jaxmoe.chat.templates import ChatTemplate, built_in, find_template
 from jaxmoe.chat.turns import TrainedTurns

@@ -12,9 +12,11 @@ from helpers.chat_templates import FAMILIES, ChatFamily, tokenizer
 from helpers.chats import chat, drawn, refusal, result, said, samples, spelt, system, trained, user
 
 from jaxmoe.chat.encoder import Encoder
+from jaxmoe.chat.ends import EndTokens
 from jaxmoe.chat.records import Conversation, Message, Piece
+from jaxmoe.chat.samples import Sample, TrainOn
 from jaxmoe.chat.templates import ChatTemplate
-from jaxmoe.chat.turns import EndTokens, Sample, TrainedTurns, TrainOn
+from jaxmoe.chat.turns import TrainedTurns
 from jaxmoe.errors import UserError
 
 pytestmark = pytest.mark.once

@@ -20,9 +20,11 @@ from tokenizers import (
 )
 
 from jaxmoe.chat.encoder import Encoder, Example, Long
+from jaxmoe.chat.ends import EndTokens
 from jaxmoe.chat.records import Message, Piece, Record, Segments
+from jaxmoe.chat.samples import TrainOn
 from jaxmoe.chat.templates import ChatTemplate
-from jaxmoe.chat.turns import EndTokens, TrainedTurns, TrainOn
+from jaxmoe.chat.turns import TrainedTurns
 
 pytestmark = pytest.mark.once
 

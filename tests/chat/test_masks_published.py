@@ -18,9 +18,11 @@ from helpers.chats import chat, drawn, refusal, result, said, spelt, system, use
 from tokenizers import Tokenizer
 
 from jaxmoe.chat.encoder import Encoder, Example
+from jaxmoe.chat.ends import EndTokens
 from jaxmoe.chat.records import Conversation, Message, Piece
+from jaxmoe.chat.samples import TrainOn
 from jaxmoe.chat.templates import DIALECTS, ChatTemplate, find_template
-from jaxmoe.chat.turns import EndTokens, TrainedTurns, TrainOn
+from jaxmoe.chat.turns import TrainedTurns
 from jaxmoe.errors import UserError
 
 pytestmark = pytest.mark.once

@@ -8,7 +8,8 @@ from helpers.chats import chat, result, said, samples, spelt, system, trained, u
 
 from jaxmoe.chat.encoder import Encoder, Example
 from jaxmoe.chat.records import Message, Piece, Record, Segments
-from jaxmoe.chat.turns import TrainedTurns, TrainOn
+from jaxmoe.chat.samples import TrainOn
+from jaxmoe.chat.turns import TrainedTurns
 from jaxmoe.errors import UserError
 
 pytestmark = pytest.mark.once

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxmoe.chat.records import ASSISTANT, Conversation, Piece
+from jaxmoe.chat.samples import Sample, TrainOn
 from jaxmoe.chat.templates import DIALECTS, ChatTemplate, TemplateFault
-from jaxmoe.chat.turns import Sample, TrainOn
 
 _FIRST, _SIZE = 0xF0000, 128
 _LITERAL = re.compile(r"<[^<>\s]*>|\[/?[A-Z_]+\]|\\[a-z]")

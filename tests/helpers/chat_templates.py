@@ -10,8 +10,8 @@ import functools
 
 from tokenizers import Tokenizer
 
+from jaxmoe.chat.ends import EndTokens
 from jaxmoe.chat.templates import ChatTemplate
-from jaxmoe.chat.turns import EndTokens
 from jaxmoe.data import train_byte_bpe
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from helpers.chat_templates import FAMILIES, ChatFamily
 from jaxmoe.chat.records import Conversation, Message, Piece
-from jaxmoe.chat.turns import Sample, TrainedTurns, TrainOn
+from jaxmoe.chat.samples import Sample, TrainOn
+from jaxmoe.chat.turns import TrainedTurns
 from jaxmoe.errors import UserError
 
 TEXTS = (
