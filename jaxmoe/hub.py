@@ -7,11 +7,12 @@ from pathlib import Path
 from jaxmoe.errors import UserError, first_line
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
+_DATA = (".jsonl", ".json", ".gz", ".zst", ".parquet", ".arrow", ".txt")
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether it has the form org/name."""
-    return _ID.fullmatch(text) is not None
+    """Whether it has the form org/name, and is not rather a file of data that is missing."""
+    return _ID.fullmatch(text) is not None and not text.lower().endswith(_DATA)
 
 
 def snapshot(hub_id: str, patterns: Sequence[str], repo_type: str = "model") -> Path:

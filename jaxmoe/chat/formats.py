@@ -39,6 +39,11 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "tokens": ("input_ids",),
     "text": ("text",),
 }
+KNOWN_COLUMNS = frozenset(
+    {"messages", "conversations", "prompt", "completion", "instruction", "segments", "input_ids"}
+)
+"""Columns that plain text does not have."""
+
 _SHAREGPT = {"messages": "conversations", "role": "from", "content": "value"}
 
 _SHAREGPT_ROLES = {

@@ -95,9 +95,12 @@ def prepare(
     Raises:
         UserError: a row cannot be used; none can; the folder cannot be written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # Runs that begin together would otherwise all make it. Who waits finds it made.
-    held = lock(folder.with_name(f"{folder.name}.lock"), str(folder), wait=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        held = lock(folder.with_name(f"{folder.name}.lock"), str(folder), wait=True)
+    except OSError as error:
+        raise cannot_write(f"data.cache: {folder}: cannot write prepared data", error) from error
     try:
         if not folder.exists():
             _make(workers, source, folder, progress, skip)

@@ -3,13 +3,14 @@
 import ast
 import inspect
 import json
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jaxmoe.data.files import STANDARD_LIBRARY, find_files
-from jaxmoe.files import partial
+from jaxmoe.files import cannot_write, lock, write_atomically
 
 DOCSTRINGS = "python:docstrings"
 """The path that stands for questions and answers made of the docstrings of the running Python's standard library."""
@@ -19,15 +20,23 @@ _ASKED = {"module": "What is the module {} for?", "class": "What is a {}?", "fun
 
 
 def docstring_file(cache: Path) -> Path:
-    """The rows as a .jsonl file in ``cache``, made if it is not there."""
+    """The rows as a .jsonl file in ``cache``, made if it is not there.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     file = cache / f"docstrings-{platform.python_version()}.jsonl"
-    if not file.exists():
+    try:
         cache.mkdir(parents=True, exist_ok=True)
-        unfinished = partial(file)
-        with unfinished.open("w", encoding="utf-8") as lines:
-            for row in docstring_rows():
-                lines.write(json.dumps(row) + "\n")
-        unfinished.replace(file)
+        # Runs that begin together would write into each other.
+        held = lock(file.with_suffix(".lock"), str(file), wait=True)
+        try:
+            if not file.exists():
+                write_atomically(file, "".join(json.dumps(row) + "\n" for row in docstring_rows()))
+        finally:
+            os.close(held)
+    except OSError as error:
+        raise cannot_write(f"data.cache: {file}: cannot write rows", error) from error
     return file
 
 

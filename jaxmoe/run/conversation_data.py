@@ -191,9 +191,12 @@ class ConversationData(RunData):
 
     def _held_out_examples(self, number: int) -> list[Example]:
         most, examples, tokens = self.config.data.eval_tokens, list[Example](), 0
+        told = _Told()
         for encoded in self.workers.all(number):
             if encoded.errors and self.config.data.bad_rows == "stop":
                 raise UserError(encoded.errors[0])
+            for error in encoded.errors:
+                told(error)
             for example in encoded.examples:
                 examples.append(example)
                 tokens += len(example.ids)

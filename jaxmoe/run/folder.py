@@ -32,6 +32,7 @@ _FREE_KEYS = frozenset(
         "data.eval_tokens",
         "data.max_record_bytes",
         "data.cache",
+        "data.prepare",
         "data.workers",
         "sample",
         "output_dir",

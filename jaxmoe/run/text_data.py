@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmoe.config import RunConfig
+from jaxmoe.config import DataConfig, RunConfig
 from jaxmoe.data import (
     BatchSpec,
     Documents,
@@ -24,8 +24,24 @@ from jaxmoe.data import (
     split_documents,
     training_batches,
 )
+from jaxmoe.errors import UserError
 from jaxmoe.run.data import RunData
 from jaxmoe.run.tokenizers import TOKENIZER_BYTES, keep_tokenizer, open_tokenizer
+
+_OF_ROWS = (
+    *(
+        "bad_rows",
+        "chat_template",
+        "chat_template_kwargs",
+        "long",
+        "loss",
+        "roles",
+        "system",
+        "template_date",
+    ),
+    *("tools", "train_on"),
+)
+"""Keys of rows that mean something."""
 
 BASELINE_BYTES = 2**24
 """Training text that the byte baselines count."""
@@ -102,7 +118,9 @@ class _BitsPerByte:
 def open_text(config: RunConfig, model_folder: Path | None, vocab_size: int) -> TextData:
     """See `jaxmoe.run.data.open_data`."""
     data = config.data
-    read = functools.partial(open_documents, field=data.field, max_record_bytes=data.max_record_bytes)
+    _check_meant(config)
+    field = data.fields.get("text", data.field)
+    read = functools.partial(open_documents, field=field, max_record_bytes=data.max_record_bytes)
     assert data.path is not None
     documents = read(data.path, include=data.include, exclude=data.exclude)
     heldout = None
@@ -125,6 +143,27 @@ def open_text(config: RunConfig, model_folder: Path | None, vocab_size: int) -> 
     for opened in filter(None, (documents, heldout)):
         check_separable(opened, tokenizer)
     return TextData(config, tokenizer, eos, documents, heldout)
+
+
+def _check_meant(config: RunConfig) -> None:
+    """Refuse what documents have nothing of, which whoever set it takes for done.
+
+    Raises:
+        UserError: such a key is set.
+    """
+    default = DataConfig.model_fields
+    found = [name for name in _OF_ROWS if getattr(config.data, name) != default[name].default]
+    found += [f"fields.{name}" for name in config.data.fields if name != "text"]
+    if found:
+        raise UserError(
+            f"data.{found[0]}: found it set, and {config.data.path} is read as plain text, which has nothing of "
+            "the kind: leave it out, or set data.format to what its rows are"
+        )
+    if config.sample is not None and config.sample.chat:
+        raise UserError(
+            f"sample.chat: found true, and {config.data.path} is read as plain text, which has no chat template: "
+            "set it to false, or train on conversations"
+        )
 
 
 def sample(documents: Documents, most: int) -> Documents:

@@ -9,6 +9,7 @@ from jaxmoe.chat.ends import end_tokens
 from jaxmoe.chat.records import Conversation, Message, Piece
 from jaxmoe.chat.templates import ChatTemplate, built_in, find_template
 from jaxmoe.chat.turns import TrainedTurns
+from jaxmoe.config import DataConfig
 from jaxmoe.data import train_byte_bpe
 from jaxmoe.errors import UserError
 
@@ -65,6 +66,7 @@ def test_templates_that_come_along_train_every_answer_in_one_sequence(tokenizer,
     assert trained == [f"c d{ENDS[name]}", f"f g{ENDS[name]}"]
     assert not finder.notes
     assert set(ENDS) == set(built_in())
+    assert name in DataConfig.model_fields["chat_template"].description
 
 
 def test_what_ends_a_turn_ends_an_answer(tokenizer):

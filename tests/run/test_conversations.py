@@ -1,5 +1,6 @@
 """Training runs on conversations, from rows in files to what is exported."""
 
+import gzip
 import io
 import itertools
 import json
@@ -303,10 +304,6 @@ def test_the_column_names_decide(folder, tmp_path):
     for name, format in (("chats", "messages"), ("asked", "prompt_completion"), ("told", "conversations")):
         data = opened(folder, tmp_path, sources=[], path=str(folder / f"{name}.jsonl"))
         assert [source.format for source in data.sources] == [format]
-    plain = tmp_path / "plain.jsonl"
-    plain.write_text("".join(json.dumps({"text": word * 9}) + "\n" for word in WORDS))
-    data = opened(folder, tmp_path, sources=[], path=str(plain), chat_template=None)
-    assert type(data).__name__ == "TextData"
 
 
 def chat(export, *arguments):
@@ -347,3 +344,74 @@ def test_mistakes_of_a_dialogue_are_one_line(finished, capsys, arguments, told):
     found = capsys.readouterr().err
     assert told in found
     assert found.count("\n") == 1
+
+
+def plain_file(folder):
+    file = folder / "plain.jsonl"
+    file.write_text("".join(json.dumps({"text": word * 9, "body": word * 7}) + "\n" for word in WORDS))
+    return {"sources": [], "path": str(file), "chat_template": None}
+
+
+def opened_without_samples(folder, tmp_path, **data):
+    config = config_of(folder, tmp_path / "run", **data)
+    del config["train"]["eval_every"], config["sample"]
+    return open_data(RunConfig.from_mapping(config), None, 384)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"bad_rows": "skip"}, "data.bad_rows: found it set, and"),
+        ({"long": "drop"}, "data.long: found it set, and"),
+        ({"chat_template": "chatml"}, "data.chat_template: found it set, and"),
+        ({"train_on": {"roles": ["user"]}}, "data.train_on: found it set, and"),
+        ({"fields": {"content": "body"}}, "data.fields.content: found it set, and"),
+        ({}, "sample.chat: found true, and"),
+    ],
+)
+def test_what_plain_text_has_nothing_of_is_refused(folder, tmp_path, changes, told):
+    with pytest.raises(UserError, match=told) as caught:
+        opened(folder, tmp_path, **plain_file(tmp_path) | changes)
+    assert "is read as plain text" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_plain_text_of_every_kind_of_file_is_read(folder, tmp_path):
+    """As documents where their reader takes the files, else as rows."""
+    given = plain_file(tmp_path)
+    (tmp_path / "packed").mkdir()
+    with gzip.open(tmp_path / "packed" / "plain.jsonl.gz", "wt") as file:
+        file.write((tmp_path / "plain.jsonl").read_text())
+    for path, format, kind in (
+        (given["path"], "auto", "TextData"),
+        (given["path"], "text", "TextData"),
+        (str(tmp_path / "packed" / "plain.jsonl.gz"), "auto", "ConversationData"),
+        (str(tmp_path / "packed" / "plain.jsonl.gz"), "text", "ConversationData"),
+        (str(tmp_path / "packed"), "text", "ConversationData"),
+        (str(tmp_path / "packed" / "*.gz"), "auto", "ConversationData"),
+    ):
+        data = opened_without_samples(folder, tmp_path, **given | {"path": path, "format": format})
+        assert type(data).__name__ == kind, (path, format)
+    renamed = opened_without_samples(folder, tmp_path, **given, fields={"text": "body"})
+    assert renamed.train[0] == WORDS[0] * 7
+    for missing in ("nowhere/plain.jsonl", str(tmp_path / "nothing")):
+        with pytest.raises(UserError, match="no such file or folder"):
+            opened_without_samples(folder, tmp_path, **given | {"path": missing})
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    for given in ({}, {"sources": [], "path": "python:docstrings"}):
+        with pytest.raises(UserError, match=r"^data.cache: .* cannot write .*choose another folder$"):
+            _ = opened(folder, tmp_path, cache=str(tmp_path / "file" / "cache"), **given).prepared
+
+
+def test_bad_rows_that_are_held_out_are_told(folder, tmp_path, caplog):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text((folder / "chats.jsonl").read_text().splitlines()[0] + "\n{}\n")
+    given = {"sources": [], "path": str(folder / "chats.jsonl"), "eval_path": str(bad)}
+    with pytest.raises(UserError, match="bad.jsonl line 2"):
+        _ = opened(folder, tmp_path, **given).evaluations
+    assert len(opened(folder, tmp_path, bad_rows="skip", **given).evaluations) == 1
+    assert "left out: " in caplog.text
+    assert "bad.jsonl line 2" in caplog.text
