@@ -12,12 +12,14 @@ Dimension letters, used for every tensor of the code base:
     V  vocabulary                                T  sequence (S where keys differ from queries)
     D  model width                               R  rows, that is tokens: R = B*T
     Q  query width, N*H                          N  query heads
-    U  key width, M*H                            M  key-value heads
+    U  key width, M*H, or that of a head's key   M  key-value heads
+       and value side by side times N
     W  value width, M times a value's            K  experts chosen per token
     P  attended width, N times a value's
     H  head width
     A  latent width of queries
-    C  latent width of keys and values
+    C  latent width of keys and values, or with
+       the key that all heads share beside it
     X  channels of a recurrent mixer
     Y  state of one of its channels
     E  experts                                   Z  slots, that is (token, choice) pairs: Z = R*K

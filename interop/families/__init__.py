@@ -23,6 +23,8 @@ def _find() -> dict[str, Family]:
 
 FAMILIES: Mapping[str, Family] = _find()
 
+_ALIASES = {alias: family.model_type for family in FAMILIES.values() for alias in family.aliases}
+
 
 def family_of(raw: Mapping[str, Any], file: str) -> Family:
     """The family of a config.json.
@@ -30,7 +32,7 @@ def family_of(raw: Mapping[str, Any], file: str) -> Family:
     Raises:
         UserError: its model_type is not supported.
     """
-    model_type = raw["model_type"]
+    model_type = _ALIASES.get(raw["model_type"], raw["model_type"])
     if model_type not in FAMILIES:
         near = difflib.get_close_matches(model_type[:100], FAMILIES, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""

@@ -50,6 +50,7 @@ class Family:
         text: where in config.json the text model's config is, such as ("text_config",).
         prefixes: of the layouts that are published, the most common one first.
         mistakes: of older versions of transformers, which its folders do not show.
+        aliases: model_types of published folders that are this one under a name that transformers does not know.
     """
 
     model_type: str
@@ -61,6 +62,7 @@ class Family:
     text: tuple[str, ...] = ()
     prefixes: tuple[Prefix, ...] = (Prefix(),)
     mistakes: tuple[Mistake, ...] = ()
+    aliases: tuple[str, ...] = ()
 
     def spec(self, raw: Mapping[str, Any], file: str) -> ModelSpec:
         """The spec of a config.json.
@@ -69,6 +71,8 @@ class Family:
             UserError: a field that is unknown, of a wrong type or value.
         """
         check_plausible(raw, file)
+        if raw["model_type"] in self.aliases:
+            raw = {**raw, "model_type": self.model_type}
         for name in self.text:
             raw = text_config(raw, name, file, self.unused_fields)
         config = ConfigReader(raw, file, self.unused_fields | set(self.speculative))

@@ -122,6 +122,11 @@ def rotation_of(config: ConfigReader, kind: str) -> Mapping[str, Any]:
     return given
 
 
+def yarn_magnitude(factor: float, multiplier: float = 1.0) -> float:
+    """What YaRN (arXiv 2309.00071) multiplies queries and keys with when it stretches a context by `factor`."""
+    return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
+
+
 class _Parameters:
     """Those of one rotation, of which some have been taken.
 
@@ -234,10 +239,10 @@ def _yarn(rope: _Parameters, _: int) -> Scaling:
     factor = rope.pop("factor", rope.positions / original)
     mscale, all_dim = rope.pop("mscale"), rope.pop("mscale_all_dim")
 
-    def magnitude(multiplier: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
-
-    default = magnitude(mscale) / magnitude(all_dim) if mscale and all_dim else magnitude(1.0)
+    if mscale and all_dim:
+        default = yarn_magnitude(factor, mscale) / yarn_magnitude(factor, all_dim)
+    else:
+        default = yarn_magnitude(factor)
     truncate = rope.pop("truncate", True)
     if not isinstance(truncate, bool):
         raise rope.refuse("truncate", truncate, "true or false")

@@ -7,6 +7,7 @@ of matrices, in every array that a weight is made of.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -234,8 +235,8 @@ def letters_of(weight: Weight, letters: str) -> Weight:
 
 
 def gathered(weight: Weight, letters: str) -> Weight:
-    """The weight with the arrays of what is packed whole along the model width, so that devices exchange its bytes:
-    left alone XLA multiplies out each device's part, and gathers four times as much.
+    """The weight with the arrays of what is packed whole along model and latent widths, so that devices exchange its
+    bytes: left alone XLA multiplies out each device's part, and gathers four times as much.
 
     Args:
         weight: of a layer that is about to be computed.
@@ -244,7 +245,7 @@ def gathered(weight: Weight, letters: str) -> Weight:
     if isinstance(weight, LowRank):
         return dataclasses.replace(weight, base=gathered(weight.base, letters))
     if isinstance(weight, PACKED):
-        return jax.tree.map(constrain_fitting, weight, letters_of(weight, letters.replace("D", ".")))
+        return jax.tree.map(constrain_fitting, weight, letters_of(weight, re.sub("[ACD]", ".", letters)))
     return weight
 
 

@@ -1,8 +1,8 @@
 """One table from dimension letters to mesh axes, for parameters and activations alike, and the mesh it speaks of.
 
-The mesh has five axes. ``data`` replicates parameters, ``fsdp`` shards them along the model width,
-``expert`` along the experts, ``tensor`` along heads, hidden widths and vocabulary. The batch is split over
-those three first ones, and ``context``, whose size is 1 for now, would split its sequences.
+The mesh has five axes. ``data`` replicates parameters, ``fsdp`` shards them along the model width, or a latent one
+where they have no other, ``expert`` along the experts, ``tensor`` along heads, hidden widths and vocabulary. The batch
+is split over those three first ones, and ``context``, whose size is 1 for now, would split its sequences.
 """
 
 import math
@@ -21,6 +21,8 @@ BATCH_AXES = ("data", "fsdp", "expert")
 MESH_AXIS_OF: Mapping[str, str] = {
     "V": "tensor",
     "D": "fsdp",
+    "A": "fsdp",
+    "C": "fsdp",
     "Q": "tensor",
     "U": "tensor",
     "W": "tensor",
@@ -31,6 +33,9 @@ MESH_AXIS_OF: Mapping[str, str] = {
     "I": "tensor",
 }
 """Of parameters."""
+
+_YIELDING = "AC"
+"""Letters whose axis is the model width's where a parameter has that too."""
 
 _AXES_OF: Mapping[str, tuple[str, ...]] = {
     **{letter: (axis,) for letter, axis in MESH_AXIS_OF.items()},
@@ -83,11 +88,15 @@ def partition_spec(declared: Param) -> PartitionSpec:
     """
     if declared.role in ("vector", "decay", "constant"):
         return PartitionSpec()
-    axes = [MESH_AXIS_OF.get(letter) for letter in declared.dims]
+    axes = _mesh_axes(declared.dims)
     used = [axis for axis in axes if axis is not None]
     if len(set(used)) != len(used):
         raise ValueError(f"dimensions {declared.dims} put two letters on one mesh axis: {axes}")
     return PartitionSpec(*axes)
+
+
+def _mesh_axes(dims: str) -> list[str | None]:
+    return [None if letter in _YIELDING and "D" in dims else MESH_AXIS_OF.get(letter) for letter in dims]
 
 
 def shardings(tree: Tree, mesh: Mesh) -> Tree:
@@ -105,7 +114,7 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
             if axis is None or declared.stored is not None:
                 continue
             parts, what = size, f"{letter}={size}"
-            if letter in "QP" and declared.num_heads is not None:
+            if letter in "QPU" and declared.num_heads is not None:
                 parts, what = declared.num_heads, f"N={declared.num_heads} (query heads)"
             if parts % mesh.shape[axis]:
                 problems.append(f"{name}: {what} is not divisible by {axis}={mesh.shape[axis]}")
@@ -172,5 +181,5 @@ def constrain_fitting(x: jax.Array, letters: str) -> jax.Array:
     mesh = current_mesh()
     if mesh is None:
         return x
-    spec = PartitionSpec(*(MESH_AXIS_OF.get(letter) for letter in letters))
+    spec = PartitionSpec(*_mesh_axes(letters))
     return jax.lax.with_sharding_constraint(x, _divided(spec, x.shape, mesh))

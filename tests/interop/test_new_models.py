@@ -43,8 +43,8 @@ def test_a_new_model_comes_back(name, tmp_path):
 
 
 # Between them: windows, sinks, biases, values from keys, norms after, several widths of heads, shared experts,
-# dense layers, constants, a bias on the head, parts of heads.
-ON_A_MESH = ("gpt_oss", "gemma4_text", "ernie4_5_moe", "mimo_v2_flash")
+# dense layers, constants, a bias on the head, parts of heads, latent keys and values.
+ON_A_MESH = ("gpt_oss", "gemma4_text", "ernie4_5_moe", "mimo_v2_flash", "deepseek_v3")
 
 
 @pytest.mark.parametrize("name", ON_A_MESH)

@@ -118,7 +118,8 @@ def theirs(name, config):
         by_length = []
         for length in (SHORT, LONG):
             arguments = () if kind is None else (kind,)
-            cos, _ = module(torch.zeros(1), torch.arange(length)[None], *arguments)
+            table = module(torch.zeros(1), torch.arange(length)[None], *arguments)
+            cos = table[0] if isinstance(table, tuple) else table.real  # or complex numbers
             by_length.append(getattr(module, f"{prefix}inv_freq").numpy().copy())
             first = cos.reshape(-1, length, cos.shape[-1])[0, 0, 0]  # of position 0 it is the magnitude
         found[kind] = (float(first), *by_length)
@@ -131,7 +132,7 @@ def ours(spec):
     for mixer in dict.fromkeys(layer.mixer for layer in spec.layers):
         if mixer.rope is None:
             continue
-        kind = "full_attention" if mixer.window is None else "sliding_attention"
+        kind = "full_attention" if getattr(mixer, "window", None) is None else "sliding_attention"
         by_length = []
         for length in (SHORT, LONG):
             cos, sin = rope_tables(mixer.rope, jnp.arange(length)[None], jnp.float32)

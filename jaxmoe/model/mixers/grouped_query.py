@@ -13,6 +13,7 @@ from jaxmoe.model.blocks import Mixer
 from jaxmoe.model.linear import linear, on_rows
 from jaxmoe.model.mixers.attend import attend
 from jaxmoe.model.mixers.context import Context
+from jaxmoe.model.mixers.heads import project_heads
 from jaxmoe.model.mixers.kv_cache import KVCache, attend_to_cache
 from jaxmoe.model.mixers.rope import RopeSpec, apply_rope
 from jaxmoe.model.norms import NormSpec, apply_norm
@@ -137,12 +138,7 @@ class AttentionSpec(Mixer):
         if self.gated:
             gate_BTP = jax.nn.sigmoid(linear(x_BTD, params["gate_proj"]))
             return linear(out_BTNH.reshape(gate_BTP.shape) * gate_BTP, params["o_proj"], bias)
-
-        def project(out_BTNH: jax.Array, weight: Any, bias: jax.Array | None) -> jax.Array:
-            return linear(out_BTNH.reshape(*out_BTNH.shape[:2], -1), weight, bias)
-
-        # So that the heads are kept once for the backward passes of attention and of the product, in one shape.
-        return jax.checkpoint(project, prevent_cse=False)(out_BTNH, params["o_proj"], bias)
+        return project_heads(out_BTNH, params["o_proj"], bias)
 
     def rotations(self) -> frozenset[RopeSpec]:
         """Of queries and keys."""

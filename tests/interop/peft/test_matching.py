@@ -62,20 +62,6 @@ CASES = {
 }
 
 
-def _model(name):
-    import transformers
-
-    if name != "deepseek_v3":
-        return families.torch_model(name)
-    config = transformers.DeepseekV3Config(
-        vocab_size=64, hidden_size=40, intermediate_size=56, moe_intermediate_size=24, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, n_group=2, topk_group=1,
-        num_experts_per_tok=2, first_k_dense_replace=1, kv_lora_rank=12, q_lora_rank=20, qk_rope_head_dim=8,
-        qk_nope_head_dim=16, v_head_dim=12,
-    )  # fmt: skip
-    return transformers.DeepseekV3ForCausalLM(config)
-
-
 def _config(**fields):
     return parse_adapter_config(
         {"peft_type": "LORA", "r": 3, "lora_alpha": 11, **fields}, "adapter_config.json"
@@ -86,7 +72,7 @@ def _config(**fields):
 @pytest.mark.parametrize("case", CASES)
 def test_matches_what_peft_matches(case):
     name, fields = CASES[case]
-    model = _model(name)
+    model = families.torch_model(name)
     matched = match(_config(**fields), adapters.anatomy_of(model), "here")
     wrapped = adapters.adapted(model, r=3, lora_alpha=11, **fields)
     theirs = adapters.targets_of(wrapped)

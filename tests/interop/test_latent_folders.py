@@ -1,0 +1,116 @@
+"""Folders of models with latent attention as they are published: FP8 blocks, further layers, other names."""
+
+import json
+
+import families
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import quantize
+from helpers.quantized import BF16, BLOCK, bytes_of, is_matrix
+
+import jaxmoe
+from jaxmoe.interop.families import FAMILIES
+from jaxmoe.interop.source import config_source
+from jaxmoe.params import named
+
+PUBLISHED = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"},
+    "aux_loss_alpha": 0.001,
+    "ep_size": 1,
+    "moe_layer_freq": 1,
+    "num_nextn_predict_layers": 1,
+    "pretraining_tp": 1,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1",
+    "use_cache": True,
+}
+"""What DeepSeek-V3's config.json has beside sizes."""
+
+
+def published_config(**fields):
+    config = families.config_json("deepseek_v3")
+    del config["rope_parameters"]
+    return {**config, **PUBLISHED, **fields}
+
+
+def published_tensors(config):
+    """Of the model in bfloat16, and of the layer that predicts the token after the next."""
+    random = np.random.default_rng(0)
+    tensors = {
+        name: (0.2 * random.standard_normal(binding.shape)).astype(BF16)
+        for name, binding in config_source(config).bindings.of_tensor.items()
+    }
+    depth, width, vocab = (config[name] for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
+    last, further = f"model.layers.{depth - 1}.", f"model.layers.{depth}."
+    own = {"embed_tokens": (vocab, width), "shared_head.head": (vocab, width), "eh_proj": (width, 2 * width)}
+    own |= dict.fromkeys(("enorm", "hnorm", "shared_head.norm"), (width,))
+    return (
+        tensors
+        | {further + n.removeprefix(last): t for n, t in tensors.items() if n.startswith(last)}
+        | {
+            f"{further}{name}.weight": random.standard_normal(shape).astype(BF16)
+            for name, shape in own.items()
+        }
+    )
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "kimi_k2"])
+def test_fp8_blocks(model_type, tmp_path):
+    config = published_config(model_type=model_type)
+    chosen = lambda name: is_matrix(name) and "head.head" not in name
+    stored, plain, quantization = quantize.quantize(published_tensors(config), "fp8", chosen, BLOCK)
+    assert any("layers.4." in name and name.endswith("_scale_inv") for name in stored)
+    quantize.write(tmp_path / "fp8", {**config, "quantization_config": quantization}, stored)
+    quantize.write(tmp_path / "plain", config, plain)
+    model, same = (jaxmoe.from_pretrained(tmp_path / name, dtype="float32") for name in ("fp8", "plain"))
+    for (name, ours), (_, expected) in zip(
+        named(model.pure_params()), named(same.pure_params()), strict=True
+    ):
+        np.testing.assert_array_equal(ours, expected, err_msg=name)
+    jaxmoe.save_pretrained(model, tmp_path / "again", quantization="source")
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "fp8")
+    jaxmoe.save_pretrained(model, tmp_path / "bfloat16")
+    written, expected = bytes_of(tmp_path / "bfloat16"), bytes_of(tmp_path / "plain")
+    assert json.loads(written.pop("config.json"))["model_type"] == model_type
+    del expected["config.json"], written["model.safetensors.index.json"]
+    del expected["model.safetensors.index.json"]
+    assert jnp.isfinite(model(jnp.asarray([[3, 4, 5]]))).all()
+
+
+def test_another_name_of_the_same_model():
+    config = published_config()
+    spec = config_source(config).spec
+    other = config_source({**config, "model_type": "kimi_k2"})
+    assert (other.spec, other.family) == (spec, FAMILIES["deepseek_v3"])
+    assert spec.layers[0].mixer.scale == pytest.approx((0.1 * np.log(40) + 1) ** 2 / np.sqrt(20))
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"topk_method": "greedy"}, "topk_method = 'greedy' is not supported; expected 'noaux_tc'"),
+        ({"scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported; expected 'sigmoid'"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads = 2 is not supported; expected 4"),
+        ({"v_head_dim": 21}, "v_head_dim 21 is more than qk_nope_head_dim 12"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq = 2 is not supported; expected 1"),
+    ],
+)
+def test_what_would_be_another_model_is_refused(fields, told):
+    with pytest.raises(jaxmoe.UserError, match=told):
+        config_source(published_config(**fields))
