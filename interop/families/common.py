@@ -12,6 +12,7 @@ from typing import Any, Literal
 from jaxmoe.errors import UserError, quote
 from jaxmoe.interop.bounds import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS
 from jaxmoe.interop.config_json import ConfigReader
+from jaxmoe.model.blocks import Mixer
 from jaxmoe.model.feed_forward.mlp import MLPSpec
 from jaxmoe.model.feed_forward.moe import DenseMoESpec, MoESpec, SharedSpec
 from jaxmoe.model.feed_forward.router import Groups, RouterSpec
@@ -38,7 +39,9 @@ def check_constants(config: ConfigReader, unread: Mapping[str, Any] = _NOTHING) 
         config.expect(name, value, None)
 
 
-def rms_norm(config: ConfigReader, kind: Literal["rms", "rms_float32"] = "rms") -> NormSpec:
+def rms_norm(
+    config: ConfigReader, kind: Literal["rms", "rms_float32", "rms_centred"] = "rms"
+) -> NormSpec:
     """The norm of ``rms_norm_eps``."""
     return NormSpec(config.number("rms_norm_eps"), kind)
 
@@ -231,7 +234,7 @@ def by_type(config: ConfigReader, dense: MLPSpec, sparse: MoESpec) -> list[FeedF
 
 def model_spec(
     config: ConfigReader,
-    mixers: AttentionSpec | Sequence[AttentionSpec],
+    mixers: Mixer | Sequence[Mixer],
     ffns: FeedForward | Sequence[FeedForward],
     norm: NormSpec,
     *,
