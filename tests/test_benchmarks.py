@@ -235,3 +235,18 @@ def test_floors_of_parts(monkeypatch: pytest.MonkeyPatch):
     floor = parts_counts.whole_floor_ms(shape, {"matmul TFLOP/s": 1e-9, "copy GB/s": 1e-6})
     assert floor["flops"] == pytest.approx(3 * 50 * (6 * met + mixing))
     sys.modules.pop("parts_counts", None)
+
+
+@pytest.mark.once
+def test_generation(monkeypatch: pytest.MonkeyPatch):
+    """Both ways find the same tokens."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import generation
+
+    sizes = {"vocab_size": 90, "hidden_size": 24, "num_hidden_layers": 2, "moe_intermediate_size": 20}
+    sizes |= {"num_attention_heads": 4, "head_dim": 6, "num_experts": 7, "num_experts_per_tok": 3}
+    row = generation.measure(generation.CONFIG | sizes, 30, "float32", 1, 5)
+    assert row["first_tokens_agree"]
+    assert row["faster_by"] == pytest.approx(row["cached_tokens_per_s"] / row["whole_tokens_per_s"])
+    for name in ("common", "generation"):
+        sys.modules.pop(name, None)

@@ -101,6 +101,6 @@ def test_a_text_that_the_device_has_no_memory_for(monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 52777619552856 bytes.")
 
     monkeypatch.setattr(sampling, "_extend", exhausted)
+    options = {"tokens": 10, "temperature": 0.0, "seed": 0, "dtype": None}
     with pytest.raises(UserError, match=r"no memory for a text of 12 tokens, 2 so far and 10 more"):
-        options = {"tokens": 10, "temperature": 0.0, "seed": 0, "dtype": None}
         sampling.generate({}, SimpleNamespace(rotations=frozenset(), layers=()), [1, 2], **options)

@@ -79,7 +79,7 @@ def _hidden_states(
     if spec.embedding_scale != 1.0:
         x_BTD = x_BTD * jnp.asarray(spec.embedding_scale, dtype)
     stats: list[RouterStats] = []
-    caches = []
+    caches: list[Any] = []
     for index, group in enumerate(spec.groups):
         key = None if context.key is None else jax.random.fold_in(context.key, index)
         trees = (spec.declared["groups"][index], params["groups"][index])
@@ -122,7 +122,7 @@ def decode(
     *,
     dtype: Any,
     fresh: bool,
-    length: jax.Array | None = None,
+    length: jax.Array | int | None = None,
     device: Device | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """`hidden_states` of tokens that follow on those that the cache has.

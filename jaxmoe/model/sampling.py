@@ -141,7 +141,8 @@ class Generator:
                 padded = 1 if cache is not None and len(part) == 1 else _padded_length(len(part))
                 tokens = np.zeros((1, padded), np.int32)
                 tokens[0, : len(part)] = part
-                capacity = self._capacity if cache is None else None
+                # Of a step it is no part: one compilation more would serve nothing.
+                capacity = self._capacity if cache is None else 0
                 place = (start + first, len(part), length)
                 self._logits, cache = _extend(
                     self._weights, cache, tokens, *place, capacity=capacity, **self._options
@@ -240,7 +241,7 @@ def _extend(
     count: int,
     length: int,
     *,
-    capacity: int | None,
+    capacity: int,
     spec: ModelSpec,
     dtype: Any,
     device: Device | None,

@@ -320,6 +320,9 @@ def _flat(experts: Experts) -> Experts:
 
 def _of(experts: Experts, expert: jax.Array, dtype: Any) -> Experts:
     """The arrays of one expert, in `dtype`: of what is packed, no other expert is ever unpacked."""
+    # On a CPU XLA cuts 16-bit floats in float32. Bound to the expert, what is widened is cut first; unbound it is all
+    # experts, before the loop over those with rows.
+    experts, expert = lax.optimization_barrier((experts, expert))
     own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, expert, keepdims=False), experts)
     own = unpacked(own, dtype)
     return own._replace(gate_up=own.gate_up.reshape(-1, own.gate_up.shape[-1]))

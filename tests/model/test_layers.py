@@ -13,6 +13,7 @@ from jaxmoe.model.batch import make_batch
 from jaxmoe.model.blocks import Mixer
 from jaxmoe.model.feed_forward.mlp import MLPSpec
 from jaxmoe.model.norms import NormSpec, apply_norm
+from jaxmoe.model.sampling import Generator
 from jaxmoe.model.spec import LayerSpec, ModelSpec, group_layers
 from jaxmoe.params import initialize, named, param
 
@@ -29,6 +30,16 @@ class Previous(Mixer):
     def apply(self, params, x_BTD, context):
         before = jnp.pad(x_BTD[:, :-1], ((0, 0), (1, 0), (0, 0)))
         return jnp.where(context.starts[..., None], 0.0, before) @ params["previous"]["mix"].T
+
+    def init_cache(self, repeats, batch, length, dtype):
+        return jnp.zeros((repeats, batch, length, D), dtype)
+
+    def decode(self, params, x_BTD, context, cache, repeat):
+        rows = jnp.arange(x_BTD.shape[0])[:, None]
+        cache = cache.at[repeat, rows, context.positions].set(x_BTD, mode="drop")
+        before = cache[repeat, rows, context.positions - 1]
+        before = jnp.where((context.positions == 0)[..., None], 0.0, before)
+        return before @ params["previous"]["mix"].T, cache
 
     def describe(self):
         return "the token before"
@@ -88,7 +99,11 @@ def test_placements_with_and_without_either_block(placement):
         assert stats is None
         return decoder.logits(params, spec, hidden)[0]
 
-    np.testing.assert_allclose(jax.jit(logits)(params), plain(params, spec, tokens), rtol=1e-4, atol=1e-5)
+    want = plain(params, spec, tokens)
+    np.testing.assert_allclose(jax.jit(logits)(params), want, rtol=1e-4, atol=1e-5)
+    one = Generator(params, spec, dtype=jnp.float32)
+    for length in (4, 5):
+        np.testing.assert_allclose(one.feed(tokens[:length].tolist()), want[length - 1], rtol=1e-4, atol=1e-5)
     grads = jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(logits(params)))))(params)
     for name, grad in named(grads):
         assert float(jnp.abs(grad).max()) > 1e-6, f"{name} does nothing"

@@ -169,7 +169,7 @@ def test_a_token_reads_the_experts_that_it_chooses():
     """XLA's program for a token has no array of all experts of one layer, cut out of those of all layers."""
     params, spec = model().params, model().spec
     cache = jax.eval_shape(lambda: sampling.decoder.init_cache(spec, 1, 64, jnp.float32))
-    options = {"spec": spec, "dtype": jnp.dtype("float32"), "device": None, "capacity": None}
+    options = {"spec": spec, "dtype": jnp.dtype("float32"), "device": None, "capacity": 0}
 
     def program(tokens):
         lowered = sampling._extend.lower(params, cache, np.zeros((1, tokens), np.int32), 20, 1, 30, **options)

@@ -67,7 +67,7 @@ def make_context(
     key: jax.Array | None = None,
     device: Device | None = None,
     fresh: bool = True,
-    length: jax.Array | None = None,
+    length: jax.Array | int | None = None,
 ) -> Context:
     """Prepare a batch for all layers.
 

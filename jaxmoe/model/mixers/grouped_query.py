@@ -99,11 +99,10 @@ class AttentionSpec(Mixer):
     def init_cache(self, repeats: int, batch: int, length: int, dtype: Any) -> KVCache:
         """Of keys, rotated, and values."""
         heads = math.lcm(self.num_kv_heads, axis_size("tensor"))
-        k, v = (
-            constrain(jnp.zeros((repeats, batch, heads, length, width), dtype), "..M..")
-            for width in (self.head_dim, self.width_of_value)
+        k_shape, v_shape = (
+            (repeats, batch, heads, length, width) for width in (self.head_dim, self.width_of_value)
         )
-        return KVCache(k, v)
+        return KVCache.empty(k_shape, v_shape, dtype)
 
     def decode(
         self, params: Tree, x_BTD: jax.Array, context: Context, cache: KVCache, repeat: jax.Array
@@ -118,7 +117,7 @@ class AttentionSpec(Mixer):
                 q_BTNH, k_BTMH, v_BTMH, context.documents, device=context.device, **self._scores(params)
             )
         else:
-            k_BMSH, v_BMSH, keys_BS = cache.seen(repeat, positions_BT, self.window)
+            k_BMSH, v_BMSH, keys_BS = cache.seen(repeat, positions_BT, self.window, x_BTD.dtype)
             out_BTNH = attend_to_cache(q_BTNH, k_BMSH, v_BMSH, positions_BT, keys_BS, **self._scores(params))
         return self._output(params, gate_BTP, out_BTNH), cache
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import einops
 import jax
@@ -19,7 +20,8 @@ _QUERIES = 64
 class KVCache:
     """Keys and values of every position, of all repeats of a layer. What lies after a text's last token is void.
 
-    Heads come before positions, so that no product with one token's queries transposes the keys of a whole text.
+    Heads come before positions, so that no product with one token's queries transposes the keys of a whole text. 16-bit
+    floats are kept as the integers of their bits: XLA on a CPU would widen the whole cache to write a token into it.
 
     Attributes:
         k: (L, B, M, S, H), rotated.
@@ -28,6 +30,12 @@ class KVCache:
 
     k: jax.Array
     v: jax.Array
+
+    @classmethod
+    def empty(cls, k_shape: tuple[int, ...], v_shape: tuple[int, ...], dtype: Any) -> "KVCache":
+        """Of what has `dtype`."""
+        k, v = (constrain(_kept(jnp.zeros(shape, dtype)), "..M..") for shape in (k_shape, v_shape))
+        return cls(k, v)
 
     def written(
         self,
@@ -41,18 +49,25 @@ class KVCache:
 
         def put(cache: jax.Array, new: jax.Array) -> jax.Array:
             # Indices on both sides of a slice have their axes first: (B, T, M, width).
-            cache = cache.at[repeat, rows, :, positions_BT].set(new.astype(cache.dtype), mode="drop")
+            cache = cache.at[repeat, rows, :, positions_BT].set(_kept(new), mode="drop")
             return constrain(cache, "..M..")
 
         return KVCache(put(self.k, k_BTMH), put(self.v, v_BTMV))
 
     def seen(
-        self, repeat: jax.Array, positions_BT: Int[Array, "B T"], window: int | None
+        self, repeat: jax.Array, positions_BT: Int[Array, "B T"], window: int | None, dtype: Any
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Keys and values (B, M, S, …) that queries at consecutive positions may see, and where they stand, (B, S)."""
+        """Keys and values (B, M, S, …) that queries at consecutive positions may see, and where they stand, (B, S).
+
+        Args:
+            repeat: () int32, which of the L.
+            positions_BT: of the queries.
+            window: keys that a query sees, itself included; None sees all before it.
+            dtype: of what was written.
+        """
         (_, batch, heads, length, _), queries = self.k.shape, positions_BT.shape[1]
         size = length if window is None else min(length, window + queries - 1)
-        if size == length:
+        if window is None or size == length:
             starts_B = jnp.zeros((batch,), jnp.int32)
             k_BMSH, v_BMSV = self.k[repeat], self.v[repeat]
         else:
@@ -66,7 +81,14 @@ class KVCache:
                 return jax.vmap(of_row, in_axes=(1, 0))(cache, starts_B)
 
             k_BMSH, v_BMSV = cut(self.k), cut(self.v)
+        if k_BMSH.dtype != dtype:
+            k_BMSH, v_BMSV = (jax.lax.bitcast_convert_type(x, dtype) for x in (k_BMSH, v_BMSV))
         return k_BMSH, v_BMSV, starts_B[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+
+
+def _kept(x: jax.Array) -> jax.Array:
+    """x as a cache has it."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
 def attend_to_cache(

@@ -115,7 +115,7 @@ class RopeSpec:
 
 
 def rope_tables(
-    spec: RopeSpec, positions: jax.Array, dtype: jnp.dtype, length: jax.Array | None = None
+    spec: RopeSpec, positions: jax.Array, dtype: jnp.dtype, length: jax.Array | int | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines, each (B, T, rotary_dim/2), computed in float32 and rounded to `dtype` (or not: `float32`).
 
@@ -156,7 +156,7 @@ def _inverse_frequencies(theta: float, rotary_dim: int) -> np.ndarray:
     return np.float32(1.0) / np.power(np.float32(theta), exponents)
 
 
-def _frequencies(spec: RopeSpec, length: jax.Array) -> tuple[jax.Array, float]:
+def _frequencies(spec: RopeSpec, length: jax.Array | int) -> tuple[jax.Array, float]:
     """Inverse frequencies (rotary_dim/2,) and the factor on cos and sin, in texts of `length` tokens."""
     base = _inverse_frequencies(spec.theta, spec.rotary_dim)
     match spec.scaling:
@@ -178,7 +178,7 @@ def _frequencies(spec: RopeSpec, length: jax.Array) -> tuple[jax.Array, float]:
             return jnp.asarray(base) / divisor.astype(jnp.float32), attention_factor
 
 
-def _dynamic(spec: RopeSpec, scaling: Dynamic, length: jax.Array) -> jax.Array:
+def _dynamic(spec: RopeSpec, scaling: Dynamic, length: jax.Array | int) -> jax.Array:
     length = jnp.maximum(length, scaling.max_positions).astype(jnp.float32)
     growth = scaling.factor * length / scaling.max_positions - (scaling.factor - 1)
     theta = spec.theta * growth ** (spec.rotary_dim / (spec.rotary_dim - 2))

@@ -11,6 +11,27 @@ from jaxmoe.model.mixers.kv_cache import attend_to_cache
 BATCH, HEADS, KV_HEADS, WIDTH, VALUES, LENGTH, REPEATS = 2, 6, 3, 10, 7, 110, 4
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("window", [None, 4])
+def test_what_is_written_is_what_is_seen(window, dtype):
+    """Bit for bit, with no more memory than the dtype takes."""
+    spec = AttentionSpec(HEADS, KV_HEADS, WIDTH, None, value_dim=VALUES)
+    k, v = (
+        jnp.arange(BATCH * 5 * KV_HEADS * width).reshape(BATCH, 5, KV_HEADS, width).astype(dtype)
+        for width in (WIDTH, VALUES)
+    )
+    cache, places = spec.init_cache(REPEATS, BATCH, 9, dtype), jnp.tile(jnp.arange(5)[None], (BATCH, 1))
+    assert cache.k.dtype.itemsize == jnp.dtype(dtype).itemsize
+    cache = cache.written(jnp.int32(3), places, k, v)
+    keys, values, stand = cache.seen(jnp.int32(3), places[:, 4:], window, dtype)
+    assert keys.dtype == values.dtype == dtype
+    for row in range(BATCH):
+        here = [place for place in stand[row].tolist() if place < 5]
+        assert here == [0, 1, 2, 3, 4][-(window or 5) :]
+        for got, want in ((keys, k), (values, v)):
+            np.testing.assert_array_equal(got[row, :, : len(here)], np.moveaxis(want[row, here], 1, 0))
+
+
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 13])
 @pytest.mark.parametrize("queries", [1, 5, 73])
@@ -36,7 +57,7 @@ def test_queries_see_what_they_see_in_a_whole_text(queries, window, sinks):
     rows = np.arange(BATCH)[:, None]
     cache = cache.written(repeat, places, k[rows, places], v[rows, places])
     assert not np.asarray(cache.k)[[0, 1, 3]].any()
-    keys, values, stand = cache.seen(repeat, places, window)
+    keys, values, stand = cache.seen(repeat, places, window, jnp.float32)
     assert keys.shape[2] == (LENGTH - 2 if window is None else min(LENGTH - 2, window + queries - 1))
     got = np.asarray(attend_to_cache(q[rows, places], keys, values, places, stand, **options))
     has_room = np.asarray(places) < LENGTH - 2
