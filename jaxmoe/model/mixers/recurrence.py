@@ -156,8 +156,9 @@ def _decays(log_decay_ZBMRC: jax.Array, documents_ZBC: jax.Array | None) -> _Dec
         first_ZB1 = jnp.concatenate([documents_ZBC[:1, :, :1], last_ZB1[:-1]])
         before_ZBMRC = jnp.where((documents_ZBC == first_ZB1)[:, :, None, None], before_ZBMRC, 0.0)
         after_ZBMRC = jnp.where((documents_ZBC == last_ZB1)[:, :, None, None], after_ZBMRC, 0.0)
-    difference_ZBMRIJ = total_ZBMRC[..., :, None] - total_ZBMRC[..., None, :]
-    # Masked before it grows: where J is later it is positive, and may be large.
+    # Summed for each J: differences of the totals would have the rounding of all tokens before, other documents' too.
+    later = jnp.tril(jnp.ones((size, size), bool), -1)[None, None, None, None]
+    difference_ZBMRIJ = jnp.cumsum(jnp.where(later, log_decay_ZBMRC[..., :, None], 0.0), axis=-2)
     between_ZBMRIJ = jnp.exp(jnp.where(seen[:, :, None, None], difference_ZBMRIJ, -jnp.inf))
     return _Decays(between_ZBMRIJ, before_ZBMRC, after_ZBMRC, before_ZBMRC[..., -1])
 
