@@ -1,4 +1,4 @@
-"""Qwen3-Next: Gated DeltaNet (arXiv 2412.06464) in most layers, attention with a gate (arXiv 2505.06708) in the others."""
+"""Qwen3-Next: Gated DeltaNet (arXiv 2412.06464) in most layers, gated attention (arXiv 2505.06708) in the others."""
 
 from typing import Any
 

@@ -13,7 +13,7 @@ def causal_convolution(
     filters_Xc: Float[Array, "X c"],
     bias_X: Float[Array, "X"] | None = None,
     documents_BT: Int[Array, "B T"] | None = None,
-    tail_BcX: Float[Array, "B c-1 X"] | None = None,
+    tail_BcX: Float[Array, "B tail X"] | None = None,
 ) -> Float[Array, "B T X"]:
     """silu(bias + Σ_i filter_i x_{t − c + 1 + i}) over c tokens of t's own document, in float32, in x's dtype.
 
@@ -48,8 +48,8 @@ def causal_convolution(
 
 
 def tail_after(
-    x_BTX: Float[Array, "B T X"], tail_BcX: Float[Array, "B c-1 X"], count_B: Int[Array, "B"]
-) -> Float[Array, "B c-1 X"]:
+    x_BTX: Float[Array, "B T X"], tail_BcX: Float[Array, "B tail X"], count_B: Int[Array, "B"]
+) -> Float[Array, "B tail X"]:
     """The last inputs of a convolution after so many of these tokens, for the next call's `tail_BcX`."""
     together_BTX = jnp.concatenate([tail_BcX.astype(x_BTX.dtype), x_BTX], axis=1)
     places_Bc = count_B[:, None] + jnp.arange(tail_BcX.shape[1])[None]

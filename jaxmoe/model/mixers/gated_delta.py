@@ -15,7 +15,7 @@ from jaxmoe.params import Tree, param
 
 @dataclasses.dataclass(frozen=True)
 class GatedDeltaSpec(RecurrentMixer):
-    """out(silu(z) · norm(o)), with o read by queries from a state that forgets, and writes over what keys find in it.
+    """out(silu(z) · norm(o)), with o read by queries from a state that forgets and writes over what keys find there.
 
     Queries, keys and values come from a projection and a convolution with SiLU; queries and keys have length 1, queries
     over sqrt(H). Of each head of values the decay is exp(−exp(decay) · softplus(a + step_bias)) and the rate sigmoid(b),
@@ -108,7 +108,9 @@ class GatedDeltaSpec(RecurrentMixer):
                 strict=True,
             )
         )
-        step_BTN = jax.nn.softplus(a_BTN.astype(jnp.float32) + own["step_bias"].astype(jnp.float32)[None, None])
+        step_BTN = jax.nn.softplus(
+            a_BTN.astype(jnp.float32) + own["step_bias"].astype(jnp.float32)[None, None]
+        )
         log_decay_BTN = -jnp.exp(own["decay"].astype(jnp.float32))[None, None] * step_BTN
         out_BTNV, state = passage.recurred(
             unit(q_BTMH, self.key_dim**-0.5), unit(k_BTMH), v_BTNV, log_decay_BTN, jax.nn.sigmoid(b_BTN)
@@ -118,9 +120,7 @@ class GatedDeltaSpec(RecurrentMixer):
         out_BTD = linear(gated_BTNV.astype(x_BTD.dtype).reshape(*tokens, -1), own["out_proj"])
         return out_BTD, RecurrentCache(state, tail)
 
-    def _projected(
-        self, own: Tree, x_BTD: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    def _projected(self, own: Tree, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values (B, T, X), z (B, T, N, V), b and a (B, T, N)."""
         tokens = x_BTD.shape[:2]
         if not self.by_key_head:
@@ -151,7 +151,9 @@ class GatedDeltaSpec(RecurrentMixer):
 
     def describe(self) -> str:
         """Heads and their widths."""
-        return f"Gated DeltaNet {self.num_heads}/{self.num_key_heads} heads of {self.value_dim}/{self.key_dim}"
+        return (
+            f"Gated DeltaNet {self.num_heads}/{self.num_key_heads} heads of {self.value_dim}/{self.key_dim}"
+        )
 
     def traits(self) -> Iterator[str]:
         """What it is."""

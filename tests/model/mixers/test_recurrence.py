@@ -29,21 +29,24 @@ def operands(delta):
 
 
 def by_token(q, k, v, log_decay, rate, state, documents):
-    """S_t = a S + k uᵀ, o = Sᵀ q, as it is written, in numpy or jax."""
-    repeats = HEADS // KEY_HEADS
-    outs = []
-    for at in range(LENGTH):
-        key, query = (jnp.repeat(x[:, at], repeats, axis=1) for x in (k, q))
-        decayed = state * jnp.exp(log_decay[:, at])[..., None, None]
-        if documents is not None and at:
-            goes_on = documents[:, at] == documents[:, at - 1]
-            decayed = jnp.where(goes_on[:, None, None, None], decayed, 0.0)
-        value = v[:, at]
+    """S_t = a S + k uᵀ, o = Sᵀ q, as it is written."""
+    goes_on = np.ones((BATCH, LENGTH), bool)
+    if documents is not None:
+        goes_on[:, 1:] = documents[:, 1:] == documents[:, :-1]
+    k, q = (jnp.repeat(x, HEADS // KEY_HEADS, axis=2) for x in (k, q))
+
+    def step(state, token):
+        query, key, value, log_decay, rate, goes_on = token
+        kept = jnp.where(goes_on[:, None], jnp.exp(log_decay), 0.0)
+        decayed = state * kept[..., None, None]
         if rate is not None:
-            value = rate[:, at][..., None] * (value - jnp.einsum("bnhv,bnh->bnv", decayed, key))
+            value = rate[..., None] * (value - jnp.einsum("bnhv,bnh->bnv", decayed, key))
         state = decayed + key[..., :, None] * value[..., None, :]
-        outs.append(jnp.einsum("bnhv,bnh->bnv", state, query))
-    return jnp.stack(outs, axis=1), state
+        return state, jnp.einsum("bnhv,bnh->bnv", state, query)
+
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, log_decay, rate, jnp.asarray(goes_on)))
+    state, out = jax.lax.scan(step, state, tokens)
+    return jnp.moveaxis(out, 0, 1), state
 
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "packed"])
