@@ -36,6 +36,9 @@ def unadaptable(
     for name, width in widths.items():
         if name in saved:
             yield f"{name} is adapted and trained as a whole: expected one of them"
+        role = model.bindings[name].declared.role if name in model.bindings else "matrix"
+        if role in ("vector", "decay"):
+            yield f"{name} is not what a product is taken with: expected the weight of a linear layer, or of experts"
         if name in holders and init not in ("default", "gaussian"):
             module, parameter = holders[name], name.rpartition(".")[2]
             if module.kind != "linear":

@@ -39,7 +39,7 @@ def check_constants(config: ConfigReader, unread: Mapping[str, Any] = _NOTHING) 
         config.expect(name, value, None)
 
 
-def rms_norm(config: ConfigReader, kind: Literal["rms", "rms_float32"] = "rms") -> NormSpec:
+def rms_norm(config: ConfigReader, kind: Literal["rms", "rms_float32", "rms_centred"] = "rms") -> NormSpec:
     """The norm of ``rms_norm_eps``."""
     return NormSpec(config.number("rms_norm_eps"), kind)
 

@@ -111,6 +111,11 @@ class _Matcher:
                 )
             if whole:
                 yield self._target(module, parameter, module.name, alone=False)
+            elif alone and module.kind == "convolution":
+                self.problems.append(
+                    f"target_parameters match {full}, a convolution: expected parameters of linear layers, embeddings "
+                    "or experts"
+                )
             elif alone and 2 <= len(module.parameters[parameter]) <= 3:
                 yield self._target(module, parameter, full, alone=True)
             elif alone:

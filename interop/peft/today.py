@@ -78,6 +78,8 @@ def _module(name: str, parts: Sequence[Binding]) -> Module:
 
 
 def _kind(part: Binding) -> Kind:
+    if part.declared.role == "convolution":
+        return "convolution"
     if not part.source.endswith(".weight") or len(part.axes) != 2:
         return "other"
     if part.declared.role == "router":

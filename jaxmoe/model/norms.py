@@ -19,6 +19,7 @@ class NormSpec:
     |---|---|
     | rms | x / sqrt(mean(x²) + eps), rounded to x's dtype, · scale (Zhang and Sennrich, arXiv 1910.07467) |
     | rms_float32 | the same, · scale in float32, then rounded |
+    | rms_centred | the same, · (1 + scale) in float32, then rounded (Gemma, arXiv 2403.08295) |
     | layer | (x − mean) / sqrt(variance + eps) · scale (+ bias), all in float32 (Ba et al., arXiv 1607.06450) |
 
     Statistics are always taken in float32. When the scale multiplies matters in bfloat16 alone.
@@ -28,13 +29,18 @@ class NormSpec:
     """
 
     eps: float
-    kind: Literal["rms", "rms_float32", "layer"] = "rms"
+    kind: Literal["rms", "rms_float32", "rms_centred", "layer"] = "rms"
     bias: bool = False
+
+    @property
+    def initial(self) -> Literal["ones", "zeros"]:
+        """How a scale begins."""
+        return "zeros" if self.kind == "rms_centred" else "ones"
 
 
 def norm_params(name: str, spec: NormSpec, width: int) -> dict[str, Param]:
     """Declarations of the norm called `name`: its scale, and ``{name}_bias``."""
-    declared = {name: param("D", {"D": width}, role="vector", init="ones")}
+    declared = {name: param("D", {"D": width}, role="vector", init=spec.initial)}
     if spec.bias:
         declared[f"{name}_bias"] = param("D", {"D": width}, role="vector", init="zeros")
     return declared
@@ -62,5 +68,6 @@ def apply_norm(
     scale = along_last(scale, x)
     if spec.kind == "rms":
         return scale.astype(x.dtype) * normal.astype(x.dtype)
-    scaled = normal * scale.astype(jnp.float32)
+    wide_scale = scale.astype(jnp.float32)
+    scaled = normal * (1 + wide_scale if spec.kind == "rms_centred" else wide_scale)
     return (scaled if bias is None else add_bias(scaled, bias.astype(jnp.float32))).astype(x.dtype)

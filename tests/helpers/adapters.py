@@ -32,6 +32,8 @@ def anatomy_of(model: Any) -> Anatomy:
             return "router"
         if isinstance(module, torch.nn.Linear):
             return "linear"
+        if isinstance(module, torch.nn.Conv1d):
+            return "convolution"
         return "embedding" if isinstance(module, torch.nn.Embedding) else "other"
 
     modules = []

@@ -32,7 +32,13 @@ def targets_of(base) -> dict:
     source = open_source(base)
     modules = today(source).anatomy.modules
     linear = [m.name for m in modules if m.kind == "linear"]
-    bare = [m.full(p) for m in modules for p, shape in m.parameters.items() if len(shape) == 3]
+    bare = [
+        m.full(p)
+        for m in modules
+        if m.kind == "other"
+        for p, shape in m.parameters.items()
+        if len(shape) == 3
+    ]
     routers = [m.full("weight") for m in modules if m.kind == "router"]
     return {"target_modules": linear, "target_parameters": [*bare, *routers]}
 

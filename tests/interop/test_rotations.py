@@ -130,7 +130,7 @@ def ours(spec):
     """The same of every layer that has a rotation."""
     found = []
     for mixer in dict.fromkeys(layer.mixer for layer in spec.layers):
-        if mixer.rope is None:
+        if not mixer.rotations():
             continue
         kind = "full_attention" if getattr(mixer, "window", None) is None else "sliding_attention"
         by_length = []
@@ -153,7 +153,7 @@ def check(name, kind, entries, outside):
         if kind == "longrope":  # a number for each pair of features
             part = {key: value for key, value in rope.items() if key == "partial_rotary_factor"}
             plain = read(name, config_with(name, {"rope_theta": 500.0} | part, {}))
-            pairs = next(layer.mixer.rope for layer in plain.layers if layer.mixer.rope).rotary_dim // 2
+            pairs = next(iter(plain.rotations)).rotary_dim // 2
             numbers = [1 + i / 4 for i in range(pairs)]
             rope |= {"short_factor": numbers, "long_factor": [2 * number for number in numbers]}
         config = config_with(name, rope, outside)

@@ -59,6 +59,7 @@ class AttentionSpec(Mixer):
             (Xiao et al., arXiv 2309.17453, as in gpt-oss, arXiv 2508.10925).
         gated: the output is multiplied by sigmoid(gate_proj(x)) before the output projection
             (Qiu et al., arXiv 2505.06708).
+        query_gated: the same, with the gate's rows among those of q_proj: a head's follow those of its query.
     """
 
     num_heads: int
@@ -76,6 +77,7 @@ class AttentionSpec(Mixer):
     values_from_keys: bool = False
     sinks: bool = False
     gated: bool = False
+    query_gated: bool = False
 
     @property
     def width_of_value(self) -> int:
@@ -89,11 +91,11 @@ class AttentionSpec(Mixer):
     def apply(self, params: Tree, x_BTD: jax.Array, context: Context) -> jax.Array:
         """x (B, T, D) → (B, T, D)."""
         params = params["attention"]
-        q_BTNH, k_BTMH, v_BTMH = self._heads(params, x_BTD, context)
+        q_BTNH, k_BTMH, v_BTMH, gate_BTP = self._heads(params, x_BTD, context)
         out_BTNH = attend(
             q_BTNH, k_BTMH, v_BTMH, context.documents, device=context.device, **self._scores(params)
         )
-        return self._output(params, x_BTD, out_BTNH)
+        return self._output(params, gate_BTP, out_BTNH)
 
     def init_cache(self, repeats: int, batch: int, length: int, dtype: Any) -> KVCache:
         """Of keys, rotated, and values."""
@@ -108,7 +110,7 @@ class AttentionSpec(Mixer):
     ) -> tuple[jax.Array, KVCache]:
         """x (B, T, D) → (B, T, D), with attention to what is cached, and the cache with the keys and values of x."""
         params = params["attention"]
-        q_BTNH, k_BTMH, v_BTMH = self._heads(params, x_BTD, context)
+        q_BTNH, k_BTMH, v_BTMH, gate_BTP = self._heads(params, x_BTD, context)
         positions_BT = context.positions
         cache = cache.written(repeat, positions_BT, k_BTMH, v_BTMH)
         if context.fresh:
@@ -118,27 +120,28 @@ class AttentionSpec(Mixer):
         else:
             k_BMSH, v_BMSH, keys_BS = cache.seen(repeat, positions_BT, self.window, x_BTD.dtype)
             out_BTNH = attend_to_cache(q_BTNH, k_BMSH, v_BMSH, positions_BT, keys_BS, **self._scores(params))
-        return self._output(params, x_BTD, out_BTNH), cache
+        return self._output(params, gate_BTP, out_BTNH), cache
 
     def _heads(
         self, params: Tree, x_BTD: jax.Array, context: Context
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
         """As `_project`, where the mesh has them."""
-        q_BTNH, k_BTMH, v_BTMH = _project(_repeat_kv_heads(params, self, x_BTD.dtype), self, x_BTD, context)
-        return constrain(q_BTNH, "BTNH"), constrain(k_BTMH, "BTMH"), constrain(v_BTMH, "BTMH")
+        repeated = _repeat_kv_heads(params, self, x_BTD.dtype)
+        q_BTNH, k_BTMH, v_BTMH, gate_BTP = _project(repeated, self, x_BTD, context)
+        return constrain(q_BTNH, "BTNH"), constrain(k_BTMH, "BTMH"), constrain(v_BTMH, "BTMH"), gate_BTP
 
     def _scores(self, params: Tree) -> dict[str, Any]:
         """What scores are made with, and which count."""
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
         return {"scale": scale, "window": self.window, "sinks": params.get("sinks")}
 
-    def _output(self, params: Tree, x_BTD: jax.Array, out_BTNH: jax.Array) -> jax.Array:
+    def _output(self, params: Tree, gate_BTP: jax.Array | None, out_BTNH: jax.Array) -> jax.Array:
         """What heads give (B, T, N, value width) → (B, T, D)."""
         bias = params["o_bias"] if self.output_bias else None
-        if self.gated:
-            gate_BTP = jax.nn.sigmoid(linear(x_BTD, params["gate_proj"]))
-            return linear(out_BTNH.reshape(gate_BTP.shape) * gate_BTP, params["o_proj"], bias)
-        return project_heads(out_BTNH, params["o_proj"], bias)
+        if gate_BTP is None:
+            return project_heads(out_BTNH, params["o_proj"], bias)
+        gated_BTP = out_BTNH.reshape(gate_BTP.shape) * jax.nn.sigmoid(gate_BTP)
+        return linear(gated_BTP, params["o_proj"], bias)
 
     def rotations(self) -> frozenset[RopeSpec]:
         """Of queries and keys."""
@@ -180,7 +183,7 @@ class AttentionSpec(Mixer):
             "windows": self.window is not None,
             "clipped": self.clip_qkv is not None,
             "sinks": self.sinks,
-            "gate": self.gated,
+            "gate": self.gated or self.query_gated,
             "values from keys": self.values_from_keys,
             "narrower values": self.width_of_value != self.head_dim,
             "scaled values": self.value_scale != 1.0,
@@ -197,7 +200,7 @@ def _declared(spec: AttentionSpec, width: int) -> dict[str, Param]:
         "D": width,
         "H": spec.head_dim,
         "N": spec.num_heads,
-        "Q": spec.num_heads * spec.head_dim,
+        "Q": spec.num_heads * spec.head_dim * (2 if spec.query_gated else 1),
         "U": spec.num_kv_heads * spec.head_dim,
         "W": spec.num_kv_heads * spec.width_of_value,
         "P": spec.num_heads * spec.width_of_value,
@@ -216,8 +219,8 @@ def _declared(spec: AttentionSpec, width: int) -> dict[str, Param]:
         params[name] = param(letter, sizes, role="vector", init="zeros")
     if spec.qk_norm is not None:
         query, key = ("H", "H") if spec.qk_norm.over == "head" else ("Q", "U")
-        params["q_norm"] = param(query, sizes, role="vector", init="ones")
-        params["k_norm"] = param(key, sizes, role="vector", init="ones")
+        params["q_norm"] = param(query, sizes, role="vector", init=spec.qk_norm.norm.initial)
+        params["k_norm"] = param(key, sizes, role="vector", init=spec.qk_norm.norm.initial)
     if spec.sinks:
         # In float32, as the softmax that they take part in: some families say so, and it costs others nothing.
         params["sinks"] = param("N", sizes, role="vector", init="zeros", float32=True)
@@ -256,8 +259,9 @@ def _repeat_kv_heads(params: Tree, spec: AttentionSpec, dtype: Any) -> Tree:
 
 def _project(
     params: Tree, spec: AttentionSpec, x_BTD: jax.Array, context: Context
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries (B, T, N, H), keys (B, T, M, H) and values (B, T, M, value width), ready to attend."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Queries (B, T, N, H), keys (B, T, M, H) and values (B, T, M, value width), ready to attend, and the gate of the
+    output (B, T, P) before its sigmoid, where there is one."""
 
     def project(name: str) -> jax.Array:
         return linear(x_BTD, params[f"{name}_proj"], params[f"{name}_bias"] if spec.bias else None)
@@ -285,4 +289,11 @@ def _project(
     if spec.clip_qkv is not None:
         value = jnp.clip(value, -spec.clip_qkv, spec.clip_qkv)
     value = scaled(value, spec.value_scale)
-    return query_or_key(project("q"), "q"), query_or_key(projected_key, "k"), value
+    projected_query = project("q")
+    gate_BTP = linear(x_BTD, params["gate_proj"]) if spec.gated else None
+    if spec.query_gated:
+        both = heads(projected_query, 2 * spec.head_dim)
+        projected_query, gate_BTP = (
+            half.reshape(*x_BTD.shape[:2], -1) for half in jnp.split(both, 2, axis=-1)
+        )
+    return query_or_key(projected_query, "q"), query_or_key(projected_key, "k"), value, gate_BTP

@@ -70,7 +70,7 @@ def _whatever_can_be_adapted(anatomy):
         module.full(parameter)
         for module in modules
         for parameter, shape in module.parameters.items()
-        if len(shape) == 3 or (module.kind == "router" and len(shape) == 2)
+        if (len(shape) == 3 and module.kind == "other") or (module.kind == "router" and len(shape) == 2)
     ]
     return {"target_modules": linear, "target_parameters": bare}
 

@@ -1,0 +1,232 @@
+"""A state that decays and is written to, chunk by chunk: what recurrent mixers share.
+
+Every head has a state S (H, V) that is zero where a document begins, and with decays a, keys k, values v and queries q
+
+    S_t = a_t S_{t-1} + k_t u_tᵀ        o_t = S_tᵀ q_t
+
+where u is v (linear attention with a decay: arXiv 2401.04658; Mamba 2: arXiv 2405.21060) or, with a rate b, what the
+state does not yet say of it (the gated delta rule: arXiv 2412.06464)
+
+    u_t = b_t (v_t − a_t S_{t-1}ᵀ k_t)
+
+Within a chunk all of that is matrix products of whole chunks, and only the state goes from chunk to chunk.
+
+Letters of this module: Z chunks of C tokens (I and J where one looks at another), M heads of queries and keys, R heads
+of values for each of these, N all heads of values, H width of a key, V of a value. Chunks come first, so that the scan
+over them cuts no array.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import einops
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.parallel.sharding import axis_size, constrain
+
+CHUNK = 64
+"""Tokens of a chunk: products of 64 rows fill a tensor core, and pairs of tokens cost less than what a state does."""
+
+_BLOCK = 16
+"""Side of the blocks on the diagonal that are inverted first, the smallest that a tensor core multiplies."""
+
+
+class _Decays(NamedTuple):
+    """What is left, from 0 to 1; 0 across the border of a document.
+
+    Attributes:
+        between_ZBMRIJ: of what token J wrote when token I reads it; 0 where J is later.
+        before_ZBMRC: of the chunk's first state.
+        after_ZBMRC: of what a token wrote in the chunk's last state.
+        whole_ZBMR: of the chunk's first state in its last one.
+    """
+
+    between_ZBMRIJ: jax.Array
+    before_ZBMRC: jax.Array
+    after_ZBMRC: jax.Array
+    whole_ZBMR: jax.Array
+
+
+def recur(
+    q_BTMH: Float[Array, "B T M H"],
+    k_BTMH: Float[Array, "B T M H"],
+    v_BTNV: Float[Array, "B T N V"],
+    log_decay_BTN: Float[Array, "B T N"],
+    *,
+    rate_BTN: Float[Array, "B T N"] | None = None,
+    documents_BT: Int[Array, "B T"] | None = None,
+    state_BNHV: Float[Array, "B N H V"] | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
+    """The recurrence over tokens, in float32. The backward pass keeps the operands alone and computes chunks again.
+
+    Args:
+        q_BTMH, k_BTMH: queries and keys; M divides N, and neighbouring heads of values share one.
+        v_BTNV: values.
+        log_decay_BTN: ln a, at most 0.
+        rate_BTN: b of the delta rule; None without it.
+        documents_BT: another number where another document begins; None where a row is one.
+        state_BNHV: before the first token, of its document; None for zeros.
+
+    Returns:
+        What is read, (B, T, N, V) float32, and the state after the last token.
+    """
+    length, of_keys = k_BTMH.shape[1:3]
+    batch, heads, values = v_BTNV.shape[0], *v_BTNV.shape[2:]
+    # Each device needs the keys of its own heads: where several have heads that share some, they get a copy each.
+    copies = math.lcm(of_keys, axis_size("tensor")) // of_keys
+    if copies > 1:
+        q_BTMH, k_BTMH = (jnp.repeat(x, copies, axis=2) for x in (q_BTMH, k_BTMH))
+    size = min(CHUNK, 1 << (length - 1).bit_length())
+
+    def chunks(x_BT: jax.Array, pattern: str) -> jax.Array:
+        # What the last chunk lacks neither decays the state nor writes to it.
+        missing = ((0, 0), (0, -length % size), *((0, 0),) * (x_BT.ndim - 2))
+        return einops.rearrange(jnp.pad(x_BT, missing), pattern, c=size, m=of_keys * copies)
+
+    def of_values(x_BTN: jax.Array) -> jax.Array:
+        return chunks(x_BTN.astype(jnp.float32), "b (z c) (m r) -> z b m r c")
+
+    keys = "b (z c) m h -> z b m c h"
+    if state_BNHV is None:
+        state_BNHV = jnp.zeros((batch, heads, q_BTMH.shape[-1], values), jnp.float32)
+    if documents_BT is not None:
+        missing = ((0, 0), (0, -length % size))
+        documents_BT = jnp.pad(documents_BT, missing, mode="edge").reshape(batch, -1, size).swapaxes(0, 1)
+    out_ZBMRCV, state_BMRHV = _over_chunks(
+        chunks(constrain(q_BTMH, "BTMH"), keys),
+        chunks(constrain(k_BTMH, "BTMH"), keys),
+        chunks(constrain(v_BTNV, "BTN."), "b (z c) (m r) v -> z b m r c v"),
+        of_values(log_decay_BTN),
+        None if rate_BTN is None else of_values(rate_BTN),
+        documents_BT,
+        einops.rearrange(state_BNHV, "b (m r) h v -> b m r h v", m=of_keys * copies),
+    )
+    out_BTNV = einops.rearrange(out_ZBMRCV, "z b m r c v -> b (z c) (m r) v")[:, :length]
+    return constrain(out_BTNV, "BTN."), state_BMRHV.reshape(state_BNHV.shape)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _over_chunks(
+    q_ZBMCH: jax.Array,
+    k_ZBMCH: jax.Array,
+    v_ZBMRCV: jax.Array,
+    log_decay_ZBMRC: jax.Array,
+    rate_ZBMRC: jax.Array | None,
+    documents_ZBC: jax.Array | None,
+    state_BMRHV: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    q_ZBMCH, k_ZBMCH, v_ZBMRCV = (x.astype(jnp.float32) for x in (q_ZBMCH, k_ZBMCH, v_ZBMRCV))
+    decays = _decays(log_decay_ZBMRC, documents_ZBC)
+    if rate_ZBMRC is None:
+        written_ZBMRCV, read_ZBMRCH = v_ZBMRCV, None
+    else:
+        written_ZBMRCV, read_ZBMRCH = _corrections(k_ZBMCH, v_ZBMRCV, rate_ZBMRC, decays)
+
+    def step(state_BMRHV: jax.Array, chunk: tuple[Any, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        k_BMCH, u_BMRCV, w_BMRCH, after_BMRC, whole_BMR = chunk
+        if w_BMRCH is not None:
+            u_BMRCV = u_BMRCV - jnp.einsum("bmrch,bmrhv->bmrcv", w_BMRCH, state_BMRHV)
+        added_BMRHV = jnp.einsum("bmch,bmrcv->bmrhv", k_BMCH, after_BMRC[..., None] * u_BMRCV)
+        return whole_BMR[..., None, None] * state_BMRHV + added_BMRHV, (state_BMRHV, u_BMRCV)
+
+    scanned = (k_ZBMCH, written_ZBMRCV, read_ZBMRCH, decays.after_ZBMRC, decays.whole_ZBMR)
+    last_BMRHV, (states_ZBMRHV, u_ZBMRCV) = jax.lax.scan(step, state_BMRHV, scanned)
+    scores_ZBMIJ = jnp.einsum("zbmih,zbmjh->zbmij", q_ZBMCH, k_ZBMCH)
+    within_ZBMRCV = jnp.einsum(
+        "zbmrij,zbmrjv->zbmriv", scores_ZBMIJ[:, :, :, None] * decays.between_ZBMRIJ, u_ZBMRCV
+    )
+    before_ZBMRCV = jnp.einsum("zbmch,zbmrhv->zbmrcv", q_ZBMCH, states_ZBMRHV)
+    return within_ZBMRCV + decays.before_ZBMRC[..., None] * before_ZBMRCV, last_BMRHV
+
+
+def _decays(log_decay_ZBMRC: jax.Array, documents_ZBC: jax.Array | None) -> _Decays:
+    total_ZBMRC = jnp.cumsum(log_decay_ZBMRC, axis=-1)
+    size = total_ZBMRC.shape[-1]
+    seen = jnp.tril(jnp.ones((size, size), bool))[None, None]
+    before_ZBMRC = jnp.exp(total_ZBMRC)
+    after_ZBMRC = jnp.exp(total_ZBMRC[..., -1:] - total_ZBMRC)
+    if documents_ZBC is not None:
+        seen = seen & (documents_ZBC[..., :, None] == documents_ZBC[..., None, :])
+        last_ZB1 = documents_ZBC[..., -1:]
+        # The first state of all is of the first document, or zero.
+        first_ZB1 = jnp.concatenate([documents_ZBC[:1, :, :1], last_ZB1[:-1]])
+        before_ZBMRC = jnp.where((documents_ZBC == first_ZB1)[:, :, None, None], before_ZBMRC, 0.0)
+        after_ZBMRC = jnp.where((documents_ZBC == last_ZB1)[:, :, None, None], after_ZBMRC, 0.0)
+    # Summed for each J: differences of the totals would have the rounding of all tokens before, other documents' too.
+    later = jnp.tril(jnp.ones((size, size), bool), -1)[None, None, None, None]
+    difference_ZBMRIJ = jnp.cumsum(jnp.where(later, log_decay_ZBMRC[..., :, None], 0.0), axis=-2)
+    between_ZBMRIJ = jnp.exp(jnp.where(seen[:, :, None, None], difference_ZBMRIJ, -jnp.inf))
+    return _Decays(between_ZBMRIJ, before_ZBMRC, after_ZBMRC, before_ZBMRC[..., -1])
+
+
+def _corrections(
+    k_ZBMCH: jax.Array, v_ZBMRCV: jax.Array, rate_ZBMRC: jax.Array, decays: _Decays
+) -> tuple[jax.Array, jax.Array]:
+    """U and W with which a chunk writes U − W S, for S before it: the WY form of the delta rule's products.
+
+    With L_ij = b_i (between_ij k_i · k_j) below the diagonal, (I + L) u = b (v − before S k) for all tokens of a chunk
+    at once (arXiv 2412.06464, section 3.3).
+    """
+    products_ZBMIJ = jnp.einsum("zbmih,zbmjh->zbmij", k_ZBMCH, k_ZBMCH)
+    lower_ZBMRIJ = rate_ZBMRC[..., None] * decays.between_ZBMRIJ * products_ZBMIJ[:, :, :, None]
+    inverse_ZBMRIJ = unit_inverse(lower_ZBMRIJ) * rate_ZBMRC[..., None, :]
+    read_ZBMRIJ = inverse_ZBMRIJ * decays.before_ZBMRC[..., None, :]
+    return (
+        jnp.einsum("zbmrij,zbmrjv->zbmriv", inverse_ZBMRIJ, v_ZBMRCV),
+        jnp.einsum("zbmrij,zbmjh->zbmrih", read_ZBMRIJ, k_ZBMCH),
+    )
+
+
+@jax.custom_vjp
+def unit_inverse(lower: Float[Array, "*batch c c"]) -> Float[Array, "*batch c c"]:
+    """(I + L)⁻¹ of what is below the diagonal of `lower`, of a side that is a power of two.
+
+    By halves: [[A, 0], [B, D]]⁻¹ = [[A⁻¹, 0], [−D⁻¹ B A⁻¹, D⁻¹]], which is as exact as substitution and all products of
+    matrices. A sum of powers of L would be as well, and cancels where keys are alike.
+    """
+    size = lower.shape[-1]
+    block = min(size, _BLOCK)
+    places = jnp.arange(block)
+    diagonal = _on_diagonal(lower, block)
+    product = functools.partial(jnp.matmul, precision=Precision.HIGHEST)
+    leading = (None,) * (diagonal.ndim - 2)
+    inverse = jnp.broadcast_to(jnp.eye(block)[leading], diagonal.shape)
+    half = 1
+    while half < block:
+        # The lower left quarters of blocks of twice that side; what is inverted has nothing there yet.
+        pair, is_second = places // (2 * half), places // half % 2 == 1
+        quarter = (pair[:, None] == pair[None]) & is_second[:, None] & ~is_second[None]
+        quarters = jnp.where(quarter[leading], diagonal, 0.0)
+        inverse = inverse - (quarters if half == 1 else product(product(inverse, quarters), inverse))
+        half *= 2
+    while half < size:
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        quarters = _on_diagonal(lower, 2 * half)[..., half:, :half]
+        left = jnp.concatenate([first, -product(product(second, quarters), first)], axis=-2)
+        right = jnp.concatenate([jnp.zeros_like(second), second], axis=-2)
+        inverse = jnp.concatenate([left, right], axis=-1)
+        half *= 2
+    return inverse[..., 0, :, :]
+
+
+def _unit_inverse_forward(lower: jax.Array) -> tuple[jax.Array, jax.Array]:
+    inverse = unit_inverse(lower)
+    return inverse, inverse
+
+
+def _unit_inverse_backward(inverse: jax.Array, d_inverse: jax.Array) -> tuple[jax.Array]:
+    product = functools.partial(jnp.matmul, precision=Precision.HIGHEST)
+    return (jnp.tril(-product(product(inverse.mT, d_inverse), inverse.mT), -1),)
+
+
+unit_inverse.defvjp(_unit_inverse_forward, _unit_inverse_backward)
+
+
+def _on_diagonal(x: jax.Array, side: int) -> jax.Array:
+    """(…, c, c) → the blocks on its diagonal, (…, c / side, side, side)."""
+    starts = range(0, x.shape[-1], side)
+    return jnp.stack([x[..., at : at + side, at : at + side] for at in starts], axis=-3)

@@ -1,0 +1,99 @@
+"""The chunked recurrence and its convolution beside one token after the other in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.model.mixers.convolution import causal_convolution
+from jaxmoe.model.mixers.recurrence import recur, unit_inverse
+
+BATCH, LENGTH, KEY_HEADS, HEADS, KEYS, VALUES = 2, 150, 2, 6, 5, 7
+DOCUMENTS = np.stack(
+    [
+        np.repeat([0, 1, 2, 3, 4], [11, 1, 70, 46, 22]),
+        np.repeat([0, 1, 2], [64, 63, 23]),
+    ]
+)
+"""Borders within chunks of 64, at their ends, and two in one chunk."""
+
+
+def operands(delta):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape)
+    q, k = draw(BATCH, LENGTH, KEY_HEADS, KEYS), draw(BATCH, LENGTH, KEY_HEADS, KEYS)
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    v, log_decay = draw(BATCH, LENGTH, HEADS, VALUES), -0.3 * rng.random((BATCH, LENGTH, HEADS))
+    rate = rng.random((BATCH, LENGTH, HEADS)) if delta else None
+    return q, k, v, log_decay, rate, draw(BATCH, HEADS, KEYS, VALUES)
+
+
+def by_token(q, k, v, log_decay, rate, state, documents):
+    """S_t = a S + k uᵀ, o = Sᵀ q, as it is written."""
+    goes_on = np.ones((BATCH, LENGTH), bool)
+    if documents is not None:
+        goes_on[:, 1:] = documents[:, 1:] == documents[:, :-1]
+    k, q = (jnp.repeat(x, HEADS // KEY_HEADS, axis=2) for x in (k, q))
+
+    def step(state, token):
+        query, key, value, log_decay, rate, goes_on = token
+        kept = jnp.where(goes_on[:, None], jnp.exp(log_decay), 0.0)
+        decayed = state * kept[..., None, None]
+        if rate is not None:
+            value = rate[..., None] * (value - jnp.einsum("bnhv,bnh->bnv", decayed, key))
+        state = decayed + key[..., :, None] * value[..., None, :]
+        return state, jnp.einsum("bnhv,bnh->bnv", state, query)
+
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, log_decay, rate, jnp.asarray(goes_on)))
+    state, out = jax.lax.scan(step, state, tokens)
+    return jnp.moveaxis(out, 0, 1), state
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "packed"])
+@pytest.mark.parametrize("delta", [False, True], ids=["decay", "delta"])
+def test_chunks_are_the_recurrence(delta, documents):
+    """What is read, the last state, and every gradient."""
+    q, k, v, log_decay, rate, state = operands(delta)
+    rng = np.random.default_rng(1)
+    d_out, d_state = rng.standard_normal(v.shape), rng.standard_normal(state.shape)
+
+    def chunked(q, k, v, log_decay, rate, state):
+        places = None if documents is None else jnp.asarray(documents, jnp.int32)
+        return recur(q, k, v, log_decay, rate_BTN=rate, documents_BT=places, state_BNHV=state)
+
+    def results(function, dtype):
+        given = jax.tree.map(lambda x: jnp.asarray(x, dtype), (q, k, v, log_decay, rate, state))
+        out, pullback = jax.vjp(function, *given)
+        return out, pullback((jnp.asarray(d_out, dtype), jnp.asarray(d_state, dtype)))
+
+    with jax.enable_x64(True):
+        want = jax.tree.map(
+            np.asarray, jax.jit(lambda: results(lambda *x: by_token(*x, documents), jnp.float64))()
+        )
+    got = jax.jit(lambda: results(chunked, jnp.float32))()
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.mark.parametrize("side", [1, 2, 16, 64])
+def test_unit_inverse(side):
+    """Of rows that are alike, for which a sum of powers would cancel."""
+    lower = np.tril(0.9 + 0.1 * np.random.default_rng(0).random((3, side, side)), -1)
+    got = unit_inverse(jnp.asarray(lower, jnp.float32))
+    want = np.linalg.inv(np.eye(side)[None] + lower)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_convolution_stays_in_its_document():
+    rng = np.random.default_rng(0)
+    x, filters, bias = rng.standard_normal((BATCH, LENGTH, 9)), rng.standard_normal((9, 4)), rng.random(9)
+    got = causal_convolution(
+        *(jnp.asarray(each, jnp.float32) for each in (x, filters, bias)), jnp.asarray(DOCUMENTS, jnp.int32)
+    )
+    want = np.tile(bias, (BATCH, LENGTH, 1))
+    for row in range(BATCH):
+        for at in range(LENGTH):
+            for back in range(min(4, at + 1)):
+                if DOCUMENTS[row, at - back] == DOCUMENTS[row, at]:
+                    want[row, at] += filters[:, 3 - back] * x[row, at - back]
+    np.testing.assert_allclose(got, want / (1 + np.exp(-want)), atol=1e-5)
