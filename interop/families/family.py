@@ -48,6 +48,7 @@ class Family:
             config.json that say how many; one where it does not say.
         unused_fields: config.json fields that published configs carry and transformers' model never reads.
         text: where in config.json the text model's config is, such as ("text_config",).
+        text_type: model_type of that, where a config.json of this type may hold other ones.
         prefixes: of the layouts that are published, the most common one first.
         mistakes: of older versions of transformers, which its folders do not show.
         aliases: model_types of published folders that are this one under a name that transformers does not know.
@@ -60,6 +61,7 @@ class Family:
     speculative: tuple[str, ...] = ()
     unused_fields: frozenset[str] = frozenset()
     text: tuple[str, ...] = ()
+    text_type: str | None = None
     prefixes: tuple[Prefix, ...] = (Prefix(),)
     mistakes: tuple[Mistake, ...] = ()
     aliases: tuple[str, ...] = ()
@@ -74,7 +76,7 @@ class Family:
         if raw["model_type"] in self.aliases:
             raw = {**raw, "model_type": self.model_type}
         for name in self.text:
-            raw = text_config(raw, name, file, self.unused_fields)
+            raw = text_config(raw, name, file, self.unused_fields, self.text_type)
         config = ConfigReader(raw, file, self.unused_fields | set(self.speculative))
         spec = self.read_spec(config)
         config.finish()
