@@ -41,6 +41,6 @@ FAMILY = Family(
     _rules,
     ignored=(r"^mtp\.", r"^model\.visual\."),
     unused_fields=frozenset({"mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"}),
-    # Loaded from a folder with a vision tower, transformers' text model keeps that folder's names.
-    prefixes=(Prefix(), Prefix("model.language_model.")),
+    # Those of folders with a vision tower, which transformers' text model reads too, and writes again.
+    prefixes=(Prefix("model.language_model."), Prefix()),
 )

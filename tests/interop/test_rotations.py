@@ -69,7 +69,7 @@ OUTSIDE = {
 }
 
 # Those of several modalities read a rotation as their text models do. PhiMoE has factors of its own.
-ALONE = [name for name in FAMILIES if name not in ("aria", "gemma4", "qwen3_omni_moe", "phimoe")]
+ALONE = [name for name in FAMILIES if name not in ("aria", "gemma4", "phimoe", "qwen3_5_moe", "qwen3_omni_moe")]
 THOROUGHLY = ("qwen3_moe", "glm4_moe", "mellum", "qwen3_vl_moe", "hunyuan_v1_moe")
 
 
