@@ -236,7 +236,7 @@ def model_spec(
     ffns: FeedForward | Sequence[FeedForward],
     norm: NormSpec,
     *,
-    layer: Mapping[str, Any] = _NOTHING,
+    layer: Mapping[str, Any] | Sequence[Mapping[str, Any]] = _NOTHING,
     **options: Any,
 ) -> ModelSpec:
     """The model of these layers, with the trunk that most families share.
@@ -246,14 +246,18 @@ def model_spec(
         mixers: of every layer, or one that all layers have.
         ffns: likewise.
         norm: of layers and trunk.
-        layer: further fields of every layer's spec.
+        layer: likewise, further fields of its spec.
         options: further fields of the model's spec.
     """
     if not isinstance(mixers, Sequence):
         mixers = [mixers] * depth(config)
     if not isinstance(ffns, Sequence):
         ffns = [ffns] * depth(config)
-    layers = [LayerSpec(mixer, ffn, norm, **layer) for mixer, ffn in zip(mixers, ffns, strict=True)]
+    if isinstance(layer, Mapping):
+        layer = [layer] * depth(config)
+    layers = [
+        LayerSpec(mixer, ffn, norm, **further) for mixer, ffn, further in zip(mixers, ffns, layer, strict=True)
+    ]
     return ModelSpec(
         width=config.size("hidden_size"),
         vocab_size=config.size("vocab_size"),
