@@ -29,6 +29,7 @@ SHOWING = {"qwen3_moe": {"sliding_window": 9}}
 
 # Logits in evaluation from given weights do not show these.
 ELSEWHERE = {
+    "block_size": "of how much is computed at once",
     "initializer_range": "of random weights",
     "input_jitter_noise": "of training",
     "router_jitter_noise": "of training",
