@@ -243,15 +243,26 @@ def _hint(name: str, known: Collection[str]) -> str:
 
 
 def text_config(
-    raw: Mapping[str, Any], name: str, file: str, unused: frozenset[str] = frozenset()
+    raw: Mapping[str, Any],
+    name: str,
+    file: str,
+    unused: frozenset[str] = frozenset(),
+    model_type: str | None = None,
 ) -> dict[str, Any]:
     """The part `name` of a config.json of several models in one, such as "text_config".
 
     Whether input and output embeddings are tied is the whole's to say where it says it.
 
+    Args:
+        raw: the whole.
+        name: of the part.
+        file: for errors.
+        unused: fields that do not matter.
+        model_type: that the part has to say; None where the whole has parts of one type alone.
+
     Raises:
         UserError: the whole has fields that transformers does not know and that are not `unused`, or the part is
-            missing.
+            missing or of another type.
     """
     config_class = CONFIG_MAPPING[raw["model_type"]]
     known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
@@ -262,7 +273,12 @@ def text_config(
     part = raw.get(name)
     if not isinstance(part, dict):
         raise UserError(f"{file}: {name} = {quote(part)}: expected an object with the text model's fields")
-    part = part | {"model_type": config_class.sub_configs[name].model_type}  # whatever it says of itself
+    if model_type is None:
+        part = part | {"model_type": config_class.sub_configs[name].model_type}  # whatever it says of itself
+    elif part.get("model_type") != model_type:
+        raise UserError(
+            f"{file}: model_type = {quote(part.get('model_type'))} of {name} is not supported; expected {model_type!r}"
+        )
     tied = raw.get("tie_word_embeddings", getattr(config_class(), "tie_word_embeddings", None))
     if tied is not None and not isinstance(tied, bool):
         raise UserError(f"{file}: tie_word_embeddings = {quote(tied)}: expected true or false")

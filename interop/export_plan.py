@@ -4,10 +4,12 @@ The names of files are the source's, but for those under which transformers woul
 """
 
 import json
+import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from jaxmoe.errors import UserError
 from jaxmoe.interop.quantization.config import FIELD
@@ -17,6 +19,8 @@ from jaxmoe.interop.source import Source
 from jaxmoe.interop.storage.format import INDEX_FILE, OTHER_WEIGHTS, SINGLE_FILE, Shard
 from jaxmoe.interop.storage.reader import CheckpointFolder
 from jaxmoe.interop.storage.writer import index_json
+
+_log = logging.getLogger(__name__)
 
 QUANTIZATIONS = ("none", "source")
 """What becomes of tensors that the source has quantised: bfloat16, or the source's format."""
@@ -90,19 +94,40 @@ def exported_shards(source: Source, quantization: str) -> Sequence[Shard]:
     return list(shards)
 
 
+def exported_config(source: Source) -> Mapping[str, Any]:
+    """config.json of an export: that of the source, but for layers that it counts and does not have.
+
+    Where these stay, since `Source.mtp` says so, a line in the log tells of them.
+    """
+    lacking = source.lacking
+    if not lacking:
+        return source.raw
+    if source.mtp == "present":
+        return source.family.with_fields(source.raw, dict.fromkeys(lacking, 0))
+    counted = " and ".join(f"{name} = {count}" for name, count in lacking.items())
+    _log.warning(
+        "config.json says %s, and the model came without tensors of such layers, so the export has none; converters to "
+        "GGUF fail on that: set train.export_mtp or --mtp to 'present', which writes 0",
+        counted,
+    )
+    return source.raw
+
+
 def rewritten_files(source: Source, shards: Sequence[Shard], quantization: str) -> dict[str, bytes]:
     """Files of the source, by name, that an export with the given `shards` has with another content.
 
     The index where it would not be true, or lacks the metadata that transformers asks for; and config.json where
-    something quantised is written in bfloat16.
+    something quantised is written in bfloat16, or as `exported_config` has it.
     """
     _, files = source.opened
     stored = _stored(files)
     rewritten = {}
+    config = exported_config(source)
     if isinstance(files, QuantizedFolder) and quantization == "none":
-        config = {name: value for name, value in source.raw.items() if name != FIELD}
+        config = {name: value for name, value in config.items() if name != FIELD}
         spellings = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
         config |= dict.fromkeys(spellings, files.dtype)
+    if config is not source.raw:
         rewritten["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     if stored.index is not None and (
         tuple(shards) != stored.shards or not isinstance(stored.index.get("metadata"), dict)

@@ -1,5 +1,6 @@
 """The public way in and out: Hugging Face folder ↔ `MoEModel`."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxmoe.interop.loading import load_params
 from jaxmoe.interop.saving import write_folder
-from jaxmoe.interop.source import compute_dtype, config_source, open_source
+from jaxmoe.interop.source import Mtp, compute_dtype, config_source, open_source
 from jaxmoe.model.module import MoEModel
 from jaxmoe.parallel.sharding import shardings
 from jaxmoe.params import initialize
@@ -59,7 +60,12 @@ def from_config(
 
 
 def save_pretrained(
-    model: MoEModel, folder: str | Path, *, overwrite: bool = False, quantization: str = "none"
+    model: MoEModel,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    quantization: str = "none",
+    mtp: Mtp = "declared",
 ) -> None:
     """Write a model as a Hugging Face folder; see `jaxmoe.interop.saving` for what it repeats of its source.
 
@@ -68,6 +74,8 @@ def save_pretrained(
         folder: a new or empty folder.
         overwrite: replace an existing checkpoint folder as a whole.
         quantization: "none": what the source has quantised is written in bfloat16; "source": as the source has it.
+        mtp: "present": config.json counts 0 layers for multi-token prediction where the model came without their
+            tensors; "declared": it counts them as the source's does.
 
     Raises:
         ValueError: the model was made by hand and nothing says what its tensors are called.
@@ -79,7 +87,7 @@ def save_pretrained(
         )
     write_folder(
         model.pure_params(),
-        model.source,
+        dataclasses.replace(model.source, mtp=mtp),
         folder,
         dtype=model.dtype,
         overwrite=overwrite,

@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxmoe.errors import UserError
 from jaxmoe.interop.export_plan import (
+    exported_config,
     exported_shards,
     refuse_overlap,
     rewritten_files,
@@ -170,7 +171,7 @@ def export_new(
     if jax.process_index() != 0:
         tensors.take_part(shards)
         return
-    config = {name: value for name, value in source.raw.items() if name != "torch_dtype"} | {
+    config = {name: value for name, value in exported_config(source).items() if name != "torch_dtype"} | {
         "dtype": np.dtype(dtype).name
     }
     with tensors.kept_company(shards), FolderWriter(folder, overwrite=overwrite) as writer:

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +30,9 @@ _log = logging.getLogger(__name__)
 FLOATS = ("BF16", "F16", "F32", "F64")
 """Dtypes of tensors that can be loaded."""
 
+Mtp = Literal["declared", "present"]
+"""See `Source`."""
+
 COMPUTE_DTYPES = ("bfloat16", "float32", "float16")
 
 _PIECE_ELEMENTS = 1 << 20
@@ -51,6 +54,8 @@ class Source:
         format: in which the config says that weights are quantised, if it does.
         beside: tensors by name that are not the model's (towers of other modalities) and that an export without a
             folder to follow takes along.
+        mtp: whether config.json of an export counts layers for multi-token prediction as this one does ("declared"),
+            or 0 of them where it has none ("present").
     """
 
     family: Family
@@ -61,6 +66,7 @@ class Source:
     files: Files | None = None
     format: Format | None = None
     beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    mtp: Mtp = "declared"
 
     @property
     def opened(self) -> tuple[Path, Files]:
@@ -79,6 +85,12 @@ class Source:
         if self.files is not None:
             return self.files.quantized if isinstance(self.files, QuantizedFolder) else {}
         return {} if self.format is None else expected_tensors(self.format, self.bindings)
+
+    @property
+    def lacking(self) -> dict[str, int]:
+        """Fields that count layers for multi-token prediction, which an export will not have; see `Family.lacking`."""
+        tensors = self.beside if self.files is None else self.files.tensors
+        return self.family.lacking(self.raw, self.spec, tensors.keys())
 
     def grouped(self, spec: ModelSpec) -> "Source":
         """The same model with its layers grouped as in `spec`."""

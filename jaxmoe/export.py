@@ -1,6 +1,5 @@
 """``python -m jaxmoe.export RUN FOLDER``: write a checkpoint of a run as a Hugging Face folder."""
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +32,12 @@ def main(argv: list[str]) -> None:
         "as the run's train.export_quantization says",
     )
     parser.add_argument(
+        "--mtp",
+        choices=["declared", "present"],
+        help="layers for multi-token prediction that config.json counts: as in the model's folder (declared), or none "
+        "where they are missing there (present); by default as the run's train.export_mtp says",
+    )
+    parser.add_argument(
         "--merged",
         action="store_true",
         help="of a run with an adapter: write the model with it merged in, and not the adapter",
@@ -51,6 +56,12 @@ def main(argv: list[str]) -> None:
 
     config = recorded_config(layout.config).model_copy(update={"output_dir": str(run)})
     what = _what(config, options.merged, options.quantization)
+    if options.mtp is not None:
+        if what == "adapter":
+            raise UserError("--mtp: an adapter has no config.json of its own: leave it out, or add --merged")
+        config = config.model_copy(
+            update={"train": config.train.model_copy(update={"export_mtp": options.mtp})}
+        )
     checkpoints = Checkpoints(layout.checkpoints, None)
     step = checkpoints.latest() if options.step is None else options.step
     if step is None:
@@ -78,13 +89,12 @@ def _assembled(config: RunConfig) -> "Assembled":
     """The run on whatever devices are here: the weights alone, spread over them."""
     import jax
 
-    from jaxmoe.parallel.sharding import make_mesh
+    from jaxmoe.parallel.sharding import fitting_mesh
     from jaxmoe.run.assemble import assemble
     from jaxmoe.run.model import open_model
 
     source = open_model(config.model)
-    usable = math.gcd(jax.device_count(), source.spec.width)
-    return assemble(config, make_mesh(fsdp=usable, devices=jax.devices()[:usable]), source=source)
+    return assemble(config, fitting_mesh(source.spec.declared, jax.devices()), source=source)
 
 
 def _state(assembled: "Assembled", checkpoints: "Checkpoints", step: int) -> "TrainState":

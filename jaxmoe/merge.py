@@ -34,6 +34,13 @@ def main(argv: list[str]) -> None:
         help="merge into the base as training saw it, in few bits; the adapter's folder says how",
     )
     parser.add_argument(
+        "--mtp",
+        choices=["declared", "present"],
+        default="declared",
+        help="layers for multi-token prediction that config.json counts: as in BASE (declared), or none where they "
+        "are missing there (present)",
+    )
+    parser.add_argument(
         "--extract",
         action="store_true",
         help="BASE TUNED OUT: write the adapter that is nearest to what TUNED changed of BASE",
@@ -58,6 +65,7 @@ def main(argv: list[str]) -> None:
         others=[(path, _number(weight)) for path, weight in options.add],
         overwrite=options.overwrite,
         quantization=options.quantization,
+        mtp=options.mtp,
     )
     merged = listed([options.adapter, *(path for path, _ in options.add)], _TOLD)
     print(f"{folder}: {options.base} with {merged} merged in, which changed {changed:,} tensors")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from jaxmoe.errors import UserError, quote
@@ -19,6 +19,11 @@ _ROTATION = r"(^|\.)rotary_emb\.inv_freq$"
 """A buffer that older checkpoints hold. It follows from config.json, and transformers does not load it."""
 
 MAX_SPECULATIVE = 100
+
+_MTP_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_hidden_layers")
+"""How many layers predict further tokens, whatever their tensors are called."""
+
+_MTP_TENSOR = re.compile(r"(^|[._])mtp([._]|$)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Family:
             config.json that say how many; one where it does not say.
         unused_fields: config.json fields that published configs carry and transformers' model never reads.
         text: where in config.json the text model's config is, such as ("text_config",).
+        text_type: model_type of that, where a config.json of this type may hold other ones.
         prefixes: of the layouts that are published, the most common one first.
         mistakes: of older versions of transformers, which its folders do not show.
         aliases: model_types of published folders that are this one under a name that transformers does not know.
@@ -60,6 +66,7 @@ class Family:
     speculative: tuple[str, ...] = ()
     unused_fields: frozenset[str] = frozenset()
     text: tuple[str, ...] = ()
+    text_type: str | None = None
     prefixes: tuple[Prefix, ...] = (Prefix(),)
     mistakes: tuple[Mistake, ...] = ()
     aliases: tuple[str, ...] = ()
@@ -74,7 +81,7 @@ class Family:
         if raw["model_type"] in self.aliases:
             raw = {**raw, "model_type": self.model_type}
         for name in self.text:
-            raw = text_config(raw, name, file, self.unused_fields)
+            raw = text_config(raw, name, file, self.unused_fields, self.text_type)
         config = ConfigReader(raw, file, self.unused_fields | set(self.speculative))
         spec = self.read_spec(config)
         config.finish()
@@ -95,9 +102,7 @@ class Family:
             raw: its config.json.
             spec: of the model.
         """
-        text = raw
-        for name in self.text:
-            text = text[name]
+        text = self.text_part(raw)
         depth = len(spec.layers)
         further = "|".join(str(depth + i) for i in range(self._speculative_layers(text, "config.json")))
         layers = [rf"^{re.escape(prefix.trunk)}layers\.({further})\." for prefix in self.prefixes if further]
@@ -112,11 +117,42 @@ class Family:
                 )
         return max(given.values(), default=1 if self.speculative else 0)
 
+    def lacking(self, raw: Mapping[str, Any], spec: ModelSpec, tensors: Collection[str]) -> dict[str, int]:
+        """Fields of config.json that count layers for multi-token prediction, where there are none among `tensors`.
+
+        Args:
+            raw: the config.json.
+            spec: of the model.
+            tensors: names of all that there are.
+        """
+        text = self.text_part(raw)
+        counted = {name: text.get(name) for name in dict.fromkeys((*self.speculative, *_MTP_FIELDS))}
+        declared = {name: count for name, count in counted.items() if isinstance(count, int) and count > 0}
+        if not declared:
+            return {}
+        depth = len(spec.layers)
+        further = "|".join(str(depth + i) for i in range(min(max(declared.values()), MAX_SPECULATIVE)))
+        layers = re.compile(rf"(^|\.)layers\.({further})\.")
+        found = any(layers.search(name) or _MTP_TENSOR.search(name) for name in tensors)
+        return {} if found else declared
+
+    def text_part(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The text model's part of a config.json that `spec` has read."""
+        for name in self.text:
+            raw = raw[name]
+        return raw
+
+    def with_fields(self, raw: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+        """A config.json with other values of fields of the text model."""
+
+        def changed(part: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+            return {**part, **({path[0]: changed(part[path[0]], path[1:])} if path else fields)}
+
+        return changed(raw, self.text)
+
     def notes(self, raw: Mapping[str, Any]) -> list[str]:
         """What should be known of the transformers that wrote a folder whose config.json `spec` has read."""
-        text = raw
-        for name in self.text:
-            text = text[name]
+        text = self.text_part(raw)
         told = (mistake.told(raw.get("transformers_version"), text) for mistake in self.mistakes)
         return [note for note in told if note is not None]
 

@@ -79,17 +79,20 @@ def attention_rules() -> tuple[Rule, ...]:
     )
 
 
-def decoder_rules(spec: ModelSpec, *further: Rule) -> tuple[Rule, ...]:
-    """A whole model: latent attention, dense layers, experts one by one or fused and those that every token has.
+def decoder_rules(
+    spec: ModelSpec, *further: Rule, experts: tuple[Rule, ...] | None = None
+) -> tuple[Rule, ...]:
+    """A whole model: latent attention, dense layers, experts and those that every token has.
 
     Args:
         spec: the model.
         further: rules of the family's own.
+        experts: and routers, by default `layouts.expert_rules()`.
     """
     return layouts.decoder_rules(
         spec,
         *layouts.mlp_rules(),
-        *layouts.expert_rules(),
+        *(layouts.expert_rules() if experts is None else experts),
         *layouts.shared_rules("mlp.shared_experts"),
         *further,
         attention=attention_rules(),

@@ -1,5 +1,6 @@
 """A folder of a base model with an adapter merged into it."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from jaxmoe.interop.peft.reading import read_adapter
 from jaxmoe.interop.peft.today import Today, today
 from jaxmoe.interop.peft.writing import write_adapter
 from jaxmoe.interop.quantizing import Recorded, Replay
-from jaxmoe.interop.source import Source, open_source
+from jaxmoe.interop.source import Mtp, Source, open_source
 from jaxmoe.interop.storage.writer import FolderWriter
 
 _log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def merge_folder(
     others: Sequence[tuple[str | Path, float]] = (),
     overwrite: bool = False,
     quantization: bool = False,
+    mtp: Mtp = "declared",
 ) -> tuple[int, list[str]]:
     """Write a base model with an adapter merged in: the same files and tensors, in the same dtypes.
 
@@ -49,6 +51,7 @@ def merge_folder(
         overwrite: replace it.
         quantization: merge into the base as training saw it, which held it in few bits: its record is in the adapter's
             folder (`jaxmoe.interop.quantizing.Recorded`). What was quantised and is not adapted changes as well.
+        mtp: see `Source`.
 
     Returns:
         How many tensors of the base changed, and its files that were left out (`jaxmoe.interop.export_plan.LEFT_OUT`).
@@ -56,7 +59,7 @@ def merge_folder(
     Raises:
         UserError: one of the two cannot be read, they do not fit each other, or the folder cannot be written.
     """
-    source = open_source(base)
+    source = dataclasses.replace(open_source(base), mtp=mtp)
     chosen = [(adapter, weight), *others]
     for one, _ in chosen:
         if Path(one).resolve().is_relative_to(Path(folder).resolve()):

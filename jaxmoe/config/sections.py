@@ -285,6 +285,11 @@ class TrainConfig(Section):
         description="Weights that the model's folder has quantised are written as bfloat16 (none) or in its format "
         "again (source).",
     )
+    export_mtp: Literal["declared", "present"] = Field(
+        default="declared",
+        description="Layers for multi-token prediction that the export's config.json counts: those that the model's "
+        "does (declared), or none where its folder came without their tensors (present).",
+    )
     peak_tflops: Positive | None = Field(
         default=None,
         description="Peak of one device, 1e12 operations per second, for utilisation. null: by name.",

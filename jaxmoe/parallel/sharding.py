@@ -123,6 +123,18 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(lambda declared: NamedSharding(mesh, _fitting(declared, mesh)), tree)
 
 
+def fitting_mesh(tree: Tree, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh whose axis "fsdp" has as many of the first devices as divide every dimension that it shards."""
+    for count in range(len(devices), 1, -1):
+        mesh = make_mesh(fsdp=count, devices=devices[:count])
+        try:
+            shardings(tree, mesh)
+        except UserError:
+            continue
+        return mesh
+    return make_mesh(devices=devices[:1])
+
+
 def _fitting(declared: Param, mesh: Mesh) -> PartitionSpec:
     """`partition_spec`, but that blocks of a packed weight, which are few, stay together where an axis does not divide
     them."""

@@ -198,6 +198,7 @@ def assemble(
             does not divide the model or the batch.
     """
     source = open_model(config.model) if source is None else source
+    source = dataclasses.replace(source, mtp=config.train.export_mtp)
     chosen: Adapted | Selection
     if config.adapter is not None:
         chosen = adapt(source, config.adapter, config.model.packing)

@@ -114,3 +114,41 @@ def test_another_name_of_the_same_model():
 def test_what_would_be_another_model_is_refused(fields, told):
     with pytest.raises(jaxmoe.UserError, match=told):
         config_source(published_config(**fields))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            {"model_type": "mistral"},
+            "model_type = 'mistral' of text_config is not supported; expected 'mistral4'",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "llama_4_scaling_beta": 0.1,
+                    "original_max_position_embeddings": 16,
+                }
+            },
+            "rope type 'default' is not supported",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+            "llama_4_scaling_beta = None",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    **families.config_json("mistral4")["rope_parameters"],
+                    "partial_rotary_factor": 0.5,
+                }
+            },
+            "rotates 10 features: expected qk_rope_head_dim of them, 8",
+        ),
+    ],
+)
+def test_other_text_models_of_the_same_folder_are_refused(text, told):
+    with pytest.raises(jaxmoe.UserError, match=told):
+        config_source(families.config_json("mistral3", {"text_config": text}))

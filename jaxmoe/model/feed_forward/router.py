@@ -54,7 +54,7 @@ class RouterSpec:
             and weighs by a softmax over those chosen; "sparsemixer" is SparseMixer-2 (arXiv 2409.12136), which
             gives weights of its own.
         logits_dtype: "float32" multiplies input and weight in float32, "model" in the activations' dtype.
-        softmax_dtype: of "logits".
+        softmax_dtype: of "softmax" and "logits": "model" is that of the logits.
         bias: a bias on the logits.
         correction: a constant per expert, in float32, is added for the choice alone: to the scores or to the
             logits (arXiv 2408.15664).
@@ -215,7 +215,13 @@ def _scores(spec: RouterSpec, logits_RE: jax.Array) -> jax.Array:
     wide_RE = logits_RE.astype(jnp.float32)
     if spec.score == "logits":
         return wide_RE
-    return jax.nn.sigmoid(wide_RE) if spec.score == "sigmoid" else jax.nn.softmax(wide_RE, axis=-1)
+    return jax.nn.sigmoid(wide_RE) if spec.score == "sigmoid" else _softmax(spec, logits_RE)
+
+
+def _softmax(spec: RouterSpec, logits: jax.Array) -> jax.Array:
+    """Over the last axis, float32."""
+    dtype = logits.dtype if spec.softmax_dtype == "model" else jnp.float32
+    return jax.nn.softmax(logits.astype(dtype), axis=-1).astype(jnp.float32)
 
 
 def _choose(params: Tree, spec: RouterSpec, logits_RE: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -238,10 +244,7 @@ def _chosen_scores(
     if kept_RE is not None and spec.groups is not None and spec.groups.weigh_masked:
         scores_RE = jnp.where(kept_RE, scores_RE, 0.0)
     chosen_RK = _picked(spec.num_experts, scores_RE, experts_RK)
-    if spec.score == "logits":
-        dtype = logits_RE.dtype if spec.softmax_dtype == "model" else jnp.float32
-        chosen_RK = jax.nn.softmax(chosen_RK.astype(dtype), axis=-1)
-    return chosen_RK
+    return _softmax(spec, chosen_RK.astype(logits_RE.dtype)) if spec.score == "logits" else chosen_RK
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
