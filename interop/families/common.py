@@ -161,13 +161,16 @@ def router(
     )
 
 
-def grouped_sigmoid_router(config: ConfigReader, experts: str = "n_routed_experts") -> RouterSpec:
+def grouped_sigmoid_router(
+    config: ConfigReader, experts: str = "n_routed_experts", **options: Any
+) -> RouterSpec:
     """DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2), which many families share.
 
     Args:
         config: with n_group and topk_group (null where experts are not grouped), norm_topk_prob and
             routed_scaling_factor.
         experts: the field that counts the experts.
+        options: further fields of the spec.
     """
     grouped = config.take("n_group", None) is not None or config.take("topk_group", None) is not None
     return router(
@@ -180,6 +183,7 @@ def grouped_sigmoid_router(config: ConfigReader, experts: str = "n_routed_expert
         groups=Groups(config.size("n_group"), config.size("topk_group"), "top2") if grouped else None,
         sum_offset=1e-20,
         scale=config.number("routed_scaling_factor"),
+        **options,
     )
 
 
