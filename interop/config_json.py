@@ -134,8 +134,9 @@ class ConfigReader:
         finally:
             transformers_logging.set_verbosity(verbosity)
         self._defaults = _defaults(raw["model_type"])
-        self._known = {field.name for field in dataclasses.fields(config_class)} | set(
-            config_class.attribute_map
+        self._spellings = config_class.attribute_map
+        self._known = {field.name for field in dataclasses.fields(config_class)}.union(
+            self._spellings, self._spellings.values()
         )
 
     def take(self, name: str, default: Any = _REQUIRED) -> Any:
@@ -219,11 +220,12 @@ class ConfigReader:
         Raises:
             UserError: fields that are unknown, or known but not at their default and not taken.
         """
+        passed = self._taken | self._inert
+        passed |= {other for pair in self._spellings.items() if passed.intersection(pair) for other in pair}
         problems = [
             name
             for name, value in self.raw.items()
-            if name not in self._taken
-            and name not in self._inert
+            if name not in passed
             and (name not in self._known or value != getattr(self._defaults, name, None))
         ]
         if problems:

@@ -17,7 +17,7 @@ Dimension letters, used for every tensor of the code base:
     W  value width, M times a value's            K  experts chosen per token
     P  attended width, N times a value's
     H  head width
-    A  latent width of queries
+    A  latent width of queries, or of gates
     C  latent width of keys and values, or with
        the key that all heads share beside it
     X  channels of a recurrent mixer

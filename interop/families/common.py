@@ -161,13 +161,16 @@ def router(
     )
 
 
-def grouped_sigmoid_router(config: ConfigReader, experts: str = "n_routed_experts") -> RouterSpec:
+def grouped_sigmoid_router(
+    config: ConfigReader, experts: str = "n_routed_experts", **options: Any
+) -> RouterSpec:
     """DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2), which many families share.
 
     Args:
         config: with n_group and topk_group (null where experts are not grouped), norm_topk_prob and
             routed_scaling_factor.
         experts: the field that counts the experts.
+        options: further fields of the spec.
     """
     grouped = config.take("n_group", None) is not None or config.take("topk_group", None) is not None
     return router(
@@ -180,6 +183,7 @@ def grouped_sigmoid_router(config: ConfigReader, experts: str = "n_routed_expert
         groups=Groups(config.size("n_group"), config.size("topk_group"), "top2") if grouped else None,
         sum_offset=1e-20,
         scale=config.number("routed_scaling_factor"),
+        **options,
     )
 
 
@@ -236,7 +240,7 @@ def model_spec(
     ffns: FeedForward | Sequence[FeedForward],
     norm: NormSpec,
     *,
-    layer: Mapping[str, Any] = _NOTHING,
+    layer: Mapping[str, Any] | Sequence[Mapping[str, Any]] = _NOTHING,
     **options: Any,
 ) -> ModelSpec:
     """The model of these layers, with the trunk that most families share.
@@ -246,14 +250,18 @@ def model_spec(
         mixers: of every layer, or one that all layers have.
         ffns: likewise.
         norm: of layers and trunk.
-        layer: further fields of every layer's spec.
+        layer: likewise, further fields of its spec.
         options: further fields of the model's spec.
     """
     if not isinstance(mixers, Sequence):
         mixers = [mixers] * depth(config)
     if not isinstance(ffns, Sequence):
         ffns = [ffns] * depth(config)
-    layers = [LayerSpec(mixer, ffn, norm, **layer) for mixer, ffn in zip(mixers, ffns, strict=True)]
+    if isinstance(layer, Mapping):
+        layer = [layer] * depth(config)
+    layers = [
+        LayerSpec(mixer, ffn, norm, **further) for mixer, ffn, further in zip(mixers, ffns, layer, strict=True)
+    ]
     return ModelSpec(
         width=config.size("hidden_size"),
         vocab_size=config.size("vocab_size"),

@@ -20,7 +20,7 @@ _ROTATION = r"(^|\.)rotary_emb\.inv_freq$"
 
 MAX_SPECULATIVE = 100
 
-_MTP_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules")
+_MTP_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_hidden_layers")
 """How many layers predict further tokens, whatever their tensors are called."""
 
 _MTP_TENSOR = re.compile(r"(^|[._])mtp([._]|$)")

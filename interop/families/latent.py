@@ -17,12 +17,12 @@ from jaxmoe.model.spec import ModelSpec
 _NORM = NormSpec(1e-6)
 
 
-def latent_attention(config: ConfigReader, rope: RopeSpec, **options: Any) -> LatentAttentionSpec:
+def latent_attention(config: ConfigReader, rope: RopeSpec | None, **options: Any) -> LatentAttentionSpec:
     """Latent attention with the widths that the config has.
 
     Args:
         config: of the model.
-        rope: rotation of the key that heads share.
+        rope: rotation of the key that heads share; None where there is none.
         options: further fields of the spec.
     """
     heads = config.size("num_attention_heads")
@@ -33,13 +33,14 @@ def latent_attention(config: ConfigReader, rope: RopeSpec, **options: Any) -> La
     return LatentAttentionSpec(
         num_heads=heads,
         key_dim=key_dim,
+        shared_dim=shared,
         value_dim=config.size("v_head_dim"),
         latent=config.size("kv_lora_rank"),
         query_latent=config.size("q_lora_rank") if narrow_queries else None,
         rope=rope,
         norm=_NORM,
         bias=config.take("attention_bias"),
-        scale=_score_scale(config, key_dim + shared),
+        scale=None if rope is None else _score_scale(config, key_dim + shared),
         **options,
     )
 

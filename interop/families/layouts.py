@@ -89,13 +89,13 @@ def correction_rules(*sources: str, axes: str = "E") -> tuple[Rule, ...]:
     return tuple(Rule("layers.{L}.router.correction", LAYER + source, axes) for source in sources)
 
 
-def mlp_rules() -> tuple[Rule, ...]:
-    """Dense gated feed-forward, with biases where the spec has them."""
+def mlp_rules(block: str = "mlp") -> tuple[Rule, ...]:
+    """Dense gated feed-forward in module `block`, with biases where the spec has them."""
     return (
-        Rule("layers.{L}.mlp.gate_up", LAYER + "mlp.{G:gate_proj|up_proj}.weight", "I D"),
-        Rule("layers.{L}.mlp.down", LAYER + "mlp.down_proj.weight", "D I"),
-        Rule("layers.{L}.mlp.gate_up_bias", LAYER + "mlp.{G:gate_proj|up_proj}.bias", "I"),
-        Rule("layers.{L}.mlp.down_bias", LAYER + "mlp.down_proj.bias", "D"),
+        Rule("layers.{L}.mlp.gate_up", LAYER + block + ".{G:gate_proj|up_proj}.weight", "I D"),
+        Rule("layers.{L}.mlp.down", LAYER + block + ".down_proj.weight", "D I"),
+        Rule("layers.{L}.mlp.gate_up_bias", LAYER + block + ".{G:gate_proj|up_proj}.bias", "I"),
+        Rule("layers.{L}.mlp.down_bias", LAYER + block + ".down_proj.bias", "D"),
     )
 
 

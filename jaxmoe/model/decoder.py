@@ -86,6 +86,7 @@ def _hidden_states(
         group_context = dataclasses.replace(context, key=key)
         group_cache = None if cache is None else cache[index]
         x_BTD, group_stats, group_cache = _run_group(group, *trees, x_BTD, group_context, remat, group_cache)
+        context = dataclasses.replace(context, layer=context.layer + len(group.pattern) * group.repeats)
         stats.extend(group_stats)
         caches.append(group_cache)
     x_BTD = norm(params, "norm", spec.norm, x_BTD)
@@ -170,7 +171,8 @@ def _run_group(
     remat: bool,
     cache: tuple[Tree, ...] | None,
 ) -> tuple[jax.Array, list[RouterStats], tuple[Tree, ...] | None]:
-    """Scan over the repeats of a group. The statistics of its MoE layers come back in layer order.
+    """Scan over the repeats of a group, whose first layer is that of the context. The statistics of its MoE layers
+    come back in layer order.
 
     A cache is carried whole from layer to layer: a mixer writes a few tokens into it, where a scan's output would be a
     copy of it all.
@@ -182,32 +184,41 @@ def _run_group(
         for weights, apart in zip(params, sparse, strict=True)
     )
 
-    def run_layer(place: int, weights: Tree, x: jax.Array, layer_key: jax.Array | None, slot: Any) -> Any:
+    def run_layer(
+        place: int,
+        weights: Tree,
+        x: jax.Array,
+        layer_key: jax.Array | None,
+        repeat: jax.Array,
+        slot: Any,
+    ) -> Any:
         own = {name: tree for name, tree in declared[place].items() if name not in sparse[place]}
         weights = _for_compute(own, weights, x.dtype)
-        weights |= {name: Repeat(tree, slot[1]) for name, tree in sparse[place].items()}
+        weights |= {name: Repeat(tree, repeat) for name, tree in sparse[place].items()}
         if layer_key is not None and context.dropout:
             weights = with_dropout(weights, Dropout(layer_key, context.dropout))
-        return _layer(group.pattern[place], weights, x, dataclasses.replace(context, key=layer_key), slot)
+        number = context.layer + repeat * len(group.pattern) + place
+        own_context = dataclasses.replace(context, key=layer_key, layer=number)
+        return _layer(group.pattern[place], weights, x, own_context, slot)
 
     if remat:
         run_layer = jax.checkpoint(run_layer, static_argnums=(0,), prevent_cse=False)
 
-    def body(carry: tuple[jax.Array, Any], scanned: tuple[tuple[Tree, ...], Any, Any]) -> Any:
+    def body(carry: tuple[jax.Array, Any], scanned: tuple[tuple[Tree, ...], Any, jax.Array]) -> Any:
         (x, caches), (pattern_params, repeat_key, repeat) = carry, scanned
         layer_stats, written = [], []
         for place, weights in enumerate(pattern_params):
             layer_key = None if repeat_key is None else jax.random.fold_in(repeat_key, place)
             slot = None if caches is None else (caches[place], repeat)
-            x, stats, new = run_layer(place, weights, x, layer_key, slot)
+            x, stats, new = run_layer(place, weights, x, layer_key, repeat, slot)
             written.append(new)
             if stats is not None:
                 layer_stats.append(stats)
         return (x, None if caches is None else tuple(written)), layer_stats
 
     keys = None if context.key is None else jax.random.split(context.key, group.repeats)
-    repeats = None if cache is None else jnp.arange(group.repeats)
-    (x_BTD, cache), stats = jax.lax.scan(body, (x_BTD, cache), (params, keys, repeats))
+    scanned = (params, keys, jnp.arange(group.repeats, dtype=jnp.int32))
+    (x_BTD, cache), stats = jax.lax.scan(body, (x_BTD, cache), scanned)
     if not stats:
         return x_BTD, [], cache
     # (repeats, …) per place in the pattern → (repeats * places, …), that is layer order.

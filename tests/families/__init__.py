@@ -76,6 +76,7 @@ class Case:
             not gets every document as a row of its own.
         text: the part of transformers' model that computes logits of text.
         published: from the tensors that transformers writes to those of published folders, where they differ.
+        derived: parts of names of buffers that follow from the config, and stay as transformers computes them.
     """
 
     config: Mapping[str, Any]
@@ -89,6 +90,7 @@ class Case:
     packs: bool = True
     text: Callable[[Any], Any] = lambda model: model
     published: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    derived: tuple[str, ...] = ()
 
 
 def case_of(model_type: str) -> Case:
@@ -158,12 +160,14 @@ def written(factory: Any, *model_types: str) -> dict[str, Any]:
 
 
 def with_random_weights(model: Any, case: Case, seed: int = 0) -> Any:
-    """A model of a case in eval mode, every parameter and buffer random."""
+    """A model of a case in eval mode, every parameter and every buffer that is not derived random."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
+            if any(part in name for part in case.derived):
+                continue
             scale = ([0.2] + [value for part, value in case.scales.items() if part in name])[-1]
             noise = scale * torch.randn(tensor.shape, generator=generator)
             about_one = "norm" in name and not name.endswith("bias")

@@ -69,7 +69,8 @@ OUTSIDE = {
 }
 
 # Those of several modalities read a rotation as their text models do. PhiMoE has factors of its own.
-ALONE = [name for name in FAMILIES if name not in ("aria", "gemma4", "mistral3", "qwen3_omni_moe", "phimoe")]
+WRAPPING = ("aria", "gemma4", "mistral3", "qwen3_5_moe", "qwen3_omni_moe")
+ALONE = [name for name in FAMILIES if name not in (*WRAPPING, "phimoe")]
 # transformers' model rotates a part of each head, and would rotate whole heads by default.
 NEVER_DEFAULT = ("mistral4",)
 # Of the tiny config's own rotation, what a family cannot do without.

@@ -26,6 +26,7 @@ class Context:
         dropout: share that low-rank pairs drop of their inputs, where there is a key.
         device: that computes; None for the one at hand.
         fresh: the tokens begin their texts. False says that a cache has what comes before them.
+        layer: () int32, number of the layer in the model, from 0.
     """
 
     positions: jax.Array
@@ -36,6 +37,7 @@ class Context:
     device: Device | None = None
     dropout: float = 0.0
     fresh: bool = True
+    layer: jax.Array | int = 0
 
     @property
     def valid(self) -> jax.Array | None:

@@ -32,17 +32,18 @@ class QueryGrowth:
 class LatentAttentionSpec(Mixer):
     """Causal attention with keys and values that are made of one narrow vector per token.
 
-    c = norm(kv_a x)[: latent] is that vector. A head's key is its own part of kv_b c, and beside it the rotated rest
-    of kv_a x, which all heads share; its value is its own part of kv_b c. Queries are q_proj x, or
+    c = norm(kv_a x)[: latent] is that vector. A head's key is its own part of kv_b c, and beside it the rest of kv_a x,
+    which all heads share and which is rotated; its value is its own part of kv_b c. Queries are q_proj x, or
     q_b norm(q_a x) with a narrow vector of their own, and as wide as keys.
 
     Attributes:
         num_heads: N, of queries, keys and values alike.
-        key_dim: width of the part of a key that is not rotated.
+        key_dim: width of the part of a key that is a head's own.
+        shared_dim: width of the part that heads share.
         value_dim: width of a value, at most that of a whole key.
         latent: width of c.
         query_latent: width of the vector that queries are made of; None makes them of x.
-        rope: rotation of as many features as keys share.
+        rope: rotation of what keys share; None leaves order to the mask and to other layers.
         norm: of the narrow vectors.
         bias: biases on q_a, kv_a and the output projection.
         scale: factor of the scores; by default 1/sqrt of the width of a whole key.
@@ -51,10 +52,11 @@ class LatentAttentionSpec(Mixer):
 
     num_heads: int
     key_dim: int
+    shared_dim: int
     value_dim: int
     latent: int
     query_latent: int | None
-    rope: RopeSpec
+    rope: RopeSpec | None
     norm: NormSpec
     bias: bool = False
     scale: float | None = None
@@ -62,8 +64,8 @@ class LatentAttentionSpec(Mixer):
 
     @property
     def whole_key(self) -> int:
-        """H, the width of a key with its rotated part."""
-        return self.key_dim + self.rope.rotary_dim
+        """H, the width of a key with its shared part."""
+        return self.key_dim + self.shared_dim
 
     def params(self, width: int) -> Tree:
         """{"attention": …}."""
@@ -77,7 +79,7 @@ class LatentAttentionSpec(Mixer):
             "P": heads * self.value_dim,
         }
         # The key that heads share comes out of the same matrix.
-        beside = sizes | {"C": latent + self.rope.rotary_dim}
+        beside = sizes | {"C": latent + self.shared_dim}
         of_heads = functools.partial(param, sizes=sizes, num_heads=heads)
         vector = functools.partial(param, role="vector", init="ones")
         if self.query_latent is None:
@@ -112,8 +114,8 @@ class LatentAttentionSpec(Mixer):
         )
 
     def init_cache(self, repeats: int, batch: int, length: int, dtype: Any) -> jax.Array:
-        """(L, B, S, latent + shared key): of every token the narrow vector and the rotated key that heads share."""
-        width = self.latent + self.rope.rotary_dim
+        """(L, B, S, latent + shared key): of every token the narrow vector and the key that heads share."""
+        width = self.latent + self.shared_dim
         return constrain(jnp.zeros((repeats, batch, length, width), dtype), "....")
 
     def decode(
@@ -157,7 +159,7 @@ class LatentAttentionSpec(Mixer):
             narrow_BTA = linear(x_BTD, params["q_a_proj"], params.get("q_a_bias"))
             q_BTQ = linear(apply_norm(self.norm, narrow_BTA, params["q_a_norm"]), params["q_b_proj"])
         q_BTNH = q_BTQ.reshape(*q_BTQ.shape[:2], self.num_heads, self.whole_key)
-        rotated = apply_rope(self.rope, q_BTNH[..., self.key_dim :], context.rotations[self.rope])
+        rotated = self._rotated(q_BTNH[..., self.key_dim :], context)
         q_BTNH = jnp.concatenate([q_BTNH[..., : self.key_dim], rotated], axis=-1)
         if self.growth is not None:
             times = jnp.floor(context.positions.astype(jnp.float32) / self.growth.length)
@@ -169,16 +171,19 @@ class LatentAttentionSpec(Mixer):
         """(B, T, latent + shared key), normed and rotated: what keys and values are made of."""
         both = linear(x_BTD, params["kv_a_proj"], params.get("kv_a_bias"))
         narrow_BTC = apply_norm(self.norm, both[..., : self.latent], params["kv_a_norm"])
-        shared_BTMH = both[..., None, self.latent :]
-        shared_BTMH = apply_rope(self.rope, shared_BTMH, context.rotations[self.rope])
+        shared_BTMH = self._rotated(both[..., None, self.latent :], context)
         return jnp.concatenate([narrow_BTC, shared_BTMH[:, :, 0]], axis=-1)
+
+    def _rotated(self, x_BTNH: jax.Array, context: Context) -> jax.Array:
+        """The shared part of keys, and what queries have for it."""
+        return x_BTNH if self.rope is None else apply_rope(self.rope, x_BTNH, context.rotations[self.rope])
 
     def _attend(self, params: Tree, q_BTNH: jax.Array, kept_BTC: jax.Array, context: Context) -> jax.Array:
         """Attention of tokens to one another, (B, T, D)."""
         kv_BTU = linear(kept_BTC[..., : self.latent], params["kv_b_proj"])
         kv_BTNU = constrain(kv_BTU.reshape(*kv_BTU.shape[:2], self.num_heads, -1), "BTN.")
         shared = kept_BTC[:, :, None, self.latent :]
-        shared_BTNH = jnp.broadcast_to(shared, (*kv_BTNU.shape[:3], self.rope.rotary_dim))
+        shared_BTNH = jnp.broadcast_to(shared, (*kv_BTNU.shape[:3], self.shared_dim))
         k_BTNH = constrain(jnp.concatenate([kv_BTNU[..., : self.key_dim], shared_BTNH], axis=-1), "BTNH")
         out_BTNV = attend(
             q_BTNH,
@@ -196,7 +201,7 @@ class LatentAttentionSpec(Mixer):
 
     def rotations(self) -> frozenset[RopeSpec]:
         """Of queries and the key that heads share."""
-        return frozenset({self.rope})
+        return frozenset() if self.rope is None else frozenset({self.rope})
 
     def mixing_flops(self, length: int) -> float:
         """N (H + H_v) T, as every head has keys and values of its own, half of which a query sees on average."""
@@ -207,14 +212,14 @@ class LatentAttentionSpec(Mixer):
         if self.value_dim > self.whole_key:
             yield (
                 f"v_head_dim {self.value_dim} is more than qk_nope_head_dim {self.key_dim} and qk_rope_head_dim "
-                f"{self.rope.rotary_dim} together: values wider than keys are not supported"
+                f"{self.shared_dim} together: values wider than keys are not supported"
             )
 
     def describe(self) -> str:
         """Heads and latent widths."""
         queries = "" if self.query_latent is None else f", of queries {self.query_latent}"
         return (
-            f"latent attention {self.num_heads} heads of {self.key_dim}+{self.rope.rotary_dim}, "
+            f"latent attention {self.num_heads} heads of {self.key_dim}+{self.shared_dim}, "
             f"latent {self.latent}{queries}"
         )
 
@@ -229,4 +234,7 @@ class LatentAttentionSpec(Mixer):
             "queries that grow": self.growth is not None,
         }
         yield from (text for text, holds in told.items() if holds)
-        yield from self.rope.traits(self.rope.rotary_dim)
+        if self.rope is None:
+            yield "no rope"
+        else:
+            yield from self.rope.traits(self.shared_dim)

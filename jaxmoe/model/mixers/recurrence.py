@@ -7,18 +7,20 @@ Every head has a state S (H, V) that is zero where a document begins, and with d
 where u is v (linear attention with a decay: arXiv 2401.04658; Mamba 2: arXiv 2405.21060) or, with a rate b, what the
 state does not yet say of it (the gated delta rule: arXiv 2412.06464)
 
-    u_t = b_t (v_t − a_t S_{t-1}ᵀ k_t)
+    u_t = b_t (v_t − (a_t S_{t-1})ᵀ k_t)
+
+A decay is a number, or one for each of the H channels (Kimi Delta Attention: arXiv 2510.26692).
 
 Within a chunk all of that is matrix products of whole chunks, and only the state goes from chunk to chunk.
 
 Letters of this module: Z chunks of C tokens (I and J where one looks at another), M heads of queries and keys, R heads
-of values for each of these, N all heads of values, H width of a key, V of a value. Chunks come first, so that the scan
-over them cuts no array.
+of values for each of these, N all heads of values, H width of a key, V of a value, Y decays of a head, 1 or H. Chunks
+come first, so that the scan over them cuts no array.
 """
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import einops
 import jax
@@ -26,6 +28,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.model.mixers.decays import Decays, decays_of
 from jaxmoe.parallel.sharding import axis_size, constrain
 
 CHUNK = 64
@@ -35,27 +38,11 @@ _BLOCK = 16
 """Side of the blocks on the diagonal that are inverted first, the smallest that a tensor core multiplies."""
 
 
-class _Decays(NamedTuple):
-    """What is left, from 0 to 1; 0 across the border of a document.
-
-    Attributes:
-        between_ZBMRIJ: of what token J wrote when token I reads it; 0 where J is later.
-        before_ZBMRC: of the chunk's first state.
-        after_ZBMRC: of what a token wrote in the chunk's last state.
-        whole_ZBMR: of the chunk's first state in its last one.
-    """
-
-    between_ZBMRIJ: jax.Array
-    before_ZBMRC: jax.Array
-    after_ZBMRC: jax.Array
-    whole_ZBMR: jax.Array
-
-
 def recur(
     q_BTMH: Float[Array, "B T M H"],
     k_BTMH: Float[Array, "B T M H"],
     v_BTNV: Float[Array, "B T N V"],
-    log_decay_BTN: Float[Array, "B T N"],
+    log_decay: Float[Array, "B T N"] | Float[Array, "B T N H"],
     *,
     rate_BTN: Float[Array, "B T N"] | None = None,
     documents_BT: Int[Array, "B T"] | None = None,
@@ -66,7 +53,7 @@ def recur(
     Args:
         q_BTMH, k_BTMH: queries and keys; M divides N, and neighbouring heads of values share one.
         v_BTNV: values.
-        log_decay_BTN: ln a, at most 0.
+        log_decay: ln a, at most 0, of heads or of their channels.
         rate_BTN: b of the delta rule; None without it.
         documents_BT: another number where another document begins; None where a row is one.
         state_BNHV: before the first token, of its document; None for zeros.
@@ -87,10 +74,8 @@ def recur(
         missing = ((0, 0), (0, -length % size), *((0, 0),) * (x_BT.ndim - 2))
         return einops.rearrange(jnp.pad(x_BT, missing), pattern, c=size, m=of_keys * copies)
 
-    def of_values(x_BTN: jax.Array) -> jax.Array:
-        return chunks(x_BTN.astype(jnp.float32), "b (z c) (m r) -> z b m r c")
-
-    keys = "b (z c) m h -> z b m c h"
+    keys, of_values = "b (z c) m h -> z b m c h", "b (z c) (m r) y -> z b m r c y"
+    log_decay_BTNY = log_decay[..., None] if log_decay.ndim == 3 else log_decay
     if state_BNHV is None:
         state_BNHV = jnp.zeros((batch, heads, q_BTMH.shape[-1], values), jnp.float32)
     if documents_BT is not None:
@@ -99,9 +84,9 @@ def recur(
     out_ZBMRCV, state_BMRHV = _over_chunks(
         chunks(constrain(q_BTMH, "BTMH"), keys),
         chunks(constrain(k_BTMH, "BTMH"), keys),
-        chunks(constrain(v_BTNV, "BTN."), "b (z c) (m r) v -> z b m r c v"),
-        of_values(log_decay_BTN),
-        None if rate_BTN is None else of_values(rate_BTN),
+        chunks(constrain(v_BTNV, "BTN."), of_values),
+        chunks(constrain(log_decay_BTNY.astype(jnp.float32), "BTN."), of_values),
+        None if rate_BTN is None else chunks(rate_BTN.astype(jnp.float32)[..., None], of_values)[..., 0],
         documents_BT,
         einops.rearrange(state_BNHV, "b (m r) h v -> b m r h v", m=of_keys * copies),
     )
@@ -114,70 +99,47 @@ def _over_chunks(
     q_ZBMCH: jax.Array,
     k_ZBMCH: jax.Array,
     v_ZBMRCV: jax.Array,
-    log_decay_ZBMRC: jax.Array,
+    log_decay_ZBMRCY: jax.Array,
     rate_ZBMRC: jax.Array | None,
     documents_ZBC: jax.Array | None,
     state_BMRHV: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     q_ZBMCH, k_ZBMCH, v_ZBMRCV = (x.astype(jnp.float32) for x in (q_ZBMCH, k_ZBMCH, v_ZBMRCV))
-    decays = _decays(log_decay_ZBMRC, documents_ZBC)
+    decays = decays_of(log_decay_ZBMRCY, documents_ZBC)
     if rate_ZBMRC is None:
         written_ZBMRCV, read_ZBMRCH = v_ZBMRCV, None
     else:
         written_ZBMRCV, read_ZBMRCH = _corrections(k_ZBMCH, v_ZBMRCV, rate_ZBMRC, decays)
 
     def step(state_BMRHV: jax.Array, chunk: tuple[Any, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        k_BMCH, u_BMRCV, w_BMRCH, after_BMRC, whole_BMR = chunk
+        k_BMCH, u_BMRCV, w_BMRCH, after_BMRCY, whole_BMRY = chunk
         if w_BMRCH is not None:
             u_BMRCV = u_BMRCV - jnp.einsum("bmrch,bmrhv->bmrcv", w_BMRCH, state_BMRHV)
-        added_BMRHV = jnp.einsum("bmch,bmrcv->bmrhv", k_BMCH, after_BMRC[..., None] * u_BMRCV)
-        return whole_BMR[..., None, None] * state_BMRHV + added_BMRHV, (state_BMRHV, u_BMRCV)
+        kept_BMRCH = after_BMRCY * k_BMCH[:, :, None]
+        added_BMRHV = jnp.einsum("bmrch,bmrcv->bmrhv", kept_BMRCH, u_BMRCV)
+        return whole_BMRY[..., None] * state_BMRHV + added_BMRHV, (state_BMRHV, u_BMRCV)
 
-    scanned = (k_ZBMCH, written_ZBMRCV, read_ZBMRCH, decays.after_ZBMRC, decays.whole_ZBMR)
+    scanned = (k_ZBMCH, written_ZBMRCV, read_ZBMRCH, decays.after_ZBMRCY, decays.whole_ZBMRY)
     last_BMRHV, (states_ZBMRHV, u_ZBMRCV) = jax.lax.scan(step, state_BMRHV, scanned)
-    scores_ZBMIJ = jnp.einsum("zbmih,zbmjh->zbmij", q_ZBMCH, k_ZBMCH)
-    within_ZBMRCV = jnp.einsum(
-        "zbmrij,zbmrjv->zbmriv", scores_ZBMIJ[:, :, :, None] * decays.between_ZBMRIJ, u_ZBMRCV
-    )
-    before_ZBMRCV = jnp.einsum("zbmch,zbmrhv->zbmrcv", q_ZBMCH, states_ZBMRHV)
-    return within_ZBMRCV + decays.before_ZBMRC[..., None] * before_ZBMRCV, last_BMRHV
-
-
-def _decays(log_decay_ZBMRC: jax.Array, documents_ZBC: jax.Array | None) -> _Decays:
-    total_ZBMRC = jnp.cumsum(log_decay_ZBMRC, axis=-1)
-    size = total_ZBMRC.shape[-1]
-    seen = jnp.tril(jnp.ones((size, size), bool))[None, None]
-    before_ZBMRC = jnp.exp(total_ZBMRC)
-    after_ZBMRC = jnp.exp(total_ZBMRC[..., -1:] - total_ZBMRC)
-    if documents_ZBC is not None:
-        seen = seen & (documents_ZBC[..., :, None] == documents_ZBC[..., None, :])
-        last_ZB1 = documents_ZBC[..., -1:]
-        # The first state of all is of the first document, or zero.
-        first_ZB1 = jnp.concatenate([documents_ZBC[:1, :, :1], last_ZB1[:-1]])
-        before_ZBMRC = jnp.where((documents_ZBC == first_ZB1)[:, :, None, None], before_ZBMRC, 0.0)
-        after_ZBMRC = jnp.where((documents_ZBC == last_ZB1)[:, :, None, None], after_ZBMRC, 0.0)
-    # Summed for each J: differences of the totals would have the rounding of all tokens before, other documents' too.
-    later = jnp.tril(jnp.ones((size, size), bool), -1)[None, None, None, None]
-    difference_ZBMRIJ = jnp.cumsum(jnp.where(later, log_decay_ZBMRC[..., :, None], 0.0), axis=-2)
-    between_ZBMRIJ = jnp.exp(jnp.where(seen[:, :, None, None], difference_ZBMRIJ, -jnp.inf))
-    return _Decays(between_ZBMRIJ, before_ZBMRC, after_ZBMRC, before_ZBMRC[..., -1])
+    within_ZBMRCV = jnp.einsum("zbmrij,zbmrjv->zbmriv", decays.products(q_ZBMCH, k_ZBMCH), u_ZBMRCV)
+    reading_ZBMRCH = decays.before_ZBMRCY * q_ZBMCH[:, :, :, None]
+    return within_ZBMRCV + jnp.einsum("zbmrch,zbmrhv->zbmrcv", reading_ZBMRCH, states_ZBMRHV), last_BMRHV
 
 
 def _corrections(
-    k_ZBMCH: jax.Array, v_ZBMRCV: jax.Array, rate_ZBMRC: jax.Array, decays: _Decays
+    k_ZBMCH: jax.Array, v_ZBMRCV: jax.Array, rate_ZBMRC: jax.Array, decays: Decays
 ) -> tuple[jax.Array, jax.Array]:
     """U and W with which a chunk writes U − W S, for S before it: the WY form of the delta rule's products.
 
-    With L_ij = b_i (between_ij k_i · k_j) below the diagonal, (I + L) u = b (v − before S k) for all tokens of a chunk
-    at once (arXiv 2412.06464, section 3.3).
+    With L_ij = b_i k_i · (what is left at i of) k_j below the diagonal, (I + L) u = b (v − (before S) k) for all tokens
+    of a chunk at once (arXiv 2412.06464, section 3.3).
     """
-    products_ZBMIJ = jnp.einsum("zbmih,zbmjh->zbmij", k_ZBMCH, k_ZBMCH)
-    lower_ZBMRIJ = rate_ZBMRC[..., None] * decays.between_ZBMRIJ * products_ZBMIJ[:, :, :, None]
+    lower_ZBMRIJ = rate_ZBMRC[..., None] * decays.products(k_ZBMCH, k_ZBMCH)
     inverse_ZBMRIJ = unit_inverse(lower_ZBMRIJ) * rate_ZBMRC[..., None, :]
-    read_ZBMRIJ = inverse_ZBMRIJ * decays.before_ZBMRC[..., None, :]
+    reading_ZBMRCH = decays.before_ZBMRCY * k_ZBMCH[:, :, :, None]
     return (
         jnp.einsum("zbmrij,zbmrjv->zbmriv", inverse_ZBMRIJ, v_ZBMRCV),
-        jnp.einsum("zbmrij,zbmjh->zbmrih", read_ZBMRIJ, k_ZBMCH),
+        jnp.einsum("zbmrij,zbmrjh->zbmrih", inverse_ZBMRIJ, reading_ZBMRCH),
     )
 
 

@@ -68,23 +68,27 @@ class Passage:
         q_BTMH: Float[Array, "B T M H"],
         k_BTMH: Float[Array, "B T M H"],
         v_BTNV: Float[Array, "B T N V"],
-        log_decay_BTN: Float[Array, "B T N"],
+        log_decay: Float[Array, "B T N"] | Float[Array, "B T N H"],
         rate_BTN: Float[Array, "B T N"] | None = None,
     ) -> tuple[Float[Array, "B T N V"], jax.Array]:
         """`recur` over the passage. Padding leaves the state as it is."""
         if self.valid is not None:
-            v_BTNV = jnp.where(self.valid[..., None, None], v_BTNV, 0)
-            log_decay_BTN = jnp.where(self.valid[..., None], log_decay_BTN, 0)
-            rate_BTN = None if rate_BTN is None else jnp.where(self.valid[..., None], rate_BTN, 0)
+            v_BTNV, log_decay = self._of_valid(v_BTNV), self._of_valid(log_decay)
+            rate_BTN = None if rate_BTN is None else self._of_valid(rate_BTN)
         return recur(
             q_BTMH,
             k_BTMH,
             v_BTNV,
-            log_decay_BTN,
+            log_decay,
             rate_BTN=rate_BTN,
             documents_BT=self.documents,
             state_BNHV=None if self.before is None else self.before.state,
         )
+
+    def _of_valid(self, x_BT: jax.Array) -> jax.Array:
+        """x (B, T, …), 0 of tokens that do not count."""
+        assert self.valid is not None
+        return jnp.where(self.valid.reshape(*self.valid.shape, *(1,) * (x_BT.ndim - 2)), x_BT, 0)
 
 
 class RecurrentMixer(Mixer):

@@ -18,12 +18,15 @@ DOCUMENTS = np.stack(
 """Borders within chunks of 64, at their ends, and two in one chunk."""
 
 
-def operands(delta):
+def operands(delta, decay):
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape)
     q, k = draw(BATCH, LENGTH, KEY_HEADS, KEYS), draw(BATCH, LENGTH, KEY_HEADS, KEYS)
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
-    v, log_decay = draw(BATCH, LENGTH, HEADS, VALUES), -0.3 * rng.random((BATCH, LENGTH, HEADS))
+    v, channels = draw(BATCH, LENGTH, HEADS, VALUES), (KEYS,) if "channels" in decay else ()
+    log_decay = -0.3 * rng.random((BATCH, LENGTH, HEADS, *channels))
+    if "strong" in decay:  # down to nothing in one token, beside others that hardly decay
+        log_decay *= np.where(rng.random(log_decay.shape) < 0.2, 1000.0, 1.0)
     rate = rng.random((BATCH, LENGTH, HEADS)) if delta else None
     return q, k, v, log_decay, rate, draw(BATCH, HEADS, KEYS, VALUES)
 
@@ -37,8 +40,8 @@ def by_token(q, k, v, log_decay, rate, state, documents):
 
     def step(state, token):
         query, key, value, log_decay, rate, goes_on = token
-        kept = jnp.where(goes_on[:, None], jnp.exp(log_decay), 0.0)
-        decayed = state * kept[..., None, None]
+        kept = jnp.exp(log_decay if log_decay.ndim == 3 else log_decay[..., None])  # (B, N, H or 1)
+        decayed = state * jnp.where(goes_on[:, None, None], kept, 0.0)[..., None]
         if rate is not None:
             value = rate[..., None] * (value - jnp.einsum("bnhv,bnh->bnv", decayed, key))
         state = decayed + key[..., :, None] * value[..., None, :]
@@ -51,9 +54,10 @@ def by_token(q, k, v, log_decay, rate, state, documents):
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "packed"])
 @pytest.mark.parametrize("delta", [False, True], ids=["decay", "delta"])
-def test_chunks_are_the_recurrence(delta, documents):
+@pytest.mark.parametrize("decay", ["of heads", "strong of heads", "of channels", "strong of channels"])
+def test_chunks_are_the_recurrence(decay, delta, documents):
     """What is read, the last state, and every gradient."""
-    q, k, v, log_decay, rate, state = operands(delta)
+    q, k, v, log_decay, rate, state = operands(delta, decay)
     rng = np.random.default_rng(1)
     d_out, d_state = rng.standard_normal(v.shape), rng.standard_normal(state.shape)
 
