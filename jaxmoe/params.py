@@ -19,7 +19,8 @@ Dimension letters, used for every tensor of the code base:
     H  head width
     A  latent width of queries
     C  latent width of keys and values, or with
-       the key that all heads share beside it
+       the key that all heads share beside it;
+       or that of experts
     X  channels of a recurrent mixer
     Y  state of one of its channels
     E  experts                                   Z  slots, that is (token, choice) pairs: Z = R*K

@@ -232,8 +232,8 @@ def by_type(config: ConfigReader, dense: MLPSpec, sparse: MoESpec) -> list[FeedF
 
 def model_spec(
     config: ConfigReader,
-    mixers: Mixer | Sequence[Mixer],
-    ffns: FeedForward | Sequence[FeedForward],
+    mixers: Mixer | Sequence[Mixer | None],
+    ffns: FeedForward | Sequence[FeedForward | None],
     norm: NormSpec,
     *,
     layer: Mapping[str, Any] = _NOTHING,
@@ -243,8 +243,8 @@ def model_spec(
 
     Args:
         config: of the model.
-        mixers: of every layer, or one that all layers have.
-        ffns: likewise.
+        mixers: of every layer, or one that all layers have; None of a layer that is a feed-forward alone.
+        ffns: likewise; None of a layer that is a mixer alone.
         norm: of layers and trunk.
         layer: further fields of every layer's spec.
         options: further fields of the model's spec.
