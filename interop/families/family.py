@@ -51,6 +51,7 @@ class Family:
         prefixes: of the layouts that are published, the most common one first.
         mistakes: of older versions of transformers, which its folders do not show.
         aliases: model_types of published folders that are this one under a name that transformers does not know.
+        sealed: linear layers, by the last part of their names, that PEFT refuses to adapt in models of this family.
     """
 
     model_type: str
@@ -63,6 +64,7 @@ class Family:
     prefixes: tuple[Prefix, ...] = (Prefix(),)
     mistakes: tuple[Mistake, ...] = ()
     aliases: tuple[str, ...] = ()
+    sealed: frozenset[str] = frozenset()
 
     def spec(self, raw: Mapping[str, Any], file: str) -> ModelSpec:
         """The spec of a config.json.

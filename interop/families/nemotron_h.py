@@ -98,4 +98,5 @@ FAMILY = Family(
     ignored=(r"^mtp\.",),
     unused_fields=frozenset(_UNUSED.split()),
     prefixes=(Prefix("backbone."), Prefix()),
+    sealed=frozenset({"out_proj"}),
 )

@@ -68,8 +68,11 @@ OUTSIDE = {
     "scaling outside": {"rope_scaling": {"rope_type": "linear", "factor": 3.0, "rope_theta": 77.0}},
 }
 
+WITHOUT = ("nemotron_h",)
+"""Families that rotate nothing."""
+
 # Those of several modalities read a rotation as their text models do. PhiMoE has factors of its own.
-ALONE = [name for name in FAMILIES if name not in ("aria", "gemma4", "qwen3_omni_moe", "phimoe")]
+ALONE = [name for name in FAMILIES if name not in ("aria", "gemma4", "qwen3_omni_moe", "phimoe", *WITHOUT)]
 THOROUGHLY = ("qwen3_moe", "glm4_moe", "mellum", "qwen3_vl_moe", "hunyuan_v1_moe")
 
 
