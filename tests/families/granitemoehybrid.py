@@ -12,9 +12,7 @@ MAMBA = {
 PUBLISHED = {
     "vocab_size": 100352,
     "num_hidden_layers": 40,
-    "layer_types": [
-        "full_attention" if layer % 10 == 5 else "linear_attention" for layer in range(40)
-    ],
+    "layer_types": ["full_attention" if layer % 10 == 5 else "linear_attention" for layer in range(40)],
     "embedding_multiplier": 12,
     "residual_multiplier": 0.22,
     "rms_norm_eps": 1e-5,

@@ -85,7 +85,9 @@ def rotary_class(name):
     config = transformers.AutoConfig.for_model(**families.config_json(name))
     with torch.device("meta"):
         model = getattr(transformers, case.architecture)(config)
-    (found,) = {type(module) for place, module in model.named_modules() if place.endswith("rotary_emb")}
+    (found,) = {
+        type(module) for place, module in model.named_modules() if place.endswith(("rotary_emb", "pos_emb"))
+    }
     return found
 
 

@@ -1,4 +1,4 @@
-"""The short causal convolution before a recurrence: every channel by itself, over the last few tokens."""
+"""The short causal convolution before a recurrence, or in its place: every channel by itself, over the last tokens."""
 
 import functools
 
@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)
 def causal_convolution(
     x_BTX: Float[Array, "B T X"],
     filters_Xc: Float[Array, "X c"],
     bias_X: Float[Array, "X"] | None = None,
     documents_BT: Int[Array, "B T"] | None = None,
     tail_BcX: Float[Array, "B tail X"] | None = None,
+    *,
+    silu: bool = True,
 ) -> Float[Array, "B T X"]:
     """silu(bias + Σ_i filter_i x_{t − c + 1 + i}) over c tokens of t's own document, in float32, in x's dtype.
 
@@ -25,7 +26,20 @@ def causal_convolution(
         bias_X: or None.
         documents_BT: another number where another document begins; None where a row is one.
         tail_BcX: the c − 1 inputs before the first token, of its document; None for zeros.
+        silu: false leaves the sum as it is.
     """
+    convolve = jax.checkpoint(functools.partial(_convolve, silu), prevent_cse=False)
+    return convolve(x_BTX, filters_Xc, bias_X, documents_BT, tail_BcX)
+
+
+def _convolve(
+    silu: bool,
+    x_BTX: jax.Array,
+    filters_Xc: jax.Array,
+    bias_X: jax.Array | None,
+    documents_BT: jax.Array | None,
+    tail_BcX: jax.Array | None,
+) -> jax.Array:
     length, taps = x_BTX.shape[1], filters_Xc.shape[1]
     wide_BTX, filters_Xc = x_BTX.astype(jnp.float32), filters_Xc.astype(jnp.float32)
     before = ((0, 0), (taps - 1, 0), (0, 0))
@@ -44,7 +58,7 @@ def causal_convolution(
         total_BTX += filters_Xc[:, tap][None, None] * inputs_BTX
     if bias_X is not None:
         total_BTX += bias_X.astype(jnp.float32)[None, None]
-    return jax.nn.silu(total_BTX).astype(x_BTX.dtype)
+    return (jax.nn.silu(total_BTX) if silu else total_BTX).astype(x_BTX.dtype)
 
 
 def tail_after(

@@ -18,7 +18,7 @@ from jaxmoe.params import Tree, param
 
 @dataclasses.dataclass(frozen=True)
 class Mamba2Spec(RecurrentMixer):
-    """out(norm(silu(z) · (y + skip · x))), with y read by queries C from a state that forgets and adds dt · x at keys B.
+    """out(norm(silu(z) · (y + skip · x))), with y read by queries C of a state that forgets and adds dt · x at keys B.
 
     One projection gives z, x, B, C and dt, in this order; x, B and C go through a convolution with SiLU. Of each head
     dt becomes softplus(dt + step_bias), between the least and the most step, and the decay exp(−exp(decay) · dt).
@@ -112,7 +112,7 @@ class Mamba2Spec(RecurrentMixer):
         skip_N: Float[Array, "N"],
         norm_P: Float[Array, "P"],
     ) -> Float[Array, "B T P"]:
-        """norm(silu(z) · (read + skip · x)) in float32, rounded to z's dtype. The backward pass keeps operands alone."""
+        """norm(silu(z) · (read + skip · x)) in float32, in z's dtype. The backward pass keeps the operands alone."""
         skipped_BTNV = skip_N.astype(jnp.float32)[None, None, :, None] * x_BTNV.astype(jnp.float32)
         gated_BTP = (read_BTNV + skipped_BTNV).reshape(z_BTP.shape) * jax.nn.silu(z_BTP.astype(jnp.float32))
         groups = (*z_BTP.shape[:2], self.num_groups, -1)

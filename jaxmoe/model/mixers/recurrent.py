@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -23,7 +24,7 @@ class RecurrentCache:
     """What is kept of a text, whatever its length.
 
     Attributes:
-        state: (L, B, N, H, V) float32.
+        state: (L, B, N, H, V) float32; None without one.
         tail: (L, B, c − 1, X), the last inputs of the convolution; None without one.
     """
 
@@ -52,10 +53,12 @@ class Passage:
         x_BTX: Float[Array, "B T X"],
         filters_Xc: Float[Array, "X c"],
         bias_X: Float[Array, "X"] | None = None,
+        *,
+        silu: bool = True,
     ) -> tuple[jax.Array, jax.Array | None]:
         """`causal_convolution` of the passage, and the tail after it."""
         tail = None if self.before is None else self.before.tail
-        out_BTX = causal_convolution(x_BTX, filters_Xc, bias_X, self.documents, tail)
+        out_BTX = causal_convolution(x_BTX, filters_Xc, bias_X, self.documents, tail, silu=silu)
         if not self.after:
             return out_BTX, None
         if tail is None:
@@ -88,14 +91,14 @@ class Passage:
 
 
 class RecurrentMixer(Mixer):
-    """A mixer that keeps a state and the last inputs of a convolution of a text. Subclasses are frozen dataclasses."""
+    """A mixer that keeps a state of a text, the last inputs of a convolution, or both. Subclasses are frozen dataclasses."""
 
     rewinds: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod
-    def state_shape(self) -> tuple[int, int, int]:
-        """(N, H, V) of a row's state."""
+    def state_shape(self) -> tuple[int, int, int] | None:
+        """(N, H, V) of a row's state; None without one."""
 
     @property
     @abc.abstractmethod
@@ -118,7 +121,9 @@ class RecurrentMixer(Mixer):
     def init_cache(self, repeats: int, batch: int, length: int, dtype: Any) -> RecurrentCache:
         """Zeros, as many for long texts as for short ones."""
         del length
-        state = constrain(jnp.zeros((repeats, batch, *self.state_shape), jnp.float32), "..N..")
+        state = None
+        if self.state_shape is not None:
+            state = constrain(jnp.zeros((repeats, batch, *self.state_shape), jnp.float32), "..N..")
         tail = None if self.tail_shape is None else jnp.zeros((repeats, batch, *self.tail_shape), dtype)
         return RecurrentCache(state, tail)
 
@@ -135,5 +140,4 @@ class RecurrentMixer(Mixer):
     def mixing_flops(self, length: int) -> float:
         """4 N H V: each token writes to the state once and reads it once."""
         del length
-        heads, keys, values = self.state_shape
-        return 4.0 * heads * keys * values
+        return 0.0 if self.state_shape is None else 4.0 * math.prod(self.state_shape)
