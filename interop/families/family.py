@@ -51,7 +51,8 @@ class Family:
         prefixes: of the layouts that are published, the most common one first.
         mistakes: of older versions of transformers, which its folders do not show.
         aliases: model_types of published folders that are this one under a name that transformers does not know.
-        sealed: linear layers, by the last part of their names, that PEFT refuses to adapt in models of this family.
+        sealed: linear layers, by the last part of their names, whose weight transformers' code reads without calling
+            them: PEFT refuses to adapt them, or does so in vain.
     """
 
     model_type: str

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 Kind = Literal["linear", "sealed", "embedding", "router", "convolution", "other"]
-"""What a module is: a linear layer; one that PEFT does not adapt, as kernels read its weight and do not call it; an
-embedding; a router, which is a linear layer in some models and a module with a parameter of its own in others; a
-convolution; or anything else, such as a norm or the experts of a layer."""
+"""What a module is: a linear layer; one that PEFT refuses to adapt or adapts in vain, as transformers' code reads its
+weight and does not call it; an embedding; a router, which is a linear layer in some models and a module with a
+parameter of its own in others; a convolution; or anything else, such as a norm or the experts of a layer."""
 
 
 @dataclasses.dataclass(frozen=True)

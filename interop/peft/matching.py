@@ -19,7 +19,7 @@ _LISTED = 3
 _ADAPTABLE = ("linear", "embedding", "router")
 _REFUSED = {
     "convolution": "a convolution",
-    "sealed": "which PEFT does not adapt in this family, whose kernels read its weight alone",
+    "sealed": "which PEFT cannot adapt, because transformers reads its weight and does not call it",
 }
 _Value = TypeVar("_Value")
 

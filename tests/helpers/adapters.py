@@ -52,10 +52,12 @@ def anatomy_of(model: Any) -> Anatomy:
 
 
 def _is_sealed(model: Any, name: str) -> bool:
-    """Whether PEFT refuses to adapt a linear layer of a model."""
+    """Whether PEFT refuses to adapt a linear layer of a model, or a model has its weight without calling it."""
     import peft
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 
+    if name.endswith(".mamba.dt_proj"):
+        return True
     try:
         _check_lora_target_modules_mamba(peft.LoraConfig(), model, name.rpartition(".")[2])
     except ValueError:

@@ -68,7 +68,7 @@ OUTSIDE = {
     "scaling outside": {"rope_scaling": {"rope_type": "linear", "factor": 3.0, "rope_theta": 77.0}},
 }
 
-WITHOUT = ("nemotron_h",)
+WITHOUT = ("jamba", "nemotron_h")
 """Families that rotate nothing."""
 
 # Those of several modalities read a rotation as their text models do. PhiMoE has factors of its own.
