@@ -92,7 +92,7 @@ class ConfigReader:
     """One config.json with its defaults filled in; remembers which fields were taken.
 
     Attributes:
-        raw: the JSON object as it was.
+        raw: the JSON object, with the numbers that JSON lacks.
         file: what to call it in error messages.
     """
 
@@ -107,7 +107,7 @@ class ConfigReader:
         Raises:
             UserError: a field of the wrong type, or two spellings of one field that disagree.
         """
-        self.raw = raw
+        self.raw = raw = _numbers(raw)
         self.file = file
         self._inert = _INERT.union(_GENERATION.split(), unused)
         self._taken: set[str] = set()
@@ -285,6 +285,18 @@ def text_config(
     if tied is not None and not isinstance(tied, bool):
         raise UserError(f"{file}: tie_word_embeddings = {quote(tied)}: expected true or false")
     return part if tied is None else part | {"tie_word_embeddings": tied}
+
+
+def _numbers(value: Any) -> Any:
+    """JSON with the numbers that it lacks, as transformers 5 writes them: ``{"__float__": "Infinity"}``."""
+    match value:
+        case {"__float__": "Infinity" | "-Infinity" | "NaN" as spelt}:
+            return float(spelt)
+        case Mapping():
+            return {name: _numbers(one) for name, one in value.items()}
+        case list():
+            return list(map(_numbers, value))
+    return value
 
 
 @functools.cache

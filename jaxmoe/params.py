@@ -17,9 +17,12 @@ Dimension letters, used for every tensor of the code base:
     W  value width, M times a value's            K  experts chosen per token
     P  attended width, N times a value's
     H  head width
-    A  latent width of queries, or of gates
+    A  latent width of queries, of gates, or
+       of the steps of a recurrence
     C  latent width of keys and values, or with
-       the key that all heads share beside it
+       the key that all heads share beside it;
+       or that of experts; or of a recurrence's
+       steps with its keys and queries beside it
     X  channels of a recurrent mixer
     Y  state of one of its channels
     E  experts                                   Z  slots, that is (token, choice) pairs: Z = R*K

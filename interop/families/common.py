@@ -236,8 +236,8 @@ def by_type(config: ConfigReader, dense: MLPSpec, sparse: MoESpec) -> list[FeedF
 
 def model_spec(
     config: ConfigReader,
-    mixers: Mixer | Sequence[Mixer],
-    ffns: FeedForward | Sequence[FeedForward],
+    mixers: Mixer | Sequence[Mixer | None],
+    ffns: FeedForward | Sequence[FeedForward | None],
     norm: NormSpec,
     *,
     layer: Mapping[str, Any] | Sequence[Mapping[str, Any]] = _NOTHING,
@@ -247,8 +247,8 @@ def model_spec(
 
     Args:
         config: of the model.
-        mixers: of every layer, or one that all layers have.
-        ffns: likewise.
+        mixers: of every layer, or one that all layers have; None of a layer that is a feed-forward alone.
+        ffns: likewise; None of a layer that is a mixer alone.
         norm: of layers and trunk.
         layer: likewise, further fields of its spec.
         options: further fields of the model's spec.
@@ -260,7 +260,8 @@ def model_spec(
     if isinstance(layer, Mapping):
         layer = [layer] * depth(config)
     layers = [
-        LayerSpec(mixer, ffn, norm, **further) for mixer, ffn, further in zip(mixers, ffns, layer, strict=True)
+        LayerSpec(mixer, ffn, norm, **further)
+        for mixer, ffn, further in zip(mixers, ffns, layer, strict=True)
     ]
     return ModelSpec(
         width=config.size("hidden_size"),

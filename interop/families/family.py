@@ -57,6 +57,8 @@ class Family:
         prefixes: of the layouts that are published, the most common one first.
         mistakes: of older versions of transformers, which its folders do not show.
         aliases: model_types of published folders that are this one under a name that transformers does not know.
+        sealed: linear layers, by the last part of their names, whose weight transformers' code reads without calling
+            them: PEFT refuses to adapt them, or does so in vain.
     """
 
     model_type: str
@@ -70,6 +72,7 @@ class Family:
     prefixes: tuple[Prefix, ...] = (Prefix(),)
     mistakes: tuple[Mistake, ...] = ()
     aliases: tuple[str, ...] = ()
+    sealed: frozenset[str] = frozenset()
 
     def spec(self, raw: Mapping[str, Any], file: str) -> ModelSpec:
         """The spec of a config.json.

@@ -1,6 +1,6 @@
 """GraniteMoE (PowerMoE, arXiv 2408.13359): embedding, scores, residuals and logits each have a factor."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxmoe.interop.config_json import ConfigReader
@@ -9,6 +9,7 @@ from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.layouts import LAYER
 from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
+from jaxmoe.model.blocks import Mixer
 from jaxmoe.model.mixers.grouped_query import AttentionSpec
 from jaxmoe.model.mixers.rope import RopeSpec
 from jaxmoe.model.spec import ModelSpec
@@ -28,9 +29,17 @@ def attention(config: ConfigReader, rope: RopeSpec | None, **options: Any) -> At
     return common.attention(config, rope, "attention_bias", scale=scale, **options)
 
 
-def model(config: ConfigReader, mixers: AttentionSpec | Sequence[AttentionSpec]) -> ModelSpec:
-    """The model of these token mixers, with a shared expert where the config gives it a width."""
-    common.check_constants(config, _UNREAD)
+def model(
+    config: ConfigReader, mixers: Mixer | Sequence[Mixer], unread: Mapping[str, Any] = _UNREAD
+) -> ModelSpec:
+    """The model of these token mixers, with a shared expert where the config gives it a width.
+
+    Args:
+        config: of the model.
+        mixers: of every layer, or one that all layers have.
+        unread: see `common.check_constants`.
+    """
+    common.check_constants(config, unread)
     router = common.router(
         config, num_experts=config.size("num_local_experts"), renormalize=False, score="logits"
     )

@@ -1,6 +1,7 @@
 """Conversion rules that several families share: parameters by the names of their tensors."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.spec import ModelSpec
@@ -49,6 +50,21 @@ def attention_rules(query_norm: str = "H", key_norm: str = "H") -> tuple[Rule, .
         rule("q_norm", "q_norm.weight", query_norm),
         rule("k_norm", "k_norm.weight", key_norm),
         rule("sinks", "sinks", "N"),
+    )
+
+
+def mamba2_rules(block: str) -> tuple[Rule, ...]:
+    """Mamba 2 in module `block`."""
+    own, module = "layers.{L}.mamba.", f"{LAYER}{block}."
+    return (
+        Rule(own + "step_bias", module + "dt_bias", "N"),
+        Rule(own + "decay", module + "A_log", "N"),
+        Rule(own + "skip", module + "D", "N"),
+        Rule(own + "convolution", module + "conv1d.weight", "X J c"),
+        Rule(own + "convolution_bias", module + "conv1d.bias", "X"),
+        Rule(own + "in_proj", module + "in_proj.weight", "X D"),
+        Rule(own + "norm", module + "norm.weight", "P"),
+        Rule(own + "out_proj", module + "out_proj.weight", "D P"),
     )
 
 
@@ -118,4 +134,18 @@ def decoder_rules(
         *norm_rules(norms),
         *(attention_rules() if attention is None else attention),
         *feed_forward,
+    )
+
+
+def renamed(rules: Iterable[Rule], words: Mapping[str, str]) -> tuple[Rule, ...]:
+    """Rules with these parts of their tensors' names replaced."""
+
+    def other(name: str) -> str:
+        for theirs, new in words.items():
+            name = name.replace(theirs, new)
+        return name
+
+    return tuple(
+        dataclasses.replace(rule, source=other(rule.source), copies=tuple(map(other, rule.copies)))
+        for rule in rules
     )

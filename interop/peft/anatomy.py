@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
-Kind = Literal["linear", "embedding", "router", "convolution", "other"]
-"""What a module is: a linear layer; an embedding; a router, which is a linear layer in some models and a module with a
+Kind = Literal["linear", "sealed", "embedding", "router", "convolution", "other"]
+"""What a module is: a linear layer; one that PEFT refuses to adapt or adapts in vain, as transformers' code reads its
+weight and does not call it; an embedding; a router, which is a linear layer in some models and a module with a
 parameter of its own in others; a convolution; or anything else, such as a norm or the experts of a layer."""
 
 

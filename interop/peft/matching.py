@@ -17,6 +17,10 @@ from jaxmoe.interop.storage.problems import raise_problems
 
 _LISTED = 3
 _ADAPTABLE = ("linear", "embedding", "router")
+_REFUSED = {
+    "convolution": "a convolution",
+    "sealed": "which PEFT cannot adapt, because transformers reads its weight and does not call it",
+}
 _Value = TypeVar("_Value")
 
 
@@ -111,10 +115,10 @@ class _Matcher:
                 )
             if whole:
                 yield self._target(module, parameter, module.name, alone=False)
-            elif alone and module.kind == "convolution":
+            elif alone and module.kind in _REFUSED:
                 self.problems.append(
-                    f"target_parameters match {full}, a convolution: expected parameters of linear layers, embeddings "
-                    "or experts"
+                    f"target_parameters match {full}, {_REFUSED[module.kind]}: expected parameters of linear layers, "
+                    "embeddings or experts"
                 )
             elif alone and 2 <= len(module.parameters[parameter]) <= 3:
                 yield self._target(module, parameter, full, alone=True)
@@ -137,8 +141,10 @@ class _Matcher:
             if module is not None and module.kind in _ADAPTABLE:
                 yield name
             else:
+                kind = "other" if module is None else module.kind
+                what = _REFUSED.get(kind, "which is no linear layer and no embedding")
                 self.problems.append(
-                    f"target_modules match {name}, which is no linear layer and no embedding: expected modules such as "
+                    f"target_modules match {name}, {what}: expected modules such as "
                     f"{_nearest(name, self.adaptable)}"
                 )
 

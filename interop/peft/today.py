@@ -38,7 +38,7 @@ def today(source: Source) -> Today:
         parts.sort(key=lambda part: order[_rule_target(part.target)])
     head = next((b.source.rpartition(".")[0] for b in bindings.values() if b.target == "lm_head"), None)
     pieces = dict(_pieces(source, list(layouts.values()), bindings))
-    found = tuple(_module(name, parts) for name, parts in modules.items())
+    found = tuple(_module(name, parts, source.family.sealed) for name, parts in modules.items())
     return Today(Anatomy(found, head, pieces, whole=not source.family.text), bindings)
 
 
@@ -70,11 +70,14 @@ def _rule_target(target: str) -> str:
     return "layers.{L}." + target.split(".", 3)[3] if target.startswith("groups.") else target
 
 
-def _module(name: str, parts: Sequence[Binding]) -> Module:
+def _module(name: str, parts: Sequence[Binding], sealed: frozenset[str]) -> Module:
     shapes = {part.source.rpartition(".")[2]: part.shape for part in parts}
     transposed = any(len(part.axes) == 3 and part.axes[1] == (part.declared.dims[-1],) for part in parts)
     kinds = {_kind(part) for part in parts} - {"other"}
-    return Module(name, kinds.pop() if kinds else "other", shapes, transposed)
+    kind: Kind = kinds.pop() if kinds else "other"
+    if kind == "linear" and name.rpartition(".")[2] in sealed:
+        kind = "sealed"
+    return Module(name, kind, shapes, transposed)
 
 
 def _kind(part: Binding) -> Kind:

@@ -1,5 +1,7 @@
 from families import BASE, Case, Preset, deepseek_v3
 
+LINEAR = {"head_dim": 22, "num_heads": 3, "short_conv_kernel_size": 4}
+
 CASE = Case(
     {
         **{name: value for name, value in BASE.items() if name not in ("head_dim", "rope_parameters")},
@@ -15,16 +17,12 @@ CASE = Case(
         "num_expert_group": 4,
         "topk_group": 2,
         "routed_scaling_factor": 1.7,
-        "linear_attn_config": {
-            "full_attn_layers": [3],
-            "kda_layers": [1, 2, 4, 5],
-            "head_dim": 22,
-            "num_heads": 3,
-            "short_conv_kernel_size": 4,
-        },
+        "linear_attn_config": LINEAR,
     },
     "KimiLinearForCausalLM",
     variants=(
+        # Counted from 1, as in published configs.
+        {"linear_attn_config": {**LINEAR, "full_attn_layers": [3], "kda_layers": [1, 2, 4, 5]}},
         {
             "q_lora_rank": 30,
             "attention_bias": True,

@@ -12,7 +12,9 @@ from jaxmoe.interop.peft.anatomy import Anatomy, Kind, Module
 _TOWERS = re.compile(
     r"(^|\.)(visual|vision_tower|embed_vision|audio_tower|talker|code2wav|multi_modal_projector)(\.|$)"
 )
-_ROUTERS = re.compile(r"(^|\.)(mlp|block_sparse_moe)\.(gate|router)$|\.router\.(gate|proj)$|\.gate\.wg$")
+_ROUTERS = re.compile(
+    r"(^|\.)(mlp|block_sparse_moe|feed_forward|mixer)\.(gate|router)$|\.router\.(gate|proj)$|\.gate\.wg$"
+)
 
 
 @contextlib.contextmanager
@@ -31,7 +33,7 @@ def anatomy_of(model: Any) -> Anatomy:
         if _ROUTERS.search(name) and getattr(getattr(module, "weight", None), "ndim", 0) == 2:
             return "router"
         if isinstance(module, torch.nn.Linear):
-            return "linear"
+            return "sealed" if _is_sealed(model, name) else "linear"
         if isinstance(module, torch.nn.Conv1d):
             return "convolution"
         return "embedding" if isinstance(module, torch.nn.Embedding) else "other"
@@ -47,6 +49,20 @@ def anatomy_of(model: Any) -> Anatomy:
     output = model.get_output_embeddings()
     head = next((name for name, module in model.named_modules() if module is output), None)
     return Anatomy(tuple(modules), head)
+
+
+def _is_sealed(model: Any, name: str) -> bool:
+    """Whether PEFT refuses to adapt a linear layer of a model, or a model has its weight without calling it."""
+    import peft
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    if name.endswith(".mamba.dt_proj"):
+        return True
+    try:
+        _check_lora_target_modules_mamba(peft.LoraConfig(), model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
 
 
 def adapted(model: Any, seed: int = 7, **config: Any) -> Any:

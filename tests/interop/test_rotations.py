@@ -68,9 +68,12 @@ OUTSIDE = {
     "scaling outside": {"rope_scaling": {"rope_type": "linear", "factor": 3.0, "rope_theta": 77.0}},
 }
 
+WITHOUT = ("jamba", "kimi_linear", "nemotron_h")
+"""Families that rotate nothing."""
+
 # Those of several modalities read a rotation as their text models do. PhiMoE has factors of its own.
 WRAPPING = ("aria", "gemma4", "mistral3", "qwen3_5_moe", "qwen3_omni_moe")
-ALONE = [name for name in FAMILIES if name not in (*WRAPPING, "phimoe")]
+ALONE = [name for name in FAMILIES if name not in (*WRAPPING, *WITHOUT, "phimoe")]
 # transformers' model rotates a part of each head, and would rotate whole heads by default.
 NEVER_DEFAULT = ("mistral4",)
 # Of the tiny config's own rotation, what a family cannot do without.
@@ -87,7 +90,8 @@ def rotary_class(name):
     config = transformers.AutoConfig.for_model(**families.config_json(name))
     with torch.device("meta"):
         model = getattr(transformers, case.architecture)(config)
-    (found,) = {type(module) for place, module in model.named_modules() if place.endswith("rotary_emb")}
+    names = ("rotary_emb", "pos_emb")
+    (found,) = {type(module) for place, module in model.named_modules() if place.rpartition(".")[2] in names}
     return found
 
 

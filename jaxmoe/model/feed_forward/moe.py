@@ -45,6 +45,8 @@ class MoESpec(FeedForward):
         activation: of the experts.
         bias: on both matrices of every expert.
         shared: added to what the experts give.
+        latent: C, the width that experts work in between two projections that all share; None for D. Router and
+            `shared` see D (LatentMoE, as in Nemotron 3).
     """
 
     router: RouterSpec
@@ -52,13 +54,17 @@ class MoESpec(FeedForward):
     activation: Activation = Activation()
     bias: bool = False
     shared: SharedSpec | None = None
+    latent: int | None = None
 
     def params(self, width: int) -> Tree:
-        """{"router": …, "experts": …, "shared": …}."""
+        """{"router": …, "experts": …, "latent": …, "shared": …}."""
         tree: dict[str, dict[str, Param]] = {
             "router": router_params(self.router, width),
             "experts": _expert_params(self, width),
         }
+        if self.latent is not None:
+            sizes = {"C": self.latent, "D": width}
+            tree["latent"] = {"in_proj": param("CD", sizes), "out_proj": param("DC", sizes)}
         if self.shared is not None:
             tree["shared"] = mlp_params(self.shared.mlp, width)
             if self.shared.gated:
@@ -88,7 +94,8 @@ class MoESpec(FeedForward):
     def describe(self) -> str:
         """Experts, how many are chosen, and the shared one."""
         shared = "" if self.shared is None else f"; shared {self.shared.mlp.hidden}"
-        return f"{self.router.num_experts} experts of {self.hidden}, top {self.router.top_k}{shared}"
+        within = "" if self.latent is None else f" within {self.latent}"
+        return f"{self.router.num_experts} experts of {self.hidden}{within}, top {self.router.top_k}{shared}"
 
     def traits(self) -> Iterator[str]:
         """In the order of the table of models in the README."""
@@ -98,6 +105,8 @@ class MoESpec(FeedForward):
             yield self.activation.name
         if self.bias:
             yield "biases"
+        if self.latent is not None:
+            yield "latent experts"
         if self.shared is not None:
             yield "gated shared expert" if self.shared.gated else "shared expert"
 
@@ -156,7 +165,8 @@ class DenseMoESpec(FeedForward):
 
 
 def _expert_params(spec: MoESpec, width: int) -> dict[str, Param]:
-    sizes = {"D": width, "E": spec.router.num_experts, "F": spec.hidden, "G": spec.activation.parts}
+    within = width if spec.latent is None else spec.latent
+    sizes = {"D": within, "E": spec.router.num_experts, "F": spec.hidden, "G": spec.activation.parts}
     experts = {"gate_up": param("EGFD", sizes), "down": param("EDF", sizes)}
     if spec.bias:
         experts["gate_up_bias"] = param("EGF", sizes, role="vector", init="zeros")
@@ -188,9 +198,12 @@ def moe(
         params["router"], spec.router, x_RD if router_sees is None else router_sees.reshape(-1, width)
     )
     stats = router_stats(routing, None if context.valid is None else context.valid.reshape(-1))
+    experts_see = x_RD if spec.latent is None else linear(x_RD, params["latent"]["in_proj"])
     out_RD = experts_on_mesh(
-        params["experts"], spec.activation, x_RD, routing.experts, routing.weights, context.device
+        params["experts"], spec.activation, experts_see, routing.experts, routing.weights, context.device
     )
+    if spec.latent is not None:
+        out_RD = linear(out_RD, params["latent"]["out_proj"])
     out_BTD = out_RD.reshape(x_BTD.shape)
     if spec.shared is not None:
         shared_BTD = mlp(params["shared"], spec.shared.mlp, x_BTD)

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -13,6 +14,7 @@ from jaxmoe.model.blocks import Mixer
 from jaxmoe.model.mixers.context import Context
 from jaxmoe.model.mixers.convolution import causal_convolution, tail_after
 from jaxmoe.model.mixers.recurrence import recur
+from jaxmoe.model.mixers.selective_scan import selective_scan
 from jaxmoe.parallel.sharding import constrain
 from jaxmoe.params import Tree
 
@@ -23,7 +25,7 @@ class RecurrentCache:
     """What is kept of a text, whatever its length.
 
     Attributes:
-        state: (L, B, N, H, V) float32.
+        state: (L, B, N, H, V), or (L, B, X, Y) of channels by themselves, float32; None without one.
         tail: (L, B, c − 1, X), the last inputs of the convolution; None without one.
     """
 
@@ -38,7 +40,7 @@ class Passage:
     Attributes:
         documents: (B, T) int32, another number where another document begins; None where a row is one.
         valid: (B, T) bool, of tokens that count, the first ones of a row; None where all do.
-        before: state (B, N, H, V) and tail (B, c − 1, X) before the first token; None where texts begin.
+        before: state and tail (B, c − 1, X) before the first token; None where texts begin.
         after: whether state and tail after the last token are asked for.
     """
 
@@ -52,10 +54,12 @@ class Passage:
         x_BTX: Float[Array, "B T X"],
         filters_Xc: Float[Array, "X c"],
         bias_X: Float[Array, "X"] | None = None,
+        *,
+        silu: bool = True,
     ) -> tuple[jax.Array, jax.Array | None]:
         """`causal_convolution` of the passage, and the tail after it."""
         tail = None if self.before is None else self.before.tail
-        out_BTX = causal_convolution(x_BTX, filters_Xc, bias_X, self.documents, tail)
+        out_BTX = causal_convolution(x_BTX, filters_Xc, bias_X, self.documents, tail, silu=silu)
         if not self.after:
             return out_BTX, None
         if tail is None:
@@ -90,16 +94,32 @@ class Passage:
         assert self.valid is not None
         return jnp.where(self.valid.reshape(*self.valid.shape, *(1,) * (x_BT.ndim - 2)), x_BT, 0)
 
+    def scanned(
+        self,
+        x_BTX: Float[Array, "B T X"],
+        step_BTX: Float[Array, "B T X"],
+        key_BTY: Float[Array, "B T Y"],
+        query_BTY: Float[Array, "B T Y"],
+        rate_XY: Float[Array, "X Y"],
+    ) -> tuple[Float[Array, "B T X"], jax.Array]:
+        """`selective_scan` over the passage. Padding leaves the state as it is."""
+        if self.valid is not None:
+            step_BTX = self._of_valid(step_BTX)
+        before = None if self.before is None else self.before.state
+        return selective_scan(
+            x_BTX, step_BTX, key_BTY, query_BTY, rate_XY, documents_BT=self.documents, state_BXY=before
+        )
+
 
 class RecurrentMixer(Mixer):
-    """A mixer that keeps a state and the last inputs of a convolution of a text. Subclasses are frozen dataclasses."""
+    """A mixer that keeps a state of a text, the last inputs of a convolution, or both: frozen dataclasses."""
 
     rewinds: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod
-    def state_shape(self) -> tuple[int, int, int]:
-        """(N, H, V) of a row's state."""
+    def state_shape(self) -> tuple[int, ...] | None:
+        """(N, H, V) of a row's state, or (X, Y); None without one."""
 
     @property
     @abc.abstractmethod
@@ -110,7 +130,7 @@ class RecurrentMixer(Mixer):
     def mix(
         self, params: Tree, x_BTD: jax.Array, context: Context, passage: Passage
     ) -> tuple[jax.Array, RecurrentCache]:
-        """x (B, T, D) → (B, T, D), and state (B, N, H, V) and tail after the passage, where it asks for them."""
+        """x (B, T, D) → (B, T, D), and state and tail after the passage, where it asks for them."""
 
     def apply(self, params: Tree, x_BTD: jax.Array, context: Context) -> jax.Array:
         """x (B, T, D) → (B, T, D), from the start of every document."""
@@ -122,7 +142,10 @@ class RecurrentMixer(Mixer):
     def init_cache(self, repeats: int, batch: int, length: int, dtype: Any) -> RecurrentCache:
         """Zeros, as many for long texts as for short ones."""
         del length
-        state = constrain(jnp.zeros((repeats, batch, *self.state_shape), jnp.float32), "..N..")
+        state = None
+        if self.state_shape is not None:
+            state = jnp.zeros((repeats, batch, *self.state_shape), jnp.float32)
+            state = constrain(state, "..N" + "." * (len(self.state_shape) - 1))
         tail = None if self.tail_shape is None else jnp.zeros((repeats, batch, *self.tail_shape), dtype)
         return RecurrentCache(state, tail)
 
@@ -137,7 +160,6 @@ class RecurrentMixer(Mixer):
         return out_BTD, jax.tree.map(lambda old, new: old.at[repeat].set(new), cache, after)
 
     def mixing_flops(self, length: int) -> float:
-        """4 N H V: each token writes to the state once and reads it once."""
+        """4 FLOPs for each number of the state: each token writes to it once and reads it once."""
         del length
-        heads, keys, values = self.state_shape
-        return 4.0 * heads * keys * values
+        return 0.0 if self.state_shape is None else 4.0 * math.prod(self.state_shape)
