@@ -68,9 +68,10 @@ OUTSIDE = {
     "scaling outside": {"rope_scaling": {"rope_type": "linear", "factor": 3.0, "rope_theta": 77.0}},
 }
 
-# Those of several modalities read a rotation as their text models do. PhiMoE has factors of its own.
+# Those of several modalities read a rotation as their text models do. PhiMoE has factors of its own, Kimi Linear has no
+# rotation.
 WRAPPING = ("aria", "gemma4", "mistral3", "qwen3_5_moe", "qwen3_omni_moe")
-ALONE = [name for name in FAMILIES if name not in (*WRAPPING, "phimoe")]
+ALONE = [name for name in FAMILIES if name not in (*WRAPPING, "kimi_linear", "phimoe")]
 # transformers' model rotates a part of each head, and would rotate whole heads by default.
 NEVER_DEFAULT = ("mistral4",)
 # Of the tiny config's own rotation, what a family cannot do without.
