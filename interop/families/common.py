@@ -260,7 +260,8 @@ def model_spec(
     if isinstance(layer, Mapping):
         layer = [layer] * depth(config)
     layers = [
-        LayerSpec(mixer, ffn, norm, **further) for mixer, ffn, further in zip(mixers, ffns, layer, strict=True)
+        LayerSpec(mixer, ffn, norm, **further)
+        for mixer, ffn, further in zip(mixers, ffns, layer, strict=True)
     ]
     return ModelSpec(
         width=config.size("hidden_size"),

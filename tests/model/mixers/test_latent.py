@@ -68,7 +68,9 @@ def test_where_its_parameters_lie():
     assert partition_spec(declared["q_a_norm"]) == P()
 
 
-SPEC = LatentAttentionSpec(2, 12, 8, 13, 20, 18, RopeSpec(1e4, 8, interleaved=True), NormSpec(1e-6), bias=True)
+SPEC = LatentAttentionSpec(
+    2, 12, 8, 13, 20, 18, RopeSpec(1e4, 8, interleaved=True), NormSpec(1e-6), bias=True
+)
 WIDTH = 24
 
 
