@@ -101,3 +101,35 @@ def test_convolution_stays_in_its_document():
                 if DOCUMENTS[row, at - back] == DOCUMENTS[row, at]:
                     want[row, at] += filters[:, 3 - back] * x[row, at - back]
     np.testing.assert_allclose(got, want / (1 + np.exp(-want)), atol=1e-5)
+
+
+@pytest.mark.parametrize("silu", [True, False], ids=["silu", "linear"])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "packed"])
+def test_gradients_of_the_convolution(documents, silu):
+    """Of inputs, filters, bias and what comes before, beside those of a sum over shifted inputs in float64."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape)
+    operands = draw(BATCH, LENGTH, 9), draw(9, 4), draw(9), draw(BATCH, 3, 9)
+    d_out = draw(BATCH, LENGTH, 9)
+    places = np.zeros((BATCH, LENGTH), int) if documents is None else documents
+    extended_places = np.concatenate([np.repeat(places[:, :1], 3, axis=1), places], axis=1)
+
+    def shifted(x, filters, bias, tail):
+        extended = jnp.concatenate([tail, x], axis=1)
+        own = [(extended_places[:, tap : tap + LENGTH] == places)[..., None] for tap in range(4)]
+        inputs = [jnp.where(own[tap], extended[:, tap : tap + LENGTH], 0) for tap in range(4)]
+        total = bias[None, None] + sum(filters[:, tap][None, None] * inputs[tap] for tap in range(4))
+        return jax.nn.silu(total) if silu else total
+
+    def ours(x, filters, bias, tail):
+        given = None if documents is None else jnp.asarray(documents, jnp.int32)
+        return causal_convolution(x, filters, bias, given, tail, silu=silu)
+
+    def results(function, dtype):
+        out, pullback = jax.vjp(function, *(jnp.asarray(x, dtype) for x in operands))
+        return out, pullback(jnp.asarray(d_out, dtype))
+
+    with jax.enable_x64(True):
+        want = jax.tree.map(np.asarray, results(shifted, jnp.float64))
+    for mine, theirs in zip(jax.tree.leaves(results(ours, jnp.float32)), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)
