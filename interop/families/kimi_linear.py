@@ -14,6 +14,7 @@ _UNREAD = {
     "mla_use_nope": True,
     "moe_layer_freq": 1,
     "moe_router_activation_func": "sigmoid",
+    "num_nextn_predict_layers": 0,
     "topk_method": "noaux_tc",
     "use_grouped_topk": True,
 }
@@ -88,4 +89,4 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
     )
 
 
-FAMILY = Family("kimi_linear", _spec, _rules, speculative=("num_nextn_predict_layers",))
+FAMILY = Family("kimi_linear", _spec, _rules)

@@ -22,7 +22,9 @@ from jaxmoe.interop.families import FAMILIES
 pytestmark = [pytest.mark.torch, pytest.mark.once]
 
 # Those of several modalities read the same text config.
-ALONE = [name for name in FAMILIES if name not in ("aria", "gemma4", "qwen3_5_moe", "qwen3_omni_moe")]
+ALONE = [
+    name for name in FAMILIES if name not in ("aria", "gemma4", "mistral3", "qwen3_5_moe", "qwen3_omni_moe")
+]
 
 # Without these another field of the same family would change nothing.
 SHOWING = {"qwen3_moe": {"sliding_window": 9}}

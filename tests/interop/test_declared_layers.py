@@ -23,6 +23,7 @@ COUNTS = {
     "glm4v_moe": ({"num_nextn_predict_layers": 1}, "model.language_model.layers.{L}.eh_proj.weight"),
     "minimax_m2": ({"num_mtp_modules": 2}, "model.layers.{L}.eh_proj.weight"),
     "ernie4_5_moe": ({"num_nextn_predict_layers": 1}, "model.mtp_block.0.weight"),
+    "qwen3_5_moe": ({"mtp_num_hidden_layers": 1}, "mtp.fc.weight"),
     "exaone_moe": ({"num_nextn_predict_layers": 1}, "mtp.fc.weight"),
 }
 

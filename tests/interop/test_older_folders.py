@@ -126,6 +126,7 @@ def test_aria_named_as_in_memory(tmp_path, index):
 
 
 ROTATED = "rotated all 16 features of a head whatever rotary_dim says; read with rotary_dim = 8"
+ROTATES = ROTATED.replace("rotated", "rotates", 1)
 CLAMPED = "clamped experts at 7.0 whatever swiglu_limit says; read with swiglu_limit = 1.0"
 WEIGHTS = "gave the chosen experts the weights of the first ones"
 CUT = "cut experts in a way that 5.2 and later take for missing tensors"
@@ -139,6 +140,9 @@ PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor
         ("minimax_m2", {}, ("4.57.1", "5.18.0", "5.24.0", None, "", 5.0, "main"), None),
         ("minimax_m2", {"rotary_dim": 16}, ("5.5.4",), None),
         ("minimax_m2", {"rope_parameters": PARTIAL}, ("5.5.4",), None),
+        ("minimax", {"rotary_dim": 8}, ("4.53.0", "5.24.0"), ROTATES),
+        ("minimax", {"rotary_dim": 16}, ("5.24.0",), None),
+        ("minimax", {}, ("5.24.0",), None),
         ("gpt_oss", {}, ("4.55.0", "4.57.6", "5.10.4", "5.18.0"), CLAMPED),
         ("gpt_oss", {}, ("5.19.0", "5.24.0"), None),
         ("gpt_oss", {"swiglu_limit": 7.0}, ("4.55.0", "5.10.4"), None),

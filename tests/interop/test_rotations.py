@@ -10,7 +10,7 @@ import pytest
 
 from jaxmoe import UserError
 from jaxmoe.interop.families import FAMILIES
-from jaxmoe.model.mixers.rope import rope_tables
+from jaxmoe.model.mixers.rope import RopeSpec, rope_tables
 
 pytestmark = pytest.mark.torch
 
@@ -202,3 +202,16 @@ def test_of_each_way_to_read_one(name, kind):
         assert {"factor", "shrunk", "no factor", "attention_factor"} <= loaded
     if kind == "default":
         assert not {"factor", "shrunk", "attention_factor"} & loaded
+
+
+def test_a_part_that_transformers_does_not_know_of():
+    """MiniMax-Text-01 rotates half of each head; transformers' model does not read ``rotary_dim``."""
+
+    def ropes(**fields):
+        return read("minimax", families.config_json("minimax", fields)).rotations
+
+    assert ropes(rotary_dim=8) == {RopeSpec(10000.0, 8)}
+    assert ropes(rotary_dim=16) == ropes(rotary_dim=None) == ropes() == {RopeSpec(10000.0, 16)}
+    for rotary in (18, 7, 0, "8"):
+        with pytest.raises(UserError, match="rotary_dim|features"):
+            ropes(rotary_dim=rotary)

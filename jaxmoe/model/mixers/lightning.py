@@ -62,10 +62,10 @@ class LightningSpec(RecurrentMixer):
         """x (B, T, D) → (B, T, D), and what comes after."""
         own, tokens = params["lightning"], x_BTD.shape[:2]
         qkv_BTNX = jax.nn.silu(linear(x_BTD, own["qkv_proj"])).reshape(*tokens, self.num_heads, -1)
+        q_BTNH, k_BTNH, v_BTNH = jnp.split(qkv_BTNX, 3, axis=-1)
         log_decay_N = jnp.asarray(self.log_decays, jnp.float32)[context.layer]
-        out_BTNH, state = passage.recurred(
-            *jnp.split(qkv_BTNX, 3, axis=-1), jnp.broadcast_to(log_decay_N[None, None], qkv_BTNX.shape[:3])
-        )
+        log_decay_BTN = jnp.broadcast_to(log_decay_N[None, None], qkv_BTNX.shape[:3])
+        out_BTNH, state = passage.recurred(q_BTNH, k_BTNH, v_BTNH, log_decay_BTN)
         normal_BTP = apply_norm(self.norm, out_BTNH.astype(x_BTD.dtype).reshape(*tokens, -1), own["norm"])
         gated_BTP = jax.nn.sigmoid(linear(x_BTD, own["gate_proj"])) * normal_BTP
         return linear(gated_BTP, own["out_proj"]), RecurrentCache(state, None)
