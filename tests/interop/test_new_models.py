@@ -45,7 +45,18 @@ def test_a_new_model_comes_back(name, tmp_path):
 # Between them: windows, sinks, biases, values from keys, norms after, several widths of heads, shared experts,
 # dense layers, constants, a bias on the head, parts of heads, latent keys and values, a
 # state that is written to at a rate.
-ON_A_MESH = ("gpt_oss", "gemma4_text", "ernie4_5_moe", "mimo_v2_flash", "deepseek_v3", "qwen3_next")
+ON_A_MESH = (
+    "gpt_oss",
+    "gemma4_text",
+    "ernie4_5_moe",
+    "mimo_v2_flash",
+    "deepseek_v3",
+    "qwen3_next",
+    "nemotron_h",
+    "jamba",
+    "lfm2_moe",
+    "granitemoehybrid",
+)
 
 
 @pytest.mark.parametrize("name", ON_A_MESH)
