@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmoe.model.batch import make_batch
+from jaxmoe.model.mixers.context import make_context
+from jaxmoe.model.mixers.mamba1 import Mamba1Spec
 from jaxmoe.model.mixers.selective_scan import selective_scan
+from jaxmoe.model.norms import NormSpec
+from jaxmoe.parallel.sharding import make_mesh, shardings
+from jaxmoe.params import named
 
 BATCH, LENGTH, CHANNELS, STATE = 2, 150, 7, 5
 DOCUMENTS = np.stack(
@@ -79,3 +85,27 @@ def test_states_of_tokens_are_not_kept():
 
     per_token = (memory(8192) - memory(4096)) / 4096
     assert per_token < 4 * channels * state, f"{per_token:.0f} bytes for each token"
+
+
+def test_a_mesh_changes_nothing():
+    """Of the layer, its gradients included, with its channels on several devices."""
+    spec, width = Mamba1Spec(24, STATE, 6, 4, NormSpec(1e-2)), 8
+    rng = np.random.default_rng(0)
+    declared = spec.params(width)
+    params = jax.tree.map(
+        lambda p: jnp.asarray((p.init == "ones") + 0.2 * rng.standard_normal(p.shape), jnp.float32), declared
+    )
+    x, cotangent = jnp.asarray(rng.standard_normal((2, 8, 70, width)), jnp.float32)
+    segments = jnp.asarray(np.tile(np.repeat([1, 2, 3], [30, 36, 4]), (8, 1)), jnp.int32)
+    context = make_context((), make_batch(jnp.zeros_like(segments), None, segments), jnp.float32)
+
+    @jax.jit
+    def results(params):
+        out, pullback = jax.vjp(lambda params: spec.apply(params, x, context), params)
+        return out, pullback(cotangent)
+
+    alone, mesh = results(params), make_mesh(fsdp=2, expert=2, tensor=2)
+    with jax.set_mesh(mesh):
+        together = results(jax.device_put(params, shardings(declared, mesh)))
+    for (name, ours), (_, want) in zip(named(together), named(alone), strict=True):
+        np.testing.assert_allclose(ours, want, atol=1e-5 * np.abs(want).max(), rtol=0, err_msg=name)
