@@ -9,6 +9,7 @@ from jaxmoe.interop.families.family import Family, Prefix
 from jaxmoe.interop.families.layouts import LAYER
 from jaxmoe.interop.rules import Rule
 from jaxmoe.kernels.expert_mlp import Activation
+from jaxmoe.model.blocks import Mixer
 from jaxmoe.model.feed_forward.mlp import MLPSpec
 from jaxmoe.model.feed_forward.moe import SharedSpec
 from jaxmoe.model.mixers.mamba2 import Mamba2Spec
@@ -58,13 +59,19 @@ def _spec(config: ConfigReader) -> ModelSpec:
     norm = NormSpec(config.number("layer_norm_epsilon"), "rms_float32")
     config.take("layers_block_type")  # the same as layer_types
     types = common.kinds(config, "layer_types", ("linear_attention", "full_attention", "moe", "mlp"))
-    mixers = {"linear_attention": _mamba(config, norm), "full_attention": common.attention(config, None)}
+    mixers: dict[str, Mixer] = {
+        "linear_attention": _mamba(config, norm),
+        "full_attention": common.attention(config, None),
+    }
     shared = SharedSpec(MLPSpec(config.size("moe_shared_expert_intermediate_size"), _RELU2))
     latent = None if config.take("moe_latent_size", None) is None else config.size("moe_latent_size")
     sparse = common.moe(
         config, common.grouped_sigmoid_router(config), activation=_RELU2, shared=shared, latent=latent
     )
-    ffns = {"moe": sparse, "mlp": MLPSpec(config.size("intermediate_size"), _RELU2)}
+    ffns: dict[str, common.FeedForward] = {
+        "moe": sparse,
+        "mlp": MLPSpec(config.size("intermediate_size"), _RELU2),
+    }
     return common.model_spec(
         config, [mixers.get(kind) for kind in types], [ffns.get(kind) for kind in types], norm
     )

@@ -15,7 +15,7 @@ CASE = Case(
         "mamba_d_state": 11,
         "mamba_d_conv": 4,
         "mamba_expand": 3,
-        "mamba_dt_rank": 7,
+        "mamba_dt_rank": 8,
     },
     "JambaForCausalLM",
     variants=(
