@@ -74,6 +74,7 @@ def measure(recipe: Path) -> dict[str, Any]:
     compiled = assembled.lower().compile()
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    started, endless = launches(text)
     held = held_bytes(assembled)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     whole = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
@@ -91,6 +92,8 @@ def measure(recipe: Path) -> dict[str, Any]:
         "peak, GB": memory.peak_memory_in_bytes / 1e9,
         "budget, GB": None if budget is None else float(budget[1]),
         **{name: len(re.findall(pattern, text)) for name, pattern in CALLS.items()},
+        "launches": started,
+        "loops without end": endless,
         "compiled in, s": seconds,
     }
 
@@ -139,6 +142,48 @@ def moved_bytes(text: str) -> tuple[int, int]:
             if operation not in _VIEWS and size:
                 kernels, moved = kernels + 1, moved + size
     return kernels, moved
+
+
+_CALLED = re.compile(
+    r"(?:body|to_apply|branch_computations|true_computation|false_computation)=\{?([^,}]*(?:, %[^,}]*)*)"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+def launches(text: str) -> tuple[float, int]:
+    """Kernels that a program starts, those of a loop as often as it turns, and its loops that nobody can count.
+
+    Of a branch the one with most counts. A loop that nobody can count waits for the device before each turn; its
+    kernels count once.
+    """
+    of_one = instructions(text)
+    endless = 0
+    started: dict[str, float] = {}
+
+    def inside(name: str) -> float:
+        nonlocal endless
+        if name in started:
+            return started[name]
+        total = 0.0
+        for _, _, operation, rest in of_one.get(name, []):
+            called = [
+                inside(each.strip().removeprefix("%"))
+                for found in (_CALLED.findall(rest) if operation in ("while", "conditional", "call") else ())
+                for each in found.split(",")
+            ]
+            if operation == "while":
+                trips = _TRIPS.search(rest)
+                endless += trips is None
+                total += (1 if trips is None else int(trips[1])) * sum(called)
+            elif operation in ("conditional", "call"):
+                total += max(called, default=0.0)
+            elif operation not in _VIEWS and not operation.endswith("-done"):
+                total += 1
+        started[name] = total
+        return total
+
+    entry = re.search(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE)
+    return (inside(entry[1]) if entry else 0.0), endless
 
 
 def count_optimizer(assembled: Any) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def shared(config: ConfigReader) -> SharedSpec:
 
 
 def _spec(config: ConfigReader) -> ModelSpec:
-    common.check_constants(config)
+    # Published configs say this, and transformers' model has no windows.
+    common.check_constants(config, {"use_sliding_window": False})
     config.take("full_attention_interval", None)  # layer_types say what follows from it
     norm = common.rms_norm(config, "rms_centred")
     sparse = common.moe(config, common.router(config), shared=shared(config))
