@@ -544,6 +544,11 @@ class TestRefused:
                 "num_nextn_predict_layers = 1 is not supported; expected 0 or None",
             ),
             (
+                families.config_json("bailing_hybrid"),
+                {"kda_lower_bound": 0.5},
+                "kda_lower_bound = 0.5: expected a number below 0",
+            ),
+            (
                 families.config_json("minimax"),
                 {"postnorm": False},
                 "postnorm = False is not supported; expected True or None",
