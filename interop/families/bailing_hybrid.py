@@ -67,9 +67,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
-    output, *delta = sorted(
-        delta_rules("attention", "N"), key=lambda rule: not rule.target.endswith("delta.o_proj")
-    )
+    own, module = "layers.{L}.delta.", LAYER + "attention."
     return (
         Rule("embed", "model.word_embeddings.weight", "V D"),
         *layouts.decoder_rules(
@@ -78,9 +76,10 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
             *layouts.expert_rules(),
             *layouts.correction_rules("mlp.gate.expert_bias", "mlp.gate.e_score_correction_bias"),
             *layouts.shared_rules("mlp.shared_experts"),
-            output,
-            Rule(output.target, LAYER + "attention.dense.weight", "D P"),  # so transformers writes it
-            *delta,
+            Rule(own + "o_proj", module + "o_proj.weight", "D P"),
+            Rule(own + "o_proj", module + "dense.weight", "D P"),  # so transformers writes it
+            Rule(own + "decay", module + "A_log", "N"),  # the first of its module there
+            *delta_rules("attention", "N"),
             attention=(*latent.attention_rules("attention", "dense"), *latent.attention_rules()),
         ),
     )

@@ -44,7 +44,7 @@ def test_a_new_model_comes_back(name, tmp_path):
 
 # Between them: windows, sinks, biases, values from keys, norms after, several widths of heads, shared experts,
 # dense layers, constants, a bias on the head, parts of heads, latent keys and values, a
-# state that is written to at a rate, one whose decay goes by the layer.
+# state that is written to at a rate, one whose decay goes by the layer, one with a decay per channel.
 ON_A_MESH = (
     "gpt_oss",
     "gemma4_text",
@@ -53,6 +53,7 @@ ON_A_MESH = (
     "deepseek_v3",
     "qwen3_next",
     "minimax",
+    "bailing_hybrid",
 )
 
 
