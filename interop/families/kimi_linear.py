@@ -51,24 +51,35 @@ def _spec(config: ConfigReader) -> ModelSpec:
     )
 
 
-def _delta_rules() -> tuple[Rule, ...]:
-    own, module = "layers.{L}.delta.", LAYER + "self_attn."
-    plain = {"q": "Q D", "k": "U D", "v": "P D", "b": "N D", "g_a": "A D", "g_b": "P A", "o": "D P"}
-    return (
-        *(Rule(f"{own}{name}_proj", f"{module}{name}_proj.weight", axes) for name, axes in plain.items()),
-        Rule(own + "norm", module + "o_norm.weight", "H"),
-        Rule(own + "convolution", module + "{X/q_conv1d|k_conv1d|v_conv1d}.weight", "X J c"),
-        Rule(own + "convolution", module + "conv1d.weight", "X J c"),
-        *(
-            rule
-            for gate in (module, module + "forget_gate.")
-            for rule in (
-                Rule(own + "f_a_proj", gate + "f_a_proj.weight", "A D"),
-                Rule(own + "f_b_proj", gate + "f_b_proj.weight", "Q A"),
-                Rule(own + "step_bias", gate + "dt_bias", "Q"),
-                Rule(own + "decay", gate + "A_log", "() () N ()"),
-            )
-        ),
+def delta_rules(module: str, decay: str) -> tuple[Rule, ...]:
+    """Kimi Delta Attention, as folders have it and as transformers holds it in memory.
+
+    Args:
+        module: that holds it in folders.
+        decay: axes of ``A_log``.
+    """
+    own = "layers.{L}.delta."
+    plain = {"q": "Q D", "k": "U D", "v": "P D", "b": "N D", "o": "D P"}
+    plain |= {"g_a": "A D", "g_b": "P A", "g": "P D"}
+    forgetting = {"f_a": "A D", "f_b": "Q A", "f": "Q D"}
+    layouts = (
+        (f"{LAYER}{module}.", "", "{X/q_conv1d|k_conv1d|v_conv1d}"),
+        (f"{LAYER}self_attn.", "forget_gate.", "conv1d"),
+    )
+    return tuple(
+        rule
+        for place, gate, convolution in layouts
+        for rule in (
+            *(Rule(f"{own}{name}_proj", f"{place}{name}_proj.weight", axes) for name, axes in plain.items()),
+            *(
+                Rule(f"{own}{name}_proj", f"{place}{gate}{name}_proj.weight", axes)
+                for name, axes in forgetting.items()
+            ),
+            Rule(own + "step_bias", f"{place}{gate}dt_bias", "Q"),
+            Rule(own + "decay", f"{place}{gate}A_log", decay),
+            Rule(own + "norm", f"{place}o_norm.weight", "H"),
+            Rule(own + "convolution", f"{place}{convolution}.weight", "X J c"),
+        )
     )
 
 
@@ -84,7 +95,7 @@ def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
         *dense,
         *layouts.mlp_rules(block),
         *dense,
-        *_delta_rules(),
+        *delta_rules("self_attn", "() () N ()"),
         attention=latent.attention_rules(),
     )
 

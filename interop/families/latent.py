@@ -59,11 +59,16 @@ def _score_scale(config: ConfigReader, width: int) -> float | None:
     return width**-0.5 * yarn_magnitude(rope["factor"], multiplier) ** 2
 
 
-def attention_rules() -> tuple[Rule, ...]:
-    """Latent attention, with or without a latent of queries and biases."""
+def attention_rules(module: str = "self_attn", output: str = "o_proj") -> tuple[Rule, ...]:
+    """Latent attention, with or without a latent of queries, biases and a gate of heads.
+
+    Args:
+        module: that holds it.
+        output: name of the output projection.
+    """
 
     def rule(target: str, source: str, axes: str) -> Rule:
-        return Rule("layers.{L}.attention." + target, LAYER + "self_attn." + source, axes)
+        return Rule("layers.{L}.attention." + target, f"{LAYER}{module}.{source}", axes)
 
     return (
         rule("q_proj", "q_proj.weight", "Q D"),
@@ -75,8 +80,9 @@ def attention_rules() -> tuple[Rule, ...]:
         rule("kv_a_bias", "kv_a_proj_with_mqa.bias", "C"),
         rule("kv_a_norm", "kv_a_layernorm.weight", "C"),
         rule("kv_b_proj", "kv_b_proj.weight", "U C"),
-        rule("o_proj", "o_proj.weight", "D P"),
-        rule("o_bias", "o_proj.bias", "D"),
+        rule("o_proj", f"{output}.weight", "D P"),
+        rule("o_bias", f"{output}.bias", "D"),
+        rule("gate_proj", "g_proj.weight", "N D"),
     )
 
 

@@ -255,6 +255,21 @@ class TestSpellings:
         assert (layer.mixer.num_heads, layer.mixer.head_dim, layer.ffn.router.top_k) == (32, 2048 // 32, 8)
         assert layer.mixer.window is None
 
+    def test_of_fields_that_transformers_saves_by_an_alias(self):
+        """Published configs of Kimi Linear have these, its config class others."""
+        config = families.config_json("kimi_linear")
+        names = {
+            "num_experts": "num_local_experts",
+            "num_shared_experts": "n_shared_experts",
+            "num_experts_per_token": "num_experts_per_tok",
+            "num_expert_group": "n_group",
+        }
+        other = {names.get(name, name): value for name, value in config.items()}
+        assert other.keys() != config.keys()
+        assert spec_of(other) == spec_of(config)
+        with pytest.raises(UserError, match="mean the same; keep one"):
+            spec_of(config | {"n_group": 1})
+
 
 class TestVariants:
     def test_window(self):
@@ -512,6 +527,36 @@ class TestRefused:
                 families.config_json("gemma4_text"),
                 {"per_layer_config": {"1": {"hidden_size": 48}}},
                 "per_layer_config has 'hidden_size': supported are 'head_dim' and 'num_key_value_heads'",
+            ),
+            (
+                families.config_json("kimi_linear"),
+                {"linear_attn_config": {"head_dim": 22, "num_heads": 3, "gate_lower_bound": -5.0}},
+                "linear_attn_config has unknown entries 'gate_lower_bound'",
+            ),
+            (
+                families.config_json("kimi_linear"),
+                {"linear_attn_config": {"full_attn_layers": [3], "kda_layers": [1, 2]}},
+                "field 'layer_types'",
+            ),
+            (
+                families.config_json("kimi_linear"),
+                {"num_nextn_predict_layers": 1},
+                "num_nextn_predict_layers = 1 is not supported; expected 0 or None",
+            ),
+            (
+                families.config_json("bailing_hybrid"),
+                {"kda_lower_bound": 0.5},
+                "kda_lower_bound = 0.5: expected a number below 0",
+            ),
+            (
+                families.config_json("minimax"),
+                {"postnorm": False},
+                "postnorm = False is not supported; expected True or None",
+            ),
+            (
+                families.config_json("qwen3_5_moe_text"),
+                {"attn_output_gate": False},
+                "attn_output_gate = False is not supported; expected True or None",
             ),
         ],
     )

@@ -44,7 +44,8 @@ def test_a_new_model_comes_back(name, tmp_path):
 
 # Between them: windows, sinks, biases, values from keys, norms after, several widths of heads, shared experts,
 # dense layers, constants, a bias on the head, parts of heads, latent keys and values, a
-# state that is written to at a rate, one whose decay goes by the layer, groups of heads with a state, latent experts.
+# state that is written to at a rate, decays by the layer and by the channel, groups of heads with a state, latent
+# experts.
 ON_A_MESH = (
     "gpt_oss",
     "gemma4_text",
@@ -54,6 +55,7 @@ ON_A_MESH = (
     "qwen3_next",
     "minimax",
     "nemotron_h",
+    "bailing_hybrid",
 )
 
 

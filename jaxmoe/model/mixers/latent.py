@@ -48,6 +48,7 @@ class LatentAttentionSpec(Mixer):
         bias: biases on q_a, kv_a and the output projection.
         scale: factor of the scores; by default 1/sqrt of the width of a whole key.
         growth: of queries with their positions.
+        head_gated: what a head gives is multiplied by sigmoid(gate x), a number per head (arXiv 2505.06708).
     """
 
     num_heads: int
@@ -61,6 +62,7 @@ class LatentAttentionSpec(Mixer):
     bias: bool = False
     scale: float | None = None
     growth: QueryGrowth | None = None
+    head_gated: bool = False
 
     @property
     def whole_key(self) -> int:
@@ -72,6 +74,7 @@ class LatentAttentionSpec(Mixer):
         heads, latent = self.num_heads, self.latent
         sizes = {
             "D": width,
+            "N": heads,
             "A": self.query_latent or 0,
             "C": latent,
             "Q": heads * self.whole_key,
@@ -96,6 +99,8 @@ class LatentAttentionSpec(Mixer):
             "kv_b_proj": of_heads("UC"),
             "o_proj": of_heads("DP"),
         }
+        if self.head_gated:
+            params["gate_proj"] = param("ND", sizes)
         if self.bias:
             biases = {"kv_a_bias": ("C", beside), "o_bias": ("D", sizes)}
             if self.query_latent is not None:
@@ -109,9 +114,8 @@ class LatentAttentionSpec(Mixer):
     def apply(self, params: Tree, x_BTD: jax.Array, context: Context) -> jax.Array:
         """x (B, T, D) → (B, T, D)."""
         params = params["attention"]
-        return self._attend(
-            params, self._queries(params, x_BTD, context), self._kept(params, x_BTD, context), context
-        )
+        q_BTNH, kept_BTC = self._queries(params, x_BTD, context), self._kept(params, x_BTD, context)
+        return self._output(params, self._attend(params, q_BTNH, kept_BTC, context), x_BTD)
 
     def init_cache(self, repeats: int, batch: int, length: int, dtype: Any) -> jax.Array:
         """(L, B, S, latent + shared key): of every token the narrow vector and the key that heads share."""
@@ -133,7 +137,7 @@ class LatentAttentionSpec(Mixer):
         cache = cache.at[repeat, rows, positions_BT].set(kept_BTC.astype(cache.dtype), mode="drop")
         cache = constrain(cache, "....")
         if context.fresh:
-            return self._attend(params, q_BTNH, kept_BTC, context), cache
+            return self._output(params, self._attend(params, q_BTNH, kept_BTC, context), x_BTD), cache
         up_NHC = dense(params["kv_b_proj"], x_BTD.dtype).reshape(self.num_heads, -1, self.latent)
         q_BTNC = jnp.einsum("btnh,nhc->btnc", q_BTNH[..., : self.key_dim], up_NHC[:, : self.key_dim])
         q_BTNC = jnp.concatenate([q_BTNC, q_BTNH[..., self.key_dim :]], axis=-1)
@@ -145,7 +149,7 @@ class LatentAttentionSpec(Mixer):
             q_BTNC, seen_BMSC, seen_BMSC[..., : self.latent], positions_BT, keys_BS, scale=self._score_scale
         )
         out_BTNV = jnp.einsum("btnc,nvc->btnv", out_BTNC, up_NHC[:, self.key_dim :])
-        return self._output(params, out_BTNV), cache
+        return self._output(params, out_BTNV, x_BTD), cache
 
     @property
     def _score_scale(self) -> float:
@@ -179,13 +183,13 @@ class LatentAttentionSpec(Mixer):
         return x_BTNH if self.rope is None else apply_rope(self.rope, x_BTNH, context.rotations[self.rope])
 
     def _attend(self, params: Tree, q_BTNH: jax.Array, kept_BTC: jax.Array, context: Context) -> jax.Array:
-        """Attention of tokens to one another, (B, T, D)."""
+        """Attention of tokens to one another, (B, T, N, value width)."""
         kv_BTU = linear(kept_BTC[..., : self.latent], params["kv_b_proj"])
         kv_BTNU = constrain(kv_BTU.reshape(*kv_BTU.shape[:2], self.num_heads, -1), "BTN.")
         shared = kept_BTC[:, :, None, self.latent :]
         shared_BTNH = jnp.broadcast_to(shared, (*kv_BTNU.shape[:3], self.shared_dim))
         k_BTNH = constrain(jnp.concatenate([kv_BTNU[..., : self.key_dim], shared_BTNH], axis=-1), "BTNH")
-        out_BTNV = attend(
+        return attend(
             q_BTNH,
             k_BTNH,
             kv_BTNU[..., self.key_dim :],
@@ -193,10 +197,12 @@ class LatentAttentionSpec(Mixer):
             scale=self._score_scale,
             device=context.device,
         )
-        return self._output(params, out_BTNV)
 
-    def _output(self, params: Tree, out_BTNV: jax.Array) -> jax.Array:
-        """What heads give (B, T, N, value width) → (B, T, D)."""
+    def _output(self, params: Tree, out_BTNV: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        """What heads give (B, T, N, value width), gated by x where they are → (B, T, D)."""
+        if self.head_gated:
+            gate_BTN = jax.nn.sigmoid(linear(x_BTD, params["gate_proj"]).astype(jnp.float32))
+            out_BTNV = out_BTNV * gate_BTN[..., None].astype(out_BTNV.dtype)
         return project_heads(out_BTNV, params["o_proj"], params.get("o_bias"))
 
     def rotations(self) -> frozenset[RopeSpec]:
@@ -232,6 +238,7 @@ class LatentAttentionSpec(Mixer):
             "narrower values": self.value_dim != self.whole_key,
             "own score scale": self.scale is not None,
             "queries that grow": self.growth is not None,
+            "gated heads": self.head_gated,
         }
         yield from (text for text, holds in told.items() if holds)
         if self.rope is None:

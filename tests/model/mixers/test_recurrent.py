@@ -18,6 +18,9 @@ MIXERS = {
     "delta": GatedDeltaSpec(4, 2, 11, 13, 4, NORM),
     "delta by key head": GatedDeltaSpec(4, 2, 11, 13, 3, NORM, by_key_head=True),
     "channel delta": ChannelDeltaSpec(3, 14, 4, NormSpec(1e-3, "rms_float32")),
+    "bounded channel delta": ChannelDeltaSpec(
+        3, 14, 4, NormSpec(1e-3, "rms_float32"), narrow_gates=False, least_log=-5.0, float32=True
+    ),
     "lightning": LightningSpec(4, 12, NORM, depth=5),
 }
 WIDTH = 24
