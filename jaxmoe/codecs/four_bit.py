@@ -174,6 +174,22 @@ def dequantize(packed: FourBit, dtype: Any = jnp.bfloat16) -> Float[Array, "..."
     return values.reshape(*stack, *shape)
 
 
+def part(packed: FourBit, index: int) -> FourBit | Array:
+    """One of the weights along the leading axis, of a stack of tensors or within one: packed as far as it is of whole
+    blocks, else its values in float32."""
+    if packed.stack:
+        return jax.tree.map(lambda x: x[index], packed)
+    count, *shape = packed.shape
+    if not packed.has_whole_rows and math.prod(shape) % packed.block:
+        return dequantize(packed, jnp.float32)[index]
+    if packed.nested_absmax is not None:
+        packed = plain(packed)  # codes of scales are in blocks of their own
+    codes, absmax = packed.codes, packed.absmax
+    if not packed.has_whole_rows:
+        codes, absmax = codes.reshape(count, -1, codes.shape[-1]), absmax.reshape(count, -1)
+    return dataclasses.replace(packed, codes=codes[index], absmax=absmax[index], shape=tuple(shape))
+
+
 def plain(packed: FourBit) -> FourBit:
     """The same with float32 scales: those that quantised ones stand for, of mxfp4 half of the powers of two."""
     xp = namespace(packed.absmax)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmoe.codecs import PACKED, FourBit, Fp8Blocks, Int8Rows, unpack
+from jaxmoe.codecs import PACKED, FourBit, Fp8Blocks, Int8Rows, four_bit, unpack
 from jaxmoe.model.dropout import Dropout
 from jaxmoe.model.embedding import rows_of
 from jaxmoe.parallel.sharding import constrain_fitting
@@ -77,9 +77,12 @@ def in_dtype(weight: Weight, dtype: Any) -> Weight:
 
 def part(weight: Weight, index: int) -> Weight:
     """One of the weights along the leading axis."""
-    if isinstance(weight, LowRank) and weight.dropout is not None:
-        one = part(dataclasses.replace(weight, dropout=None), index)
-        return dataclasses.replace(one, dropout=weight.dropout.fold(index))
+    if isinstance(weight, LowRank):
+        dropout = None if weight.dropout is None else weight.dropout.fold(index)
+        pair = jax.tree.map(lambda x: x[index], dataclasses.replace(weight, base=None, dropout=None))
+        return dataclasses.replace(pair, base=part(weight.base, index), dropout=dropout)
+    if isinstance(weight, FourBit):  # codes know their tensor's shape
+        return four_bit.part(jax.lax.stop_gradient(weight), index)
     return jax.tree.map(lambda x: x[index], weight)
 
 

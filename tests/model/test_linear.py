@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import drawn, parity
 
-from jaxmoe.codecs import Fp8Blocks, fp8_blocks
+from jaxmoe.codecs import Fp8Blocks, four_bit, fp8_blocks
 from jaxmoe.model import decoder
 from jaxmoe.model.batch import learning_batch
 from jaxmoe.model.dropout import Dropout
@@ -75,6 +75,20 @@ def test_every_kind_means_one_matrix(kind):
     np.testing.assert_allclose(dense(unpacked(weight, jnp.float32), jnp.float32), want, rtol=1e-5, atol=1e-5)
     stacked = jax.tree.map(lambda leaf: jnp.stack([0 * leaf, leaf]), weight)
     np.testing.assert_allclose(linear(x, part(stacked, 1)), np.float64(x) @ want.T, atol=2e-5)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(2, 5, 128), (2, 8, 24), (2, 5, 24)], ids=["rows", "halves", "neither"])
+def test_weights_within_one_quantised_tensor(shape, nested):
+    """Of blocks that are a row's, a weight's, or go through both."""
+    packed = four_bit.quantize(random(*shape), nested=nested)
+    whole = four_bit.dequantize(packed, jnp.float32)
+    pair = LowRank(packed, random(1, 3, shape[2]), random(2, shape[1], 3))
+    for index in (0, 1):
+        np.testing.assert_array_equal(dense(part(packed, index), jnp.float32), whole[index])
+        one = part(pair, index)
+        want = whole[index] + pair.b[index] @ pair.a[0]
+        np.testing.assert_allclose(dense(one, jnp.float32), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["array", "low rank"])

@@ -105,6 +105,8 @@ def _tiny():
             Module(
                 "model.layers.0.mlp.experts", "other", {"gate_up_proj": (4, 6, 8), "down_proj": (4, 8, 3)}
             ),
+            Module("model.layers.0.mixer.out_proj", "sealed", {"weight": (8, 12)}),
+            Module("model.layers.0.mixer.conv1d", "convolution", {"weight": (12, 1, 4)}),
             Module("model.norm", "other", {"weight": (8,)}),
             Module("lm_head", "linear", {"weight": (50, 8)}),
         ),
@@ -123,6 +125,9 @@ def _tiny():
         ({"target_modules": "q_proj"}, r"target_modules: 'q_proj' matches nothing: .*q_proj"),
         ({"target_modules": ["norm"]}, "match model.norm, which is no linear layer and no embedding"),
         ({"target_modules": ["self_attn"]}, "match model.layers.0.self_attn, which is no linear layer"),
+        ({"target_modules": ["out_proj"]}, r"match model.layers.0.mixer.out_proj, which PEFT cannot adapt"),
+        ({"target_parameters": ["out_proj.weight"]}, r"mixer.out_proj.weight, which PEFT cannot adapt"),
+        ({"target_modules": ["conv1d"]}, "match model.layers.0.mixer.conv1d, a convolution"),
         ({"target_modules": "a{99999999999}"}, "a pattern is no regular expression that can be used"),
         ({"target_modules": "q_proj("}, r"found 'q_proj\(', which is no regular expression"),
         (
