@@ -64,6 +64,7 @@ class Param:
             step changes it).
         num_heads: N, where a dimension is made of query heads, each of which stays whole on one device.
         float32: kept in float32 whatever the model computes in.
+        chooses: it is only read to make a choice, through which no gradient goes: training leaves it as it is.
         stored: dtype of what is no number of the model but a code or a scale of several; None for all others.
     """
 
@@ -73,6 +74,7 @@ class Param:
     role: Role
     num_heads: int | None = None
     float32: bool = False
+    chooses: bool = False
     stored: str | None = None
 
     @property

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from jaxmoe.codecs import PACKED
 from jaxmoe.kernels.devices import Device
 from jaxmoe.model.batch import Batch
+from jaxmoe.model.blocks import Slot
 from jaxmoe.model.dropout import Dropout
 from jaxmoe.model.feed_forward.router import RouterStats
 from jaxmoe.model.head import Head, LogitSpec
@@ -85,7 +86,10 @@ def _hidden_states(
         trees = (spec.declared["groups"][index], params["groups"][index])
         group_context = dataclasses.replace(context, key=key)
         group_cache = None if cache is None else cache[index]
-        x_BTD, group_stats, group_cache = _run_group(group, *trees, x_BTD, group_context, remat, group_cache)
+        x_BTD, selected, group_stats, group_cache = _run_group(
+            group, *trees, x_BTD, group_context, remat, group_cache
+        )
+        context = dataclasses.replace(context, selected=selected)
         stats.extend(group_stats)
         caches.append(group_cache)
     x_BTD = norm(params, "norm", spec.norm, x_BTD)
@@ -169,10 +173,10 @@ def _run_group(
     context: Context,
     remat: bool,
     cache: tuple[Tree, ...] | None,
-) -> tuple[jax.Array, list[RouterStats], tuple[Tree, ...] | None]:
+) -> tuple[jax.Array, jax.Array | None, list[RouterStats], tuple[Tree, ...] | None]:
     """Scan over the repeats of a group. The statistics of its MoE layers come back in layer order.
 
-    A cache is carried whole from layer to layer: a mixer writes a few tokens into it, where a scan's output would be a
+    What one layer gives the next is its output and `Context.selected`, which both come back too. A cache is carried whole from layer to layer: a mixer writes a few tokens into it, where a scan's output would be a
     copy of it all.
     """
 
@@ -182,37 +186,56 @@ def _run_group(
         for weights, apart in zip(params, sparse, strict=True)
     )
 
-    def run_layer(place: int, weights: Tree, x: jax.Array, layer_key: jax.Array | None, slot: Any) -> Any:
+    def run_layer(
+        place: int, weights: Tree, x: jax.Array, selected: Any, layer_key: jax.Array | None, slot: Any
+    ) -> Any:
         own = {name: tree for name, tree in declared[place].items() if name not in sparse[place]}
         weights = _for_compute(own, weights, x.dtype)
         weights |= {name: Repeat(tree, slot[1]) for name, tree in sparse[place].items()}
         if layer_key is not None and context.dropout:
             weights = with_dropout(weights, Dropout(layer_key, context.dropout))
-        return _layer(group.pattern[place], weights, x, dataclasses.replace(context, key=layer_key), slot)
+        own_context = dataclasses.replace(context, key=layer_key, selected=selected)
+        return _layer(group.pattern[place], weights, x, own_context, slot)
 
     if remat:
         run_layer = jax.checkpoint(run_layer, static_argnums=(0,), prevent_cse=False)
 
-    def body(carry: tuple[jax.Array, Any], scanned: tuple[tuple[Tree, ...], Any, Any]) -> Any:
-        (x, caches), (pattern_params, repeat_key, repeat) = carry, scanned
+    def body(carry: tuple[jax.Array, Any, Any], scanned: tuple[tuple[Tree, ...], Any, Any]) -> Any:
+        (x, selected, caches), (pattern_params, repeat_key, repeat) = carry, scanned
         layer_stats, written = [], []
         for place, weights in enumerate(pattern_params):
             layer_key = None if repeat_key is None else jax.random.fold_in(repeat_key, place)
             slot = None if caches is None else (caches[place], repeat)
-            x, stats, new = run_layer(place, weights, x, layer_key, slot)
+            x, selected, stats, new = run_layer(place, weights, x, selected, layer_key, slot)
             written.append(new)
             if stats is not None:
                 layer_stats.append(stats)
-        return (x, None if caches is None else tuple(written)), layer_stats
+        return (x, selected, None if caches is None else tuple(written)), layer_stats
 
     keys = None if context.key is None else jax.random.split(context.key, group.repeats)
     repeats = None if cache is None else jnp.arange(group.repeats)
-    (x_BTD, cache), stats = jax.lax.scan(body, (x_BTD, cache), (params, keys, repeats))
+    begun = (x_BTD, _begun_selection(group, x_BTD, context, cache), cache)
+    (x_BTD, selected, cache), stats = jax.lax.scan(body, begun, (params, keys, repeats))
     if not stats:
-        return x_BTD, [], cache
+        return x_BTD, selected, [], cache
     # (repeats, …) per place in the pattern → (repeats * places, …), that is layer order.
     merged = jax.tree.map(lambda *places: jnp.stack(places, axis=1).reshape(-1, *places[0].shape[1:]), *stats)
-    return x_BTD, [merged], cache
+    return x_BTD, selected, [merged], cache
+
+
+def _begun_selection(
+    group: LayerGroup, x_BTD: jax.Array, context: Context, cache: tuple[Tree, ...] | None
+) -> jax.Array | None:
+    """The selection that a scan begins with: it has the shape of those that it goes on with."""
+    if context.selected is not None:
+        return context.selected
+    for place, layer in enumerate(group.pattern):
+        if layer.mixer is not None:
+            slot = None if cache is None else (cache[place], jnp.zeros((), jnp.int32))
+            begun = layer.mixer.unselected(x_BTD, context, slot)
+            if begun is not None:
+                return begun
+    return None
 
 
 def _sparse(
@@ -255,9 +278,10 @@ def _for_compute(declared: Tree, values: Tree, dtype: Any) -> Tree:
 
 
 def _layer(
-    layer: LayerSpec, params: Tree, x_BTD: jax.Array, context: Context, slot: tuple[Tree, jax.Array] | None
-) -> tuple[jax.Array, RouterStats | None, Tree | None]:
-    """What comes out of a layer (B, T, D), the statistics of its router, and its cache where it has one.
+    layer: LayerSpec, params: Tree, x_BTD: jax.Array, context: Context, slot: Slot | None
+) -> tuple[jax.Array, jax.Array | None, RouterStats | None, Tree | None]:
+    """What comes out of a layer (B, T, D), the keys that layers after it see, the statistics of its router, and its
+    cache where it has one.
 
     Args:
         slot: the cache of its mixer and which repeat it is; None where every token is at hand.
@@ -277,10 +301,12 @@ def _layer(
     normed, stats, cache = x_BTD, None, None
     if layer.mixer is not None:
         normed = before("attention", x_BTD)
+        selected, cache = layer.mixer.select(params, normed, context, slot)
+        context = dataclasses.replace(context, selected=selected)
         if slot is None:
             mixed = layer.mixer.apply(params, normed, context)
         else:
-            mixed, cache = layer.mixer.decode(params, normed, context, *slot)
+            mixed, cache = layer.mixer.decode(params, normed, context, cache, slot[1])
         x_BTD = add("attention", layer.mixer_scales, x_BTD, normed, mixed)
     if layer.ffn is not None:
         if layer.mixer is None or not layer.one_norm:
@@ -289,4 +315,4 @@ def _layer(
         x_BTD = add("ffn", layer.ffn_scales, x_BTD, normed, out)
     if layer.output_scale:
         x_BTD = x_BTD * along_last(params["output_scale"], x_BTD)
-    return x_BTD, stats, cache
+    return x_BTD, context.selected, stats, cache

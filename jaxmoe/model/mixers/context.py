@@ -26,6 +26,8 @@ class Context:
         dropout: share that low-rank pairs drop of their inputs, where there is a key.
         device: that computes; None for the one at hand.
         fresh: the tokens begin their texts. False says that a cache has what comes before them.
+        selected: (B, T, bytes) uint8, the keys that a layer of sparse attention sees, as the last layer that selects
+            any has selected them (`jaxmoe.model.mixers.selected_keys`); None for all.
     """
 
     positions: jax.Array
@@ -36,6 +38,7 @@ class Context:
     device: Device | None = None
     dropout: float = 0.0
     fresh: bool = True
+    selected: jax.Array | None = None
 
     @property
     def valid(self) -> jax.Array | None:

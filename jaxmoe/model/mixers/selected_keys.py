@@ -1,0 +1,41 @@
+"""Which keys a query sees, where it does not see all: one bit for each, eight of them in a byte."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+KEYS = 8
+"""Of a byte."""
+
+
+def packed_keys(seen_BTS: Bool[Array, "B T S"]) -> UInt8[Array, "B T bytes"]:
+    """Bits of booleans; the last byte is filled up with false."""
+    return jnp.packbits(seen_BTS, axis=-1, bitorder="little")
+
+
+def unpacked_keys(selected_BTs: UInt8[Array, "B T bytes"]) -> Bool[Array, "B T S"]:
+    """Booleans of bits, of the filling as well."""
+    return jnp.unpackbits(selected_BTs, axis=-1, bitorder="little").astype(jnp.bool_)
+
+
+def highest(
+    scores_BTS: Float[Array, "B T S"], visible_BTS: Bool[Array, "B T S"], count: int
+) -> Bool[Array, "B T S"]:
+    """The `count` visible keys with the highest scores, of equal ones the first; all that are visible if they are fewer."""
+    scores_BTS = jnp.where(visible_BTS, scores_BTS, -jnp.inf)
+    chosen_BTk = jax.lax.top_k(scores_BTS, count)[1]
+    none_BTS = jnp.zeros(scores_BTS.shape, jnp.bool_)
+    return jnp.put_along_axis(none_BTS, chosen_BTk, True, axis=-1, inplace=False) & visible_BTS
+
+
+def visible_keys(
+    queries_BT: Int[Array, "B T"],
+    keys_BS: Int[Array, "B S"],
+    documents_BT: Int[Array, "B T"] | None = None,
+    documents_BS: Int[Array, "B S"] | None = None,
+) -> Bool[Array, "B T S"]:
+    """Keys of no later place than the query's and of its document."""
+    visible_BTS = keys_BS[:, None] <= queries_BT[:, :, None]
+    if documents_BT is None or documents_BS is None:
+        return visible_BTS
+    return visible_BTS & (documents_BS[:, None] == documents_BT[:, :, None])
