@@ -30,7 +30,7 @@ class Selection:
 
 
 def select(source: Source, trainable: Sequence[str] | None, frozen: Sequence[str]) -> Selection:
-    """Which parameters are trained: those of `trainable` without those of `frozen`, and never constants.
+    """Which parameters are trained: those of `trainable` without those of `frozen`, never what no gradient changes.
 
     A pattern is a regular expression that is searched in the names of tensors as they are on disk, such as
     ``model.layers.0.self_attn.q_proj.weight``. Layers may differ; experts of one layer, and gate and up of one
@@ -60,8 +60,8 @@ def select(source: Source, trainable: Sequence[str] | None, frozen: Sequence[str
         found = [name for name in names if pattern.search(name)]
         if constant.issuperset(found):
             raise UserError(
-                f"trainable: {pattern.pattern!r} matches {found[0]}, a constant that no gradient changes: expected a "
-                "pattern of what can be trained"
+                f"trainable: {pattern.pattern!r} matches {found[0]}, which no gradient changes: expected a pattern of "
+                "what can be trained"
             )
 
     def is_trained(names: Iterable[str]) -> bool:
@@ -79,7 +79,7 @@ def select(source: Source, trainable: Sequence[str] | None, frozen: Sequence[str
     source = regrouped(source, _signatures(source.spec, source.bindings, trained))
     of_parameter = source.bindings.of_parameter
     mask = {
-        name: declared.role != "constant" and trained(of_parameter[name][0])
+        name: declared.learns and trained(of_parameter[name][0])
         for name, declared in named(source.spec.declared)
     }
     if not any(mask.values()):
@@ -102,9 +102,9 @@ def _compiled(key: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
 
 
 def _constants(source: Source) -> set[str]:
-    """Tensors of constants."""
+    """Tensors that no gradient changes."""
     parts = source.bindings.of_tensor.values()
-    return {part.source for part in parts if part.declared.role == "constant"}
+    return {part.source for part in parts if not part.declared.learns}
 
 
 def _copies(source: Source) -> Mapping[str, str]:

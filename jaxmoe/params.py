@@ -82,6 +82,11 @@ class Param:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def learns(self) -> bool:
+        """Whether a gradient step may change it."""
+        return self.role != "constant" and not self.chooses
+
     def dtype(self, others: Any) -> Any:
         """The dtype that it has in a model of dtype `others`."""
         return jnp.dtype(self.stored or ("float32" if self.float32 else others))

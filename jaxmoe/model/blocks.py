@@ -15,7 +15,6 @@ from jaxmoe.model.mixers.context import Context
 from jaxmoe.model.mixers.rope import RopeSpec
 from jaxmoe.params import Tree
 
-
 Slot = tuple[Tree, jax.Array]
 """A cache of all repeats of a layer, and () int32, which of them is meant."""
 

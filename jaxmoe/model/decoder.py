@@ -176,8 +176,8 @@ def _run_group(
 ) -> tuple[jax.Array, jax.Array | None, list[RouterStats], tuple[Tree, ...] | None]:
     """Scan over the repeats of a group. The statistics of its MoE layers come back in layer order.
 
-    What one layer gives the next is its output and `Context.selected`, which both come back too. A cache is carried whole from layer to layer: a mixer writes a few tokens into it, where a scan's output would be a
-    copy of it all.
+    What one layer gives the next is its output and `Context.selected`, which both come back too. A cache is carried
+    whole from layer to layer: a mixer writes a few tokens into it, where a scan's output would be a copy of it all.
     """
 
     sparse = [{}] * len(params) if cache is None else _sparse(group, declared, params, x_BTD)

@@ -14,5 +14,5 @@ CASE = Case(
         },
         {"index_topk": 80},
     ),
-    presets={"DeepSeek-V3.2": Preset({}, 0)},
+    presets={"DeepSeek-V3.2": Preset({}, 671_877_929_216)},
 )

@@ -8,7 +8,7 @@ CASE = Case(
     {
         **deepseek_v3.CASE.config,
         **INDEXER,
-        "indexer_types": ["full", "shared", "full", "shared"],
+        "index_topk_freq": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
     "GlmMoeDsaForCausalLM",
@@ -24,6 +24,8 @@ CASE = Case(
             "indexer_types": ["full", "shared", "shared", "full"],
             "rope_parameters": deepseek_v3.YARN,
         },
+        # Repeated are a layer that shares and one after it, so that a selection goes from repeat to repeat.
+        {"num_hidden_layers": 5, "indexer_types": ["full", "shared", "full", "shared", "full"]},
     ),
     presets={"GLM-5": Preset({}, 743_911_199_232)},
 )

@@ -107,12 +107,11 @@ def select_keys(
     Returns:
         As `jaxmoe.model.mixers.selected_keys` writes them.
     """
-    keys_BS = jnp.arange(k_BSH.shape[1], dtype=jnp.int32)[None]
 
     def choose(
         q_BCNH: jax.Array, weights_BCN: jax.Array, places_BC: jax.Array, documents_BC: jax.Array | None
     ) -> jax.Array:
-        visible_BCS = visible_keys(places_BC, keys_BS, documents_BC, documents_BT)
+        visible_BCS = visible_keys(places_BC, k_BSH.shape[1], documents_BC, documents_BT)
         return packed_keys(highest(index_scores(q_BCNH, weights_BCN, k_BSH), visible_BCS, count))
 
     return by_query_blocks(choose, q_BTNH, weights_BTN, places_BT, documents_BT)

@@ -11,7 +11,7 @@ QUERIES = 64
 
 
 def by_query_blocks(function: Callable[..., Any], *of_queries: jax.Array | None) -> Any:
-    """`function` of arrays (B, T, …), one block of `QUERIES` after the other; the last one is filled with its last query.
+    """`function` of arrays (B, T, …), one block of `QUERIES` after the other, the last one filled with its last query.
 
     Args:
         function: of parts (B, C, …) of the arrays; gives an array (B, C, …), or a tree of them.

@@ -21,7 +21,7 @@ def unpacked_keys(selected_BTs: UInt8[Array, "B T bytes"]) -> Bool[Array, "B T S
 def highest(
     scores_BTS: Float[Array, "B T S"], visible_BTS: Bool[Array, "B T S"], count: int
 ) -> Bool[Array, "B T S"]:
-    """The `count` visible keys with the highest scores, of equal ones the first; all that are visible if they are fewer."""
+    """The `count` visible keys with the highest scores, of equal ones the first; all of them where they are fewer."""
     scores_BTS = jnp.where(visible_BTS, scores_BTS, -jnp.inf)
     chosen_BTk = jax.lax.top_k(scores_BTS, count)[1]
     none_BTS = jnp.zeros(scores_BTS.shape, jnp.bool_)
@@ -29,13 +29,13 @@ def highest(
 
 
 def visible_keys(
-    queries_BT: Int[Array, "B T"],
-    keys_BS: Int[Array, "B S"],
+    places_BT: Int[Array, "B T"],
+    length: int,
     documents_BT: Int[Array, "B T"] | None = None,
     documents_BS: Int[Array, "B S"] | None = None,
 ) -> Bool[Array, "B T S"]:
-    """Keys of no later place than the query's and of its document."""
-    visible_BTS = keys_BS[:, None] <= queries_BT[:, :, None]
+    """Of keys at places 0 … length − 1 those that are not later than the query and are of its document."""
+    visible_BTS = jnp.arange(length, dtype=jnp.int32)[None, None] <= places_BT[:, :, None]
     if documents_BT is None or documents_BS is None:
         return visible_BTS
     return visible_BTS & (documents_BS[:, None] == documents_BT[:, :, None])
