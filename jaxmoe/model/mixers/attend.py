@@ -45,7 +45,8 @@ def attend(
         (B, T, N, value width) in q's dtype.
     """
     device = device_at_hand() if device is None else device
-    if _implementation(q_BTNH, segment_ids, sinks, selected_BTs, device) == "cudnn":
+    masked, sunk, chosen = (x is not None for x in (segment_ids, sinks, selected_BTs))
+    if _implementation(q_BTNH, masked, sunk, device, chosen) == "cudnn":
         return _cudnn(q_BTNH, k_BSMH, v_BSMH, segment_ids, scale=scale, window=window)
     # A block's scores stay in a CPU's cache; on a GPU larger ones keep its multiprocessors busy.
     block = 512 if device.platform == "gpu" else 64 if q_BTNH.shape[1] <= 512 else 256
@@ -92,27 +93,19 @@ def _cudnn(
 
 
 def _implementation(
-    q_BTNH: jax.Array,
-    segment_ids: jax.Array | None,
-    sinks: jax.Array | None,
-    selected_BTs: jax.Array | None,
-    device: Device,
+    q_BTNH: jax.Array, masked: bool, sinks: bool, device: Device, selected: bool = False
 ) -> Literal["cudnn", "blockwise"]:
     """On a GPU cuDNN's flash attention where it takes the operands; otherwise the reason is logged once."""
     if device.platform != "gpu" or device.capability is None:
         return "blockwise"
-    reason = _cudnn_refuses(q_BTNH, segment_ids is not None, device)
-    if sinks is not None:
-        reason = "cuDNN takes no attention sinks"
-    if selected_BTs is not None:
-        reason = "cuDNN takes no choice of keys"
+    reason = "cuDNN takes no selection of keys" if selected else _cudnn_refuses(q_BTNH, masked, sinks, device)
     if reason is None:
         return "cudnn"
     log_once(_logger, logging.WARNING, f"attention goes through XLA, block by block: {reason}")
     return "blockwise"
 
 
-def _cudnn_refuses(q_BTNH: jax.Array, masked: bool, device: Device) -> str | None:
+def _cudnn_refuses(q_BTNH: jax.Array, masked: bool, sinks: bool, device: Device) -> str | None:
     """Why cuDNN does not take these queries, after jax's own checks, which raise instead.
 
     Those also let widths over 128 through on GPUs after Hopper, where cuDNN has had no kernels for them; and they ask
@@ -120,6 +113,8 @@ def _cudnn_refuses(q_BTNH: jax.Array, masked: bool, device: Device) -> str | Non
     """
     length, width = q_BTNH.shape[1], q_BTNH.shape[3]
     widest = 256 if device.present and device.capability is not None and device.capability[0] == 9 else 128
+    if sinks:
+        return "cuDNN takes no attention sinks"
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN takes bfloat16 and float16, the model computes in {q_BTNH.dtype}"
     if width > widest or width % 8:

@@ -1,0 +1,143 @@
+"""The keys that an indexer selects: exactly the best, of the query's document, in memory that grows with the text."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.model.batch import Batch
+from jaxmoe.model.mixers.context import make_context
+from jaxmoe.model.mixers.indexer import IndexerSpec, select_keys
+from jaxmoe.model.mixers.latent import LatentAttentionSpec
+from jaxmoe.model.mixers.query_blocks import QUERIES
+from jaxmoe.model.mixers.rope import RopeSpec
+from jaxmoe.model.mixers.selected_keys import highest, unpacked_keys
+from jaxmoe.model.norms import NormSpec
+from jaxmoe.params import named
+
+ROPE = RopeSpec(1e4, 8, interleaved=True)
+INDEXER = IndexerSpec(16, 18, RopeSpec(1e4, 8))
+SPEC = LatentAttentionSpec(2, 12, 13, 20, 22, ROPE, NormSpec(1e-6), top_k=32, indexer=INDEXER)
+WIDTH = 24
+
+
+def naive_selection(q_BTNH, weights_BTN, k_BSH, places_BT, documents_BT, count):
+    """Every query by itself, in float64: (B, T, S) bool."""
+    q_BTNH, weights_BTN, k_BSH = (np.asarray(x, np.float64) for x in (q_BTNH, weights_BTN, k_BSH))
+    chosen = np.zeros((*q_BTNH.shape[:2], k_BSH.shape[1]), bool)
+    for row, query in np.ndindex(*chosen.shape[:2]):
+        scores_S = weights_BTN[row, query] @ np.maximum(q_BTNH[row, query] @ k_BSH[row].T, 0)
+        visible = np.arange(k_BSH.shape[1]) <= places_BT[row, query]
+        if documents_BT is not None:
+            visible &= documents_BT[row] == documents_BT[row, query]
+        best = sorted(np.flatnonzero(visible), key=lambda key: -scores_S[key])
+        chosen[row, query, best[:count]] = True
+    return chosen
+
+
+def operands(batch, queries, keys, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = (batch, queries, 16, 18), (batch, queries, 16), (batch, keys, 18)
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize("length", [20, QUERIES, QUERIES + 1, 3 * QUERIES - 7])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_selection_is_exact(length, packed):
+    """Also in blocks of queries that do not divide the text, and where a document has fewer keys than are chosen."""
+    places = jnp.tile(jnp.arange(length, dtype=jnp.int32), (2, 1))
+    documents = None
+    if packed:
+        documents = np.ones((2, length), np.int32)
+        documents[0, 7:], documents[0, 15:], documents[1, length // 2 :] = 2, 3, 2
+        documents = jnp.asarray(documents)
+    given = operands(2, length, length)
+    packed_keys = select_keys(*given, places, documents, count=11)
+    found = np.asarray(unpacked_keys(packed_keys))
+    assert packed_keys.shape == (2, length, -(-length // 8))
+    assert not found[..., length:].any()
+    np.testing.assert_array_equal(found[..., :length], naive_selection(*given, places, documents, 11))
+
+
+def test_queries_that_follow_on_others():
+    """Of a text in a cache: their places are not those of the first keys."""
+    places = jnp.asarray([[40, 41, 42], [12, 13, 14]], jnp.int32)
+    given = operands(2, 3, 50)
+    found = np.asarray(unpacked_keys(select_keys(*given, places, count=11)))[..., :50]
+    np.testing.assert_array_equal(found, naive_selection(*given, places, None, 11))
+
+
+def test_of_equal_scores_the_first_keys():
+    scores = jnp.asarray([[[0.0, 2.0, 0.0, 0.0, -1.0, 0.0]]])
+    visible = jnp.asarray([[[True, True, False, True, True, True]]])
+    assert highest(scores, visible, 3).tolist() == [[[True, True, False, True, False, False]]]
+
+
+def drawn(spec=SPEC, dtype=jnp.float32):
+    noise = np.random.default_rng(0)
+    draw = lambda p: jnp.asarray((p.init == "ones") + 0.2 * noise.standard_normal(p.shape), dtype)
+    return jax.tree.map(draw, spec.params(WIDTH))
+
+
+def context_of(length, dtype=jnp.float32, segments=None, rotations=SPEC.rotations()):
+    positions = jnp.arange(length, dtype=jnp.int32)[None]
+    segments = jnp.ones((1, length), jnp.int32) if segments is None else segments
+    return make_context(rotations, Batch(None, positions, segments), dtype)
+
+
+def applied(spec, params, x, context):
+    selected, _ = spec.select(params, x, context, None)
+    return spec.apply(params, x, dataclasses.replace(context, selected=selected))
+
+
+def test_a_short_text_sees_all_keys():
+    """What no choice is made of is attention without an indexer, to the bit."""
+    x, context = jax.random.normal(jax.random.key(0), (1, 32, WIDTH)), context_of(32)
+    whole = dataclasses.replace(SPEC, top_k=None, indexer=None)
+    assert SPEC.select(drawn(), x, context, None) == (None, None)
+    np.testing.assert_array_equal(applied(SPEC, drawn(), x, context), whole.apply(drawn(), x, context))
+
+
+def test_a_layer_that_sees_all_keys_passes_a_selection_on():
+    whole = dataclasses.replace(SPEC, top_k=None, indexer=None)
+    x = jax.random.normal(jax.random.key(0), (1, 50, WIDTH))
+    plain, selected = context_of(50), jnp.zeros((1, 50, 7), jnp.uint8)
+    chosen = dataclasses.replace(plain, selected=selected)
+    assert whole.select(drawn(), x, chosen, None)[0] is selected
+    np.testing.assert_array_equal(whole.apply(drawn(), x, chosen), whole.apply(drawn(), x, plain))
+
+
+def test_gradients_of_long_rows_are_finite_in_bfloat16():
+    length = 8192
+    x = jax.random.normal(jax.random.key(0), (1, length, WIDTH), jnp.bfloat16)
+    segments = (jnp.arange(length)[None] >= 5000) + 1
+    context, params = context_of(length, jnp.bfloat16, segments), drawn(dtype=jnp.bfloat16)
+
+    @jax.jit
+    def gradients(params, x):
+        loss = lambda params, x: jnp.sum(jnp.square(applied(SPEC, params, x, context).astype(jnp.float32)))
+        return jax.grad(loss, argnums=(0, 1))(params, x)
+
+    for name, leaf in named(gradients(params, x)):
+        assert jnp.isfinite(leaf).all(), name
+        assert jnp.any(leaf != 0) == ("indexer" not in name), name
+
+
+def test_memory_grows_with_the_text():
+    """Of twice as many tokens about twice as much: no score of every query and every key is there at once."""
+
+    def peak(length):
+        context = context_of(length)
+
+        def loss(params, x):
+            return jnp.sum(jnp.square(applied(SPEC, params, x, context)))
+
+        x = jax.ShapeDtypeStruct((1, length, WIDTH), jnp.float32)
+        compiled = jax.jit(jax.grad(loss)).lower(drawn(), x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = peak(4096), peak(8192)
+    assert long < 2.3 * short
+    assert long < 8192 * 8192 * 2
