@@ -159,8 +159,7 @@ class LatentAttentionSpec(Mixer):
 
     def unselected(self, x_BTD: jax.Array, context: Context, slot: Slot | None) -> jax.Array | None:
         """(B, T, bytes) of zeros, if the indexer will select."""
-        whole = slot is None or context.fresh
-        keys = x_BTD.shape[1] if whole else slot[0].kept.shape[2]
+        keys = x_BTD.shape[1] if slot is None or context.fresh else slot[0].kept.shape[2]
         if self.indexer is None or self.top_k is None or keys <= self.top_k:
             return None
         return constrain(jnp.zeros((*x_BTD.shape[:2], -(-keys // KEYS)), jnp.uint8), "BT.")

@@ -81,10 +81,10 @@ def drawn(spec=SPEC, dtype=jnp.float32):
     return jax.tree.map(draw, spec.params(WIDTH))
 
 
-def context_of(length, dtype=jnp.float32, segments=None, rotations=SPEC.rotations()):
+def context_of(length, dtype=jnp.float32, segments=None):
     positions = jnp.arange(length, dtype=jnp.int32)[None]
     segments = jnp.ones((1, length), jnp.int32) if segments is None else segments
-    return make_context(rotations, Batch(None, positions, segments), dtype)
+    return make_context(SPEC.rotations(), Batch(None, positions, segments), dtype)
 
 
 def applied(spec, params, x, context):
