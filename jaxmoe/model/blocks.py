@@ -13,6 +13,7 @@ import jax
 from jaxmoe.model.feed_forward.router import RouterStats
 from jaxmoe.model.mixers.context import Context
 from jaxmoe.model.mixers.rope import RopeSpec
+from jaxmoe.model.mixers.selected_keys import Selection
 from jaxmoe.params import Tree
 
 Slot = tuple[Tree, jax.Array]
@@ -72,8 +73,8 @@ class Mixer(Block):
 
     def select(
         self, params: Tree, x_BTD: jax.Array, context: Context, slot: Slot | None
-    ) -> tuple[jax.Array | None, Tree]:
-        """The keys that this layer and those after it see, found before it is applied: `Context.selected` of them all.
+    ) -> tuple[Selection, Tree]:
+        """The keys that this layer and those after it see, found before it is applied: `Context.selection` of them all.
 
         By default those that a layer before has selected.
 
@@ -82,13 +83,13 @@ class Mixer(Block):
             slot: its cache and which repeat it is; None where every token is at hand.
 
         Returns:
-            (B, T, bytes) uint8, or None for all, and the cache, with what selecting has to know of these tokens.
+            The selection, and the cache with what selecting has to know of these tokens.
         """
         del params, x_BTD
-        return context.selected, None if slot is None else slot[0]
+        return context.selection, None if slot is None else slot[0]
 
     def unselected(self, x_BTD: jax.Array, context: Context, slot: Slot | None) -> jax.Array | None:
-        """What stands for a selection before there is one, of the shape that `select` gives; None if it makes none."""
+        """What stands for keys before they are selected, of the shape that `select` gives; None if it selects none."""
         del x_BTD, context, slot
         return None
 

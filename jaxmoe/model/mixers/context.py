@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxmoe.kernels.devices import Device
 from jaxmoe.model.batch import Batch, segment_starts
 from jaxmoe.model.mixers.rope import RopeSpec, rope_tables
+from jaxmoe.model.mixers.selected_keys import Selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +27,7 @@ class Context:
         dropout: share that low-rank pairs drop of their inputs, where there is a key.
         device: that computes; None for the one at hand.
         fresh: the tokens begin their texts. False says that a cache has what comes before them.
-        selected: (B, T, bytes) uint8, the keys that a layer of sparse attention sees, as the last layer that selects
-            any has selected them (`jaxmoe.model.mixers.selected_keys`); None for all.
+        selection: the keys that a layer of sparse attention sees, as the last layer that selects any has left it.
     """
 
     positions: jax.Array
@@ -38,7 +38,7 @@ class Context:
     device: Device | None = None
     dropout: float = 0.0
     fresh: bool = True
-    selected: jax.Array | None = None
+    selection: Selection = Selection()
 
     @property
     def valid(self) -> jax.Array | None:

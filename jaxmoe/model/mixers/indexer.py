@@ -3,15 +3,17 @@ section 2.1)."""
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jax.scipy.special import xlogy
+from jaxtyping import Array, Float, UInt8
 
 from jaxmoe.model.linear import linear
 from jaxmoe.model.mixers.query_blocks import by_query_blocks
 from jaxmoe.model.mixers.rope import RopeSpec, apply_rope
-from jaxmoe.model.mixers.selected_keys import highest, packed_keys, visible_keys
+from jaxmoe.model.mixers.selected_keys import highest, packed_keys, unpacked_keys, visible_keys
 from jaxmoe.model.norms import NormSpec, norm
 from jaxmoe.params import Param, Tree, param
 
@@ -82,39 +84,101 @@ class IndexerSpec:
         return f"{self.num_heads} heads of {self.head_dim}"
 
 
-def select_keys(
-    q_BTNH: Float[Array, "B T N H"],
-    weights_BTN: Float[Array, "B T N"],
-    k_BSH: Float[Array, "B S H"],
-    places_BT: Int[Array, "B T"],
-    documents_BT: Int[Array, "B T"] | None = None,
-    *,
-    count: int,
-) -> UInt8[Array, "B T bytes"]:
-    """The `count` keys with the highest scores of those of a query's document that are not later than it.
+class IndexVectors(NamedTuple):
+    """What scores are made of.
 
-    Where there are fewer, these; of equal scores the first keys. The scores of all heads are there for a few queries
-    at once, never for all.
-
-    Args:
+    Attributes:
         q_BTNH, weights_BTN: as from `IndexerSpec.queries`.
-        k_BSH: as from `IndexerSpec.keys`, of places 0 … S − 1; S > count.
-        places_BT: of the queries.
+        k_BSH: as from `IndexerSpec.keys`, of places 0 … S − 1.
+    """
+
+    q_BTNH: jax.Array
+    weights_BTN: jax.Array
+    k_BSH: jax.Array
+
+
+class Places(NamedTuple):
+    """Where queries stand, which see the keys of their document that are not later.
+
+    Attributes:
+        of_queries_BT: int32.
         documents_BT: the same number within one document, of queries and keys that are those of the same tokens; None
             where causality alone keeps documents apart.
+    """
+
+    of_queries_BT: jax.Array
+    documents_BT: jax.Array | None = None
+
+
+def select_keys(index: IndexVectors, places: Places, count: int) -> UInt8[Array, "B T bytes"]:
+    """The `count` keys with the highest scores of those that a query sees, of equal scores the first keys.
+
+    Where a query sees no more than that, all of them. The scores of all heads are there for a few queries at once,
+    never for all.
+
+    Args:
+        index: with more keys than `count`.
+        places: of the queries.
         count: keys that are chosen.
 
     Returns:
         As `jaxmoe.model.mixers.selected_keys` writes them.
     """
+    k_BSH = index.k_BSH
 
     def choose(
-        q_BCNH: jax.Array, weights_BCN: jax.Array, places_BC: jax.Array, documents_BC: jax.Array | None
+        q_BCNH: jax.Array, weights_BCN: jax.Array, of_queries_BC: jax.Array, documents_BC: jax.Array | None
     ) -> jax.Array:
-        visible_BCS = visible_keys(places_BC, k_BSH.shape[1], documents_BC, documents_BT)
+        visible_BCS = visible_keys(of_queries_BC, k_BSH.shape[1], documents_BC, places.documents_BT)
         return packed_keys(highest(index_scores(q_BCNH, weights_BCN, k_BSH), visible_BCS, count))
 
-    return by_query_blocks(choose, q_BTNH, weights_BTN, places_BT, documents_BT)
+    # Choices have no gradient, but jax would carry one as far as the scores.
+    return by_query_blocks(choose, *jax.lax.stop_gradient((index.q_BTNH, index.weights_BTN)), *places)
+
+
+def divergences(
+    index: IndexVectors,
+    places: Places,
+    keys_BTs: UInt8[Array, "B T bytes"] | None,
+    q_BTNH: Float[Array, "B T heads width"],
+    k_BTNH: Float[Array, "B T heads width"],
+) -> Float[Array, "B T"]:
+    """KL(p_t ‖ softmax(scores of t)) in nats, over the keys that a query t attends to (section 2.1.1, eq. 4).
+
+    p_t is the mean over attention's heads of the weights that they give the keys. Its gradient makes the indexer's
+    scores follow them.
+
+    Args:
+        index: of the same tokens.
+        places: of the queries.
+        keys_BTs: as from `select_keys`; None where a query attends to all keys that it sees.
+        q_BTNH, k_BTNH: of attention, whose products are its scores.
+    """
+    # Gradients of keys are summed over blocks in float32.
+    wide_BSH = index.k_BSH.astype(jnp.float32)
+
+    @jax.checkpoint
+    def of_block(
+        q_BCNI: jax.Array,
+        weights_BCN: jax.Array,
+        of_queries_BC: jax.Array,
+        documents_BC: jax.Array | None,
+        keys_BCs: jax.Array | None,
+        q_BCNH: jax.Array,
+    ) -> jax.Array:
+        length = wide_BSH.shape[1]
+        seen_BCS = visible_keys(of_queries_BC, length, documents_BC, places.documents_BT)
+        if keys_BCs is not None:
+            seen_BCS &= unpacked_keys(keys_BCs)[..., :length]
+        lowest = jnp.finfo(jnp.float32).min
+        scores_BNCS = jnp.einsum("bcnh,bsnh->bncs", q_BCNH, k_BTNH, preferred_element_type=jnp.float32)
+        shares_BNCS = jax.nn.softmax(jnp.where(seen_BCS[:, None], scores_BNCS, lowest), axis=-1)
+        p_BCS = jnp.mean(shares_BNCS, axis=1)
+        own_BCS = index_scores(q_BCNI, weights_BCN, wide_BSH.astype(index.k_BSH.dtype))
+        log_BCS = jax.nn.log_softmax(jnp.where(seen_BCS, own_BCS, lowest), axis=-1)
+        return jnp.sum(xlogy(p_BCS, p_BCS) - p_BCS * jnp.where(seen_BCS, log_BCS, 0), axis=-1)
+
+    return by_query_blocks(of_block, index.q_BTNH, index.weights_BTN, *places, keys_BTs, q_BTNH)
 
 
 def index_scores(

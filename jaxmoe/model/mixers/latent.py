@@ -13,10 +13,10 @@ from jaxmoe.model.linear import dense, linear
 from jaxmoe.model.mixers.attend import attend
 from jaxmoe.model.mixers.context import Context
 from jaxmoe.model.mixers.heads import project_heads
-from jaxmoe.model.mixers.indexer import IndexerSpec, select_keys
+from jaxmoe.model.mixers.indexer import IndexerSpec, IndexVectors, Places, divergences, select_keys
 from jaxmoe.model.mixers.kv_cache import attend_to_cache
 from jaxmoe.model.mixers.rope import RopeSpec, apply_rope
-from jaxmoe.model.mixers.selected_keys import KEYS
+from jaxmoe.model.mixers.selected_keys import KEYS, Selection
 from jaxmoe.model.norms import NormSpec, apply_norm
 from jaxmoe.parallel.sharding import constrain
 from jaxmoe.params import Tree, param
@@ -137,25 +137,35 @@ class LatentAttentionSpec(Mixer):
 
     def select(
         self, params: Tree, x_BTD: jax.Array, context: Context, slot: Slot | None
-    ) -> tuple[jax.Array | None, Tree]:
-        """What the indexer selects, if there is one and more keys than that; and the cache with the indexer's keys."""
+    ) -> tuple[Selection, Tree]:
+        """What the indexer selects, if there is one and more keys than that; and the cache with the indexer's keys.
+
+        The indexer sees activations without their gradient: what trains it trains nothing else.
+        """
         if self.indexer is None or self.top_k is None:
             return super().select(params, x_BTD, context, slot)
-        params, x_BTD = jax.lax.stop_gradient((params, x_BTD))
+        own, params, x_BTD = params["indexer"], *jax.lax.stop_gradient((params["attention"], x_BTD))
         tables = context.rotations[self.indexer.rope]
-        k_BSH = self.indexer.keys(params["indexer"], x_BTD, tables)
+        k_BSH = self.indexer.keys(own, x_BTD, tables)
         places_BT, cache = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None], None
         if slot is not None:
             cache = slot[0].written("index_keys", slot[1], context.positions, k_BSH)
             if not context.fresh:
                 k_BSH, places_BT = cache.index_keys[slot[1]].astype(x_BTD.dtype), context.positions
-        if k_BSH.shape[1] <= self.top_k:
-            return None, cache
-        narrow_BTA = self._narrow_queries(params["attention"], x_BTD)
-        places_BT = jnp.broadcast_to(places_BT, x_BTD.shape[:2])
-        index = self.indexer.queries(params["indexer"], x_BTD, narrow_BTA, tables)
-        selected = select_keys(*index, k_BSH, places_BT, context.documents, count=self.top_k)
-        return constrain(selected, "BT."), cache
+        stats, chosen = context.selection.stats, k_BSH.shape[1] > self.top_k
+        if not chosen and stats is None:
+            return Selection(), cache
+        q_BTNH, weights_BTN = self.indexer.queries(own, x_BTD, self._narrow_queries(params, x_BTD), tables)
+        index = IndexVectors(q_BTNH, weights_BTN, k_BSH)
+        places = Places(jnp.broadcast_to(places_BT, x_BTD.shape[:2]), context.documents)
+        keys = constrain(select_keys(index, places, self.top_k), "BT.") if chosen else None
+        if stats is not None:
+            k_BTNH, _ = self._keys_and_values(params, self._kept(params, x_BTD, context))
+            attention = self._queries(params, x_BTD, context) * self._score_scale, k_BTNH
+            stats = stats.add(
+                divergences(index, places, keys, *jax.lax.stop_gradient(attention)), context.valid
+            )
+        return Selection(keys, stats), cache
 
     def unselected(self, x_BTD: jax.Array, context: Context, slot: Slot | None) -> jax.Array | None:
         """(B, T, bytes) of zeros, if the indexer will select."""
@@ -165,7 +175,7 @@ class LatentAttentionSpec(Mixer):
         return constrain(jnp.zeros((*x_BTD.shape[:2], -(-keys // KEYS)), jnp.uint8), "BT.")
 
     def _selected(self, context: Context) -> jax.Array | None:
-        return None if self.top_k is None else context.selected
+        return None if self.top_k is None else context.selection.keys
 
     def apply(self, params: Tree, x_BTD: jax.Array, context: Context) -> jax.Array:
         """x (B, T, D) → (B, T, D)."""
@@ -248,21 +258,24 @@ class LatentAttentionSpec(Mixer):
 
     def _attend(self, params: Tree, q_BTNH: jax.Array, kept_BTC: jax.Array, context: Context) -> jax.Array:
         """Attention of tokens to one another, (B, T, D)."""
-        kv_BTU = linear(kept_BTC[..., : self.latent], params["kv_b_proj"])
-        kv_BTNU = constrain(kv_BTU.reshape(*kv_BTU.shape[:2], self.num_heads, -1), "BTN.")
-        shared = kept_BTC[:, :, None, self.latent :]
-        shared_BTNH = jnp.broadcast_to(shared, (*kv_BTNU.shape[:3], self.rope.rotary_dim))
-        k_BTNH = constrain(jnp.concatenate([kv_BTNU[..., : self.key_dim], shared_BTNH], axis=-1), "BTNH")
         out_BTNV = attend(
             q_BTNH,
-            k_BTNH,
-            kv_BTNU[..., self.key_dim :],
+            *self._keys_and_values(params, kept_BTC),
             context.documents,
             scale=self._score_scale,
             selected_BTs=self._selected(context),
             device=context.device,
         )
         return self._output(params, out_BTNV)
+
+    def _keys_and_values(self, params: Tree, kept_BTC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(B, T, N, H) and (B, T, N, value width)."""
+        kv_BTU = linear(kept_BTC[..., : self.latent], params["kv_b_proj"])
+        kv_BTNU = constrain(kv_BTU.reshape(*kv_BTU.shape[:2], self.num_heads, -1), "BTN.")
+        shared = kept_BTC[:, :, None, self.latent :]
+        shared_BTNH = jnp.broadcast_to(shared, (*kv_BTNU.shape[:3], self.rope.rotary_dim))
+        k_BTNH = constrain(jnp.concatenate([kv_BTNU[..., : self.key_dim], shared_BTNH], axis=-1), "BTNH")
+        return k_BTNH, kv_BTNU[..., self.key_dim :]
 
     def _output(self, params: Tree, out_BTNV: jax.Array) -> jax.Array:
         """What heads give (B, T, N, value width) → (B, T, D)."""

@@ -1,11 +1,44 @@
 """Which keys a query sees, where it does not see all: one bit for each, eight of them in a byte."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 KEYS = 8
 """Of a byte."""
+
+
+class IndexerStats(NamedTuple):
+    """Sums over the valid tokens of all layers with an indexer so far, in float32.
+
+    Attributes:
+        divergence: (), of what attention weighs keys with from what the indexer does, in nats.
+        tokens: ().
+    """
+
+    divergence: jax.Array
+    tokens: jax.Array
+
+    def add(self, divergences_BT: jax.Array, valid_BT: jax.Array | None) -> "IndexerStats":
+        """With those of one more layer."""
+        counts_BT = jnp.ones_like(divergences_BT) if valid_BT is None else valid_BT.astype(jnp.float32)
+        return IndexerStats(
+            self.divergence + jnp.sum(divergences_BT * counts_BT), self.tokens + jnp.sum(counts_BT)
+        )
+
+
+class Selection(NamedTuple):
+    """What layers that select keys leave to those after them.
+
+    Attributes:
+        keys: (B, T, bytes) uint8, which keys a query sees; None for all.
+        stats: of the indexers; None where nobody asks for them.
+    """
+
+    keys: Any = None
+    stats: IndexerStats | None = None
 
 
 def packed_keys(seen_BTS: Bool[Array, "B T S"]) -> UInt8[Array, "B T bytes"]:

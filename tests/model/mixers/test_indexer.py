@@ -9,11 +9,11 @@ import pytest
 
 from jaxmoe.model.batch import Batch
 from jaxmoe.model.mixers.context import make_context
-from jaxmoe.model.mixers.indexer import IndexerSpec, select_keys
+from jaxmoe.model.mixers.indexer import IndexerSpec, IndexVectors, Places, select_keys
 from jaxmoe.model.mixers.latent import LatentAttentionSpec
 from jaxmoe.model.mixers.query_blocks import QUERIES
 from jaxmoe.model.mixers.rope import RopeSpec
-from jaxmoe.model.mixers.selected_keys import highest, unpacked_keys
+from jaxmoe.model.mixers.selected_keys import Selection, highest, unpacked_keys
 from jaxmoe.model.norms import NormSpec
 from jaxmoe.params import named
 
@@ -54,7 +54,7 @@ def test_the_selection_is_exact(length, packed):
         documents[0, 7:], documents[0, 15:], documents[1, length // 2 :] = 2, 3, 2
         documents = jnp.asarray(documents)
     given = operands(2, length, length)
-    packed_keys = select_keys(*given, places, documents, count=11)
+    packed_keys = select_keys(IndexVectors(*given), Places(places, documents), 11)
     found = np.asarray(unpacked_keys(packed_keys))
     assert packed_keys.shape == (2, length, -(-length // 8))
     assert not found[..., length:].any()
@@ -65,7 +65,7 @@ def test_queries_that_follow_on_others():
     """Of a text in a cache: their places are not those of the first keys."""
     places = jnp.asarray([[40, 41, 42], [12, 13, 14]], jnp.int32)
     given = operands(2, 3, 50)
-    found = np.asarray(unpacked_keys(select_keys(*given, places, count=11)))[..., :50]
+    found = np.asarray(unpacked_keys(select_keys(IndexVectors(*given), Places(places), 11)))[..., :50]
     np.testing.assert_array_equal(found, naive_selection(*given, places, None, 11))
 
 
@@ -88,24 +88,24 @@ def context_of(length, dtype=jnp.float32, segments=None):
 
 
 def applied(spec, params, x, context):
-    selected, _ = spec.select(params, x, context, None)
-    return spec.apply(params, x, dataclasses.replace(context, selected=selected))
+    selection, _ = spec.select(params, x, context, None)
+    return spec.apply(params, x, dataclasses.replace(context, selection=selection))
 
 
 def test_a_short_text_sees_all_keys():
     """What no choice is made of is attention without an indexer, to the bit."""
     x, context = jax.random.normal(jax.random.key(0), (1, 32, WIDTH)), context_of(32)
     whole = dataclasses.replace(SPEC, top_k=None, indexer=None)
-    assert SPEC.select(drawn(), x, context, None) == (None, None)
+    assert SPEC.select(drawn(), x, context, None) == (Selection(), None)
     np.testing.assert_array_equal(applied(SPEC, drawn(), x, context), whole.apply(drawn(), x, context))
 
 
 def test_a_layer_that_sees_all_keys_passes_a_selection_on():
     whole = dataclasses.replace(SPEC, top_k=None, indexer=None)
     x = jax.random.normal(jax.random.key(0), (1, 50, WIDTH))
-    plain, selected = context_of(50), jnp.zeros((1, 50, 7), jnp.uint8)
-    chosen = dataclasses.replace(plain, selected=selected)
-    assert whole.select(drawn(), x, chosen, None)[0] is selected
+    plain, selection = context_of(50), Selection(jnp.zeros((1, 50, 7), jnp.uint8))
+    chosen = dataclasses.replace(plain, selection=selection)
+    assert whole.select(drawn(), x, chosen, None)[0] is selection
     np.testing.assert_array_equal(whole.apply(drawn(), x, chosen), whole.apply(drawn(), x, plain))
 
 
