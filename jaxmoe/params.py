@@ -64,7 +64,8 @@ class Param:
             step changes it).
         num_heads: N, where a dimension is made of query heads, each of which stays whole on one device.
         float32: kept in float32 whatever the model computes in.
-        chooses: it is only read to make a choice, through which no gradient goes: training leaves it as it is.
+        chooses: it is only read to make a choice, through which no gradient of the model's loss goes: a loss of its own
+            trains it, or nothing does.
         stored: dtype of what is no number of the model but a code or a scale of several; None for all others.
     """
 
@@ -82,10 +83,13 @@ class Param:
         """Number of elements."""
         return math.prod(self.shape)
 
-    @property
-    def learns(self) -> bool:
-        """Whether a gradient step may change it."""
-        return self.role != "constant" and not self.chooses
+    def learns(self, choosing: bool) -> bool:
+        """Whether a gradient step may change it.
+
+        Args:
+            choosing: there is a loss of what `chooses`.
+        """
+        return self.role != "constant" and (choosing or not self.chooses)
 
     def dtype(self, others: Any) -> Any:
         """The dtype that it has in a model of dtype `others`."""
@@ -119,9 +123,14 @@ def count(tree: Tree) -> int:
     return sum(p.size for p in jax.tree.leaves(tree))
 
 
-def roles(tree: Tree) -> Tree:
-    """The role of every parameter, as a tree of the same structure."""
-    return jax.tree.map(lambda p: p.role, tree)
+def roles(tree: Tree, choosing: bool = False) -> Tree:
+    """The role of every parameter for an optimiser, as a tree of the same structure.
+
+    Args:
+        tree: declarations.
+        choosing: there is a loss of what `Param.chooses`; otherwise that is constant.
+    """
+    return jax.tree.map(lambda p: p.role if p.learns(choosing) else "constant", tree)
 
 
 def named(tree: Tree) -> Iterator[tuple[str, Any]]:

@@ -38,7 +38,7 @@ class Context:
     device: Device | None = None
     dropout: float = 0.0
     fresh: bool = True
-    selection: Selection = Selection()
+    selection: Selection = dataclasses.field(default_factory=Selection)
 
     @property
     def valid(self) -> jax.Array | None:

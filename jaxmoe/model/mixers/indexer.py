@@ -142,6 +142,7 @@ def divergences(
     keys_BTs: UInt8[Array, "B T bytes"] | None,
     q_BTNH: Float[Array, "B T heads width"],
     k_BTNH: Float[Array, "B T heads width"],
+    scale: float,
 ) -> Float[Array, "B T"]:
     """KL(p_t ‖ softmax(scores of t)) in nats, over the keys that a query t attends to (section 2.1.1, eq. 4).
 
@@ -152,7 +153,8 @@ def divergences(
         index: of the same tokens.
         places: of the queries.
         keys_BTs: as from `select_keys`; None where a query attends to all keys that it sees.
-        q_BTNH, k_BTNH: of attention, whose products are its scores.
+        q_BTNH, k_BTNH: of attention.
+        scale: factor of its scores.
     """
     # Gradients of keys are summed over blocks in float32.
     wide_BSH = index.k_BSH.astype(jnp.float32)
@@ -172,7 +174,7 @@ def divergences(
             seen_BCS &= unpacked_keys(keys_BCs)[..., :length]
         lowest = jnp.finfo(jnp.float32).min
         scores_BNCS = jnp.einsum("bcnh,bsnh->bncs", q_BCNH, k_BTNH, preferred_element_type=jnp.float32)
-        shares_BNCS = jax.nn.softmax(jnp.where(seen_BCS[:, None], scores_BNCS, lowest), axis=-1)
+        shares_BNCS = jax.nn.softmax(jnp.where(seen_BCS[:, None], scale * scores_BNCS, lowest), axis=-1)
         p_BCS = jnp.mean(shares_BNCS, axis=1)
         own_BCS = index_scores(q_BCNI, weights_BCN, wide_BSH.astype(index.k_BSH.dtype))
         log_BCS = jax.nn.log_softmax(jnp.where(seen_BCS, own_BCS, lowest), axis=-1)

@@ -155,16 +155,15 @@ class LatentAttentionSpec(Mixer):
         stats, chosen = context.selection.stats, k_BSH.shape[1] > self.top_k
         if not chosen and stats is None:
             return Selection(), cache
-        q_BTNH, weights_BTN = self.indexer.queries(own, x_BTD, self._narrow_queries(params, x_BTD), tables)
-        index = IndexVectors(q_BTNH, weights_BTN, k_BSH)
+        narrow_BTA = self._narrow_queries(params, x_BTD)
+        index = IndexVectors(*self.indexer.queries(own, x_BTD, narrow_BTA, tables), k_BSH)
         places = Places(jnp.broadcast_to(places_BT, x_BTD.shape[:2]), context.documents)
         keys = constrain(select_keys(index, places, self.top_k), "BT.") if chosen else None
         if stats is not None:
             k_BTNH, _ = self._keys_and_values(params, self._kept(params, x_BTD, context))
-            attention = self._queries(params, x_BTD, context) * self._score_scale, k_BTNH
-            stats = stats.add(
-                divergences(index, places, keys, *jax.lax.stop_gradient(attention)), context.valid
-            )
+            q_BTNH = self._queries(params, x_BTD, context)
+            divergences_BT = divergences(index, places, keys, q_BTNH, k_BTNH, self._score_scale)
+            stats = stats.add(divergences_BT, context.valid)
         return Selection(keys, stats), cache
 
     def unselected(self, x_BTD: jax.Array, context: Context, slot: Slot | None) -> jax.Array | None:

@@ -9,11 +9,11 @@ import pytest
 
 from jaxmoe.model.batch import Batch
 from jaxmoe.model.mixers.context import make_context
-from jaxmoe.model.mixers.indexer import IndexerSpec, IndexVectors, Places, select_keys
+from jaxmoe.model.mixers.indexer import IndexerSpec, IndexVectors, Places, divergences, select_keys
 from jaxmoe.model.mixers.latent import LatentAttentionSpec
 from jaxmoe.model.mixers.query_blocks import QUERIES
 from jaxmoe.model.mixers.rope import RopeSpec
-from jaxmoe.model.mixers.selected_keys import Selection, highest, unpacked_keys
+from jaxmoe.model.mixers.selected_keys import IndexerStats, Selection, highest, unpacked_keys
 from jaxmoe.model.norms import NormSpec
 from jaxmoe.params import named
 
@@ -125,14 +125,16 @@ def test_gradients_of_long_rows_are_finite_in_bfloat16():
         assert jnp.any(leaf != 0) == ("indexer" not in name), name
 
 
-def test_memory_grows_with_the_text():
+@pytest.mark.parametrize("asked", [False, True])
+def test_memory_grows_with_the_text(asked):
     """Of twice as many tokens about twice as much: no score of every query and every key is there at once."""
 
     def peak(length):
         context = context_of(length)
 
         def loss(params, x):
-            return jnp.sum(jnp.square(applied(SPEC, params, x, context)))
+            out = jnp.sum(jnp.square(applied(SPEC, params, x, context)))
+            return out + divergence_of(params, x, context).divergence if asked else out
 
         x = jax.ShapeDtypeStruct((1, length, WIDTH), jnp.float32)
         compiled = jax.jit(jax.grad(loss)).lower(drawn(), x).compile()
@@ -141,3 +143,78 @@ def test_memory_grows_with_the_text():
     short, long = peak(4096), peak(8192)
     assert long < 2.3 * short
     assert long < 8192 * 8192 * 2
+
+
+def naive_divergences(index, places, chosen_BTS, q_BTNH, k_BTNH, scale):
+    """Every query by itself, in float64."""
+    index, q_BTNH, k_BTNH = jax.tree.map(lambda x: np.asarray(x, np.float64), (index, q_BTNH, k_BTNH))
+    found = np.zeros(places.shape)
+    for row, query in np.ndindex(*places.shape):
+        keys = np.flatnonzero(chosen_BTS[row, query])
+        scores_NS = scale * np.einsum("nh,snh->ns", q_BTNH[row, query], k_BTNH[row, keys])
+        p_S = softmax(scores_NS).mean(axis=0)
+        own_S = index.weights_BTN[row, query] @ np.maximum(
+            index.q_BTNH[row, query] @ index.k_BSH[row, keys].T, 0
+        )
+        found[row, query] = np.sum(p_S * (np.log(p_S) - np.log(softmax(own_S))))
+    return found
+
+
+def softmax(x):
+    weights = np.exp(x - x.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize(("length", "count"), [(QUERIES + 9, 11), (QUERIES + 9, None), (20, 11)])
+def test_how_far_attention_is_from_an_indexer(length, count):
+    places = jnp.tile(jnp.arange(length, dtype=jnp.int32), (2, 1))
+    documents = jnp.asarray(np.arange(length)[None] >= np.asarray([[7], [length // 2]]), jnp.int32)
+    index, rng = IndexVectors(*operands(2, length, length)), np.random.default_rng(3)
+    q, k = (jnp.asarray(rng.standard_normal((2, length, 3, 5)), jnp.float32) for _ in range(2))
+    keys = None if count is None else select_keys(index, Places(places, documents), count)
+    chosen = naive_selection(*index, places, documents, count or length)
+    want = naive_divergences(index, places, chosen, q, k, 0.7)
+    got = divergences(index, Places(places, documents), keys, q, k, 0.7)
+    np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
+    assert want.mean() > 0.5
+
+
+def divergence_of(params, x, context):
+    stats = IndexerStats(jnp.zeros(()), jnp.zeros(()))
+    asked = dataclasses.replace(context, selection=Selection(stats=stats))
+    return SPEC.select(params, x, asked, None)[0].stats
+
+
+@pytest.mark.parametrize("length", [50, 20])
+def test_its_loss_reaches_the_indexer_alone(length):
+    """Also where a query sees all keys."""
+    x, context = jax.random.normal(jax.random.key(0), (1, length, WIDTH)), context_of(length)
+    loss = lambda params, x: divergence_of(params, x, context).divergence
+    for name, grad in named(jax.jit(jax.grad(loss, argnums=(0, 1)))(drawn(), x)):
+        assert np.asarray(grad).any() == name.startswith("0.indexer."), name
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "k_norm", "k_norm_bias", "head_weights"])
+def test_the_gradient_of_its_loss(name):
+    """That of a step along it, where no choice is made that it could change."""
+    length = 20
+    params, context, x = drawn(), context_of(length), jax.random.normal(jax.random.key(0), (1, length, WIDTH))
+
+    @jax.jit
+    def loss(value):
+        indexer = params["indexer"] | {name: value}
+        return divergence_of(params | {"indexer": indexer}, x, context).divergence
+
+    value = params["indexer"][name]
+    grad = jax.grad(loss)(value)
+    size = jnp.linalg.norm(grad)
+    step = 0.01 * grad / size
+    np.testing.assert_allclose((loss(value + step) - loss(value - step)) / 0.02, size, rtol=1e-2)
+
+
+def test_padding_has_no_loss():
+    x, valid = jax.random.normal(jax.random.key(0), (1, 50, WIDTH)), jnp.arange(50)[None] < 40
+    padded = divergence_of(drawn(), x, context_of(50, segments=valid.astype(jnp.int32)))
+    alone = divergence_of(drawn(), x[:, :40], context_of(40))
+    assert padded.tokens == alone.tokens == 40
+    np.testing.assert_allclose(padded.divergence, alone.divergence, rtol=1e-5)
