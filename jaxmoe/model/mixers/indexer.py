@@ -15,6 +15,7 @@ from jaxmoe.model.mixers.query_blocks import by_query_blocks
 from jaxmoe.model.mixers.rope import RopeSpec, apply_rope
 from jaxmoe.model.mixers.selected_keys import highest, packed_keys, unpacked_keys, visible_keys
 from jaxmoe.model.norms import NormSpec, norm
+from jaxmoe.parallel.sharding import by_rows
 from jaxmoe.params import Param, Tree, param
 
 # Whatever rms_norm_eps says.
@@ -124,16 +125,22 @@ def select_keys(index: IndexVectors, places: Places, count: int) -> UInt8[Array,
     Returns:
         As `jaxmoe.model.mixers.selected_keys` writes them.
     """
-    k_BSH = index.k_BSH
 
-    def choose(
-        q_BCNH: jax.Array, weights_BCN: jax.Array, of_queries_BC: jax.Array, documents_BC: jax.Array | None
-    ) -> jax.Array:
-        visible_BCS = visible_keys(of_queries_BC, k_BSH.shape[1], documents_BC, places.documents_BT)
-        return packed_keys(highest(index_scores(q_BCNH, weights_BCN, k_BSH), visible_BCS, count))
+    def select(index: IndexVectors, places: Places) -> jax.Array:
+        def choose(
+            q_BCNH: jax.Array,
+            weights_BCN: jax.Array,
+            of_queries_BC: jax.Array,
+            documents_BC: jax.Array | None,
+        ) -> jax.Array:
+            visible_BCS = visible_keys(of_queries_BC, index.k_BSH.shape[1], documents_BC, places.documents_BT)
+            scores_BCS = index_scores(q_BCNH, weights_BCN, index.k_BSH)
+            return packed_keys(highest(scores_BCS, visible_BCS, count))
+
+        return by_query_blocks(choose, index.q_BTNH, index.weights_BTN, *places)
 
     # Choices have no gradient, but jax would carry one as far as the scores.
-    return by_query_blocks(choose, *jax.lax.stop_gradient((index.q_BTNH, index.weights_BTN)), *places)
+    return by_rows(select, jax.lax.stop_gradient(index), places)
 
 
 def divergences(

@@ -1,11 +1,13 @@
 """The keys that an indexer selects: exactly the best, of the query's document, in memory that grows with the text."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from jaxmoe.model.batch import Batch
 from jaxmoe.model.mixers.context import make_context
@@ -15,6 +17,7 @@ from jaxmoe.model.mixers.query_blocks import QUERIES
 from jaxmoe.model.mixers.rope import RopeSpec
 from jaxmoe.model.mixers.selected_keys import IndexerStats, Selection, highest, unpacked_keys
 from jaxmoe.model.norms import NormSpec
+from jaxmoe.parallel.sharding import make_mesh, spec_of
 from jaxmoe.params import named
 
 ROPE = RopeSpec(1e4, 8, interleaved=True)
@@ -218,3 +221,17 @@ def test_padding_has_no_loss():
     alone = divergence_of(drawn(), x[:, :40], context_of(40))
     assert padded.tokens == alone.tokens == 40
     np.testing.assert_allclose(padded.divergence, alone.divergence, rtol=1e-5)
+
+
+def test_devices_choose_for_their_own_rows():
+    """Left alone XLA would have each of them choose for all."""
+    mesh = make_mesh(fsdp=2, expert=2, tensor=2)
+    places = jnp.tile(jnp.arange(70, dtype=jnp.int32), (4, 1))
+    given = IndexVectors(*operands(4, 70, 70)), Places(places, places // 30)
+    select = jax.jit(lambda *given: select_keys(*given, 11))
+    want = select(*given)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(given, NamedSharding(mesh, spec_of("B")))
+        compiled = jax.jit(lambda *given: select_keys(*given, 11)).lower(*placed).compile()
+        assert not re.search("all-gather|all-reduce|collective-permute|all-to-all", compiled.as_text())
+        np.testing.assert_array_equal(compiled(*placed), want)
