@@ -16,7 +16,7 @@ Dimension letters, used for every tensor of the code base:
        and value side by side times N
     W  value width, M times a value's            K  experts chosen per token
     P  attended width, N times a value's
-    H  head width
+    H  head width, or an indexer's of all heads
     A  latent width of queries
     C  latent width of keys and values, or with
        the key that all heads share beside it
@@ -24,7 +24,8 @@ Dimension letters, used for every tensor of the code base:
     Y  state of one of its channels
     E  experts                                   Z  slots, that is (token, choice) pairs: Z = R*K
     G  gate and up, 2; without a gate 1
-    J  1, of a gate that is one number per token
+    J  1, of a gate that is one number per token,
+       or N of one that is that for each of N heads
     F  hidden width of one expert
     I  hidden width of a dense feed-forward
 

@@ -57,5 +57,5 @@ def indexer_rules() -> tuple[Rule, ...]:
         rule("k_proj", "wk.weight", "H D"),
         rule("k_norm", "k_norm.weight", "H"),
         rule("k_norm_bias", "k_norm.bias", "H"),
-        rule("head_weights", "weights_proj.weight", "N D"),
+        rule("head_weights", "weights_proj.weight", "J D"),
     )

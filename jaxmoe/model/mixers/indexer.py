@@ -44,13 +44,13 @@ class IndexerSpec:
 
     def params(self, width: int, query_latent: int) -> dict[str, Param]:
         """Declarations. Every device of a mesh's tensor axis has all heads, so that it sums up their scores alike."""
-        sizes = {"D": width, "A": query_latent, "N": self.num_heads, "H": self.head_dim}
+        sizes = {"D": width, "A": query_latent, "J": self.num_heads, "H": self.head_dim}
         return {
             "q_proj": param("HA", sizes | {"H": self.num_heads * self.head_dim}, chooses=True),
             "k_proj": param("HD", sizes, chooses=True),
             "k_norm": param("H", sizes, role="vector", init="ones", chooses=True),
             "k_norm_bias": param("H", sizes, role="vector", init="zeros", chooses=True),
-            "head_weights": param("ND", sizes, chooses=True),
+            "head_weights": param("JD", sizes, chooses=True),
         }
 
     def keys(self, params: Tree, x_BTD: Float[Array, "B T D"], tables: Tables) -> Float[Array, "B T H"]:
