@@ -1,6 +1,7 @@
 """Where low-rank pairs of transformers' parameters lie in those of ours, and how new ones begin."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -128,16 +129,15 @@ def declared_pair(declared: Param, places: Sequence[Place]) -> LowRank:
     sizes = [
         1 if letter in shared else size for letter, size in zip(declared.dims, declared.shape, strict=True)
     ]
-    a = Param(
-        declared.dims[:-2] + "r" + declared.dims[-1], (*sizes[:-2], rank, sizes[-1]), "zeros", declared.role
-    )
-    b = Param(declared.dims[:-1] + "r", (*declared.shape[:-1], rank), "zeros", declared.role)
+    factor = functools.partial(Param, init="zeros", role=declared.role, chooses=declared.chooses)
+    a = factor(declared.dims[:-2] + "r" + declared.dims[-1], (*sizes[:-2], rank, sizes[-1]))
+    b = factor(declared.dims[:-1] + "r", (*declared.shape[:-1], rank))
     return LowRank(declared, a, b, place.width.scale)
 
 
 def declared_lengths(declared: Param) -> Param:
     """The declaration of the magnitude of an adapted parameter."""
-    return Param(declared.dims[:-1], declared.shape[:-1], "zeros", "vector")
+    return Param(declared.dims[:-1], declared.shape[:-1], "zeros", "vector", chooses=declared.chooses)
 
 
 def draw(init: str, key: jax.Array, place: Place) -> tuple[jax.Array, jax.Array]:

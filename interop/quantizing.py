@@ -123,7 +123,7 @@ def on_host(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def forms_of(declared: Tree, model: Today, config: QuantizationConfig) -> dict[str, Form]:
-    """What of a model is held in few bits: matrices of layers, but for routers and gates of one number per token.
+    """What of a model is held in few bits: matrices of layers, but for routers and gates of a number per token.
 
     Norms, embeddings, the output head and filters of convolutions are none.
 

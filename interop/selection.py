@@ -29,8 +29,10 @@ class Selection:
     mask: Tree
 
 
-def select(source: Source, trainable: Sequence[str] | None, frozen: Sequence[str]) -> Selection:
-    """Which parameters are trained: those of `trainable` without those of `frozen`, and never constants.
+def select(
+    source: Source, trainable: Sequence[str] | None, frozen: Sequence[str], choosing: bool = False
+) -> Selection:
+    """Which parameters are trained: those of `trainable` without those of `frozen`, never what no gradient changes.
 
     A pattern is a regular expression that is searched in the names of tensors as they are on disk, such as
     ``model.layers.0.self_attn.q_proj.weight``. Layers may differ; experts of one layer, and gate and up of one
@@ -40,6 +42,7 @@ def select(source: Source, trainable: Sequence[str] | None, frozen: Sequence[str
         source: the model.
         trainable: patterns; None for all tensors.
         frozen: patterns.
+        choosing: there is a loss of parameters that only make a choice (`Param.chooses`).
 
     Raises:
         UserError: a pattern is none or matches nothing, one parameter would be trained in part, or nothing would be
@@ -55,13 +58,13 @@ def select(source: Source, trainable: Sequence[str] | None, frozen: Sequence[str
                     f"{key}: {pattern.pattern!r} matches no tensor of the model{_nearest(pattern, names)}"
                 )
 
-    constant = _constants(source)
+    constant = _constants(source, choosing)
     for pattern in chosen or []:
         found = [name for name in names if pattern.search(name)]
         if constant.issuperset(found):
             raise UserError(
-                f"trainable: {pattern.pattern!r} matches {found[0]}, a constant that no gradient changes: expected a "
-                "pattern of what can be trained"
+                f"trainable: {pattern.pattern!r} matches {found[0]}, which no gradient changes: expected a pattern of "
+                "what can be trained"
             )
 
     def is_trained(names: Iterable[str]) -> bool:
@@ -79,7 +82,7 @@ def select(source: Source, trainable: Sequence[str] | None, frozen: Sequence[str
     source = regrouped(source, _signatures(source.spec, source.bindings, trained))
     of_parameter = source.bindings.of_parameter
     mask = {
-        name: declared.role != "constant" and trained(of_parameter[name][0])
+        name: declared.learns(choosing) and trained(of_parameter[name][0])
         for name, declared in named(source.spec.declared)
     }
     if not any(mask.values()):
@@ -101,10 +104,10 @@ def _compiled(key: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
         ) from None
 
 
-def _constants(source: Source) -> set[str]:
-    """Tensors of constants."""
+def _constants(source: Source, choosing: bool) -> set[str]:
+    """Tensors that no gradient changes."""
     parts = source.bindings.of_tensor.values()
-    return {part.source for part in parts if part.declared.role == "constant"}
+    return {part.source for part in parts if not part.declared.learns(choosing)}
 
 
 def _copies(source: Source) -> Mapping[str, str]:

@@ -16,7 +16,7 @@ Dimension letters, used for every tensor of the code base:
        and value side by side times N
     W  value width, M times a value's            K  experts chosen per token
     P  attended width, N times a value's
-    H  head width
+    H  head width, or an indexer's of all heads
     A  latent width of queries, of gates, or
        of the steps of a recurrence
     C  latent width of keys and values, or with
@@ -27,7 +27,8 @@ Dimension letters, used for every tensor of the code base:
     Y  state of one of its channels
     E  experts                                   Z  slots, that is (token, choice) pairs: Z = R*K
     G  gate and up, 2; without a gate 1
-    J  1, of a gate that is one number per token
+    J  1, of a gate that is one number per token,
+       or N of one that is that for each of N heads
     F  hidden width of one expert
     I  hidden width of a dense feed-forward
 
@@ -67,6 +68,8 @@ class Param:
             step changes it).
         num_heads: N, where a dimension is made of query heads, each of which stays whole on one device.
         float32: kept in float32 whatever the model computes in.
+        chooses: it is only read to make a choice, through which no gradient of the model's loss goes: a loss of its own
+            trains it, or nothing does.
         stored: dtype of what is no number of the model but a code or a scale of several; None for all others.
     """
 
@@ -76,12 +79,21 @@ class Param:
     role: Role
     num_heads: int | None = None
     float32: bool = False
+    chooses: bool = False
     stored: str | None = None
 
     @property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    def learns(self, choosing: bool) -> bool:
+        """Whether a gradient step may change it.
+
+        Args:
+            choosing: there is a loss of what `chooses`.
+        """
+        return self.role != "constant" and (choosing or not self.chooses)
 
     def dtype(self, others: Any) -> Any:
         """The dtype that it has in a model of dtype `others`."""
@@ -115,9 +127,14 @@ def count(tree: Tree) -> int:
     return sum(p.size for p in jax.tree.leaves(tree))
 
 
-def roles(tree: Tree) -> Tree:
-    """The role of every parameter, as a tree of the same structure."""
-    return jax.tree.map(lambda p: p.role, tree)
+def roles(tree: Tree, choosing: bool = False) -> Tree:
+    """The role of every parameter for an optimiser, as a tree of the same structure.
+
+    Args:
+        tree: declarations.
+        choosing: there is a loss of what `Param.chooses`; otherwise that is constant.
+    """
+    return jax.tree.map(lambda p: p.role if p.learns(choosing) else "constant", tree)
 
 
 def named(tree: Tree) -> Iterator[tuple[str, Any]]:

@@ -271,6 +271,12 @@ class TrainConfig(Section):
     eval_every: Count | None = Field(
         default=None, description="Steps between evaluations. null: at the end only."
     )
+    indexer_loss: NotNegative = Field(
+        default=0.0,
+        description="Weight of the loss of indexers (sparse attention as DeepSeek-V3.2 has it): the divergence of "
+        "attention's weights from their scores, over the selected keys. It trains them alone and nothing else does. "
+        "0: they stay as they are.",
+    )
     seed: Seed = Field(default=0, description="Seed of initial weights and of the order of the data.")
     export: Annotated[
         Annotated[bool, Tag("mapping")] | Annotated[Literal["adapter", "merged", "both"], Tag("path")],

@@ -13,7 +13,11 @@ import jax
 from jaxmoe.model.feed_forward.router import RouterStats
 from jaxmoe.model.mixers.context import Context
 from jaxmoe.model.mixers.rope import RopeSpec
+from jaxmoe.model.mixers.selected_keys import Selection
 from jaxmoe.params import Tree
+
+Slot = tuple[Tree, jax.Array]
+"""A cache of all repeats of a layer, and () int32, which of them is meant."""
 
 
 class Block(abc.ABC):
@@ -66,6 +70,28 @@ class Mixer(Block):
         Returns:
             (B, T, D).
         """
+
+    def select(
+        self, params: Tree, x_BTD: jax.Array, context: Context, slot: Slot | None
+    ) -> tuple[Selection, Tree]:
+        """The keys that this layer and those after it see, found before it is applied: `Context.selection` of them all.
+
+        By default those that a layer before has selected.
+
+        Args:
+            params, x_BTD, context: as in `apply`, or in `decode` where there is a cache.
+            slot: its cache and which repeat it is; None where every token is at hand.
+
+        Returns:
+            The selection, and the cache with what selecting has to know of these tokens.
+        """
+        del params, x_BTD
+        return context.selection, None if slot is None else slot[0]
+
+    def unselected(self, x_BTD: jax.Array, context: Context, slot: Slot | None) -> jax.Array | None:
+        """What stands for keys before they are selected, of the shape that `select` gives; None if it selects none."""
+        del x_BTD, context, slot
+        return None
 
     @abc.abstractmethod
     def init_cache(self, repeats: int, batch: int, length: int, dtype: Any) -> Tree:

@@ -1,7 +1,7 @@
 """The one decoder: a pure function of parameters and a batch, one `lax.scan` per group of layers."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,13 @@ from jaxtyping import Array, Float
 from jaxmoe.codecs import PACKED
 from jaxmoe.kernels.devices import Device
 from jaxmoe.model.batch import Batch
+from jaxmoe.model.blocks import Slot
 from jaxmoe.model.dropout import Dropout
 from jaxmoe.model.feed_forward.router import RouterStats
 from jaxmoe.model.head import Head, LogitSpec
 from jaxmoe.model.linear import along_last, gathered, in_dtype, letters_of, lookup, with_dropout
 from jaxmoe.model.mixers.context import Context, make_context
+from jaxmoe.model.mixers.selected_keys import IndexerStats, Selection
 from jaxmoe.model.norms import norm
 from jaxmoe.model.precision import float32_matmuls, scaled
 from jaxmoe.model.spec import LayerGroup, LayerSpec, ModelSpec
@@ -25,7 +27,21 @@ Cache = tuple[tuple[Tree, ...], ...]
 """Of every group of layers, for each place in its pattern: what its mixer keeps, over all repeats; None without one."""
 
 
-def hidden_states(
+class Outputs(NamedTuple):
+    """What a model gives for a batch.
+
+    Attributes:
+        hidden_BTD: (B, T, D) in the compute dtype, after the final norm.
+        router: the router statistics with a leading axis over the MoE layers; None if there are none.
+        indexer: those of the indexers, of all layers together; None where nobody asked or there are none.
+    """
+
+    hidden_BTD: jax.Array
+    router: RouterStats | None
+    indexer: IndexerStats | None
+
+
+def outputs(
     params: Tree,
     spec: ModelSpec,
     batch: Batch,
@@ -36,8 +52,9 @@ def hidden_states(
     key: jax.Array | None = None,
     device: Device | None = None,
     dropout: float = 0.0,
-) -> tuple[Float[Array, "B T D"], RouterStats | None]:
-    """Everything up to the final norm.
+    indexers: bool = False,
+) -> Outputs:
+    """Everything up to the final norm, and the statistics of layers.
 
     Args:
         params: the tree of `ModelSpec.declared`, in any float dtype; a matrix may be any weight of
@@ -51,19 +68,23 @@ def hidden_states(
         key: PRNG key for router jitter and dropout, in training.
         device: that computes; None for the one at hand.
         dropout: share that low-rank pairs of layers drop of their inputs, where there is a key.
-
-    Returns:
-        (B, T, D) in `dtype`, and the router statistics with a leading axis over the MoE layers (None if there
-        are none).
+        indexers: compute the statistics of indexers, for which attention's weights are computed once more.
     """
     with float32_matmuls(dtype):
         context = make_context(spec.rotations, batch, dtype, packed=packed, key=key, device=device)
-        context = dataclasses.replace(context, dropout=dropout)
-        hidden, stats, _ = _hidden_states(params, spec, batch.tokens, context, dtype, remat=remat)
-        return hidden, stats
+        stats = IndexerStats(jnp.zeros(()), jnp.zeros(())) if indexers else None
+        context = dataclasses.replace(context, dropout=dropout, selection=Selection(stats=stats))
+        return _outputs(params, spec, batch.tokens, context, dtype, remat=remat)[0]
 
 
-def _hidden_states(
+def hidden_states(
+    params: Tree, spec: ModelSpec, batch: Batch, *, dtype: Any, **options: Any
+) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+    """The first two of `outputs`, with its arguments."""
+    return outputs(params, spec, batch, dtype=dtype, **options)[:2]
+
+
+def _outputs(
     params: Tree,
     spec: ModelSpec,
     tokens: jax.Array,
@@ -72,7 +93,7 @@ def _hidden_states(
     *,
     remat: bool = False,
     cache: Cache | None = None,
-) -> tuple[jax.Array, RouterStats | None, Cache]:
+) -> tuple[Outputs, Cache]:
     # Rows of the table are looked up whole: split along D, the lookup's result would have to be resharded.
     table = jax.tree.map(constrain, params["embed"], letters_of(params["embed"], "V."))
     x_BTD = constrain(lookup(table, tokens, dtype), "BTD")
@@ -85,16 +106,16 @@ def _hidden_states(
         trees = (spec.declared["groups"][index], params["groups"][index])
         group_context = dataclasses.replace(context, key=key)
         group_cache = None if cache is None else cache[index]
-        x_BTD, group_stats, group_cache = _run_group(group, *trees, x_BTD, group_context, remat, group_cache)
-        context = dataclasses.replace(context, layer=context.layer + len(group.pattern) * group.repeats)
+        x_BTD, selection, group_stats, group_cache = _run_group(
+            group, *trees, x_BTD, group_context, remat, group_cache
+        )
+        number = context.layer + len(group.pattern) * group.repeats
+        context = dataclasses.replace(context, selection=selection, layer=number)
         stats.extend(group_stats)
         caches.append(group_cache)
     x_BTD = norm(params, "norm", spec.norm, x_BTD)
-    return (
-        x_BTD,
-        jax.tree.map(lambda *parts: jnp.concatenate(parts), *stats) if stats else None,
-        tuple(caches),
-    )
+    router = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stats) if stats else None
+    return Outputs(x_BTD, router, context.selection.stats), tuple(caches)
 
 
 def init_cache(spec: ModelSpec, batch: int, length: int, dtype: Any) -> Cache:
@@ -146,8 +167,8 @@ def decode(
         context = make_context(
             spec.rotations, batch, dtype, packed=False, device=device, fresh=fresh, length=length
         )
-        hidden, _, cache = _hidden_states(params, spec, batch.tokens, context, dtype, cache=cache)
-        return hidden, cache
+        found, cache = _outputs(params, spec, batch.tokens, context, dtype, cache=cache)
+        return found.hidden_BTD, cache
 
 
 def output_head(params: Tree, spec: ModelSpec) -> Head:
@@ -170,12 +191,12 @@ def _run_group(
     context: Context,
     remat: bool,
     cache: tuple[Tree, ...] | None,
-) -> tuple[jax.Array, list[RouterStats], tuple[Tree, ...] | None]:
+) -> tuple[jax.Array, Selection, list[RouterStats], tuple[Tree, ...] | None]:
     """Scan over the repeats of a group, whose first layer is that of the context. The statistics of its MoE layers
     come back in layer order.
 
-    A cache is carried whole from layer to layer: a mixer writes a few tokens into it, where a scan's output would be a
-    copy of it all.
+    What one layer gives the next is its output and `Context.selection`, which both come back too. A cache is carried
+    whole from layer to layer: a mixer writes a few tokens into it, where a scan's output would be a copy of it all.
     """
 
     sparse = [{}] * len(params) if cache is None else _sparse(group, declared, params, x_BTD)
@@ -188,6 +209,7 @@ def _run_group(
         place: int,
         weights: Tree,
         x: jax.Array,
+        selection: Selection,
         layer_key: jax.Array | None,
         repeat: jax.Array,
         slot: Any,
@@ -198,32 +220,45 @@ def _run_group(
         if layer_key is not None and context.dropout:
             weights = with_dropout(weights, Dropout(layer_key, context.dropout))
         number = context.layer + repeat * len(group.pattern) + place
-        own_context = dataclasses.replace(context, key=layer_key, layer=number)
+        own_context = dataclasses.replace(context, key=layer_key, layer=number, selection=selection)
         return _layer(group.pattern[place], weights, x, own_context, slot)
 
     if remat:
         run_layer = jax.checkpoint(run_layer, static_argnums=(0,), prevent_cse=False)
 
-    def body(carry: tuple[jax.Array, Any], scanned: tuple[tuple[Tree, ...], Any, jax.Array]) -> Any:
-        (x, caches), (pattern_params, repeat_key, repeat) = carry, scanned
+    def body(carry: tuple[jax.Array, Any, Any], scanned: tuple[tuple[Tree, ...], Any, jax.Array]) -> Any:
+        (x, selection, caches), (pattern_params, repeat_key, repeat) = carry, scanned
         layer_stats, written = [], []
         for place, weights in enumerate(pattern_params):
             layer_key = None if repeat_key is None else jax.random.fold_in(repeat_key, place)
             slot = None if caches is None else (caches[place], repeat)
-            x, stats, new = run_layer(place, weights, x, layer_key, repeat, slot)
+            x, selection, stats, new = run_layer(place, weights, x, selection, layer_key, repeat, slot)
             written.append(new)
             if stats is not None:
                 layer_stats.append(stats)
-        return (x, None if caches is None else tuple(written)), layer_stats
+        return (x, selection, None if caches is None else tuple(written)), layer_stats
 
     keys = None if context.key is None else jax.random.split(context.key, group.repeats)
     scanned = (params, keys, jnp.arange(group.repeats, dtype=jnp.int32))
-    (x_BTD, cache), stats = jax.lax.scan(body, (x_BTD, cache), scanned)
+    begun = (x_BTD, _begun_selection(group, x_BTD, context, cache), cache)
+    (x_BTD, selection, cache), stats = jax.lax.scan(body, begun, scanned)
     if not stats:
-        return x_BTD, [], cache
+        return x_BTD, selection, [], cache
     # (repeats, …) per place in the pattern → (repeats * places, …), that is layer order.
     merged = jax.tree.map(lambda *places: jnp.stack(places, axis=1).reshape(-1, *places[0].shape[1:]), *stats)
-    return x_BTD, [merged], cache
+    return x_BTD, selection, [merged], cache
+
+
+def _begun_selection(
+    group: LayerGroup, x_BTD: jax.Array, context: Context, cache: tuple[Tree, ...] | None
+) -> Selection:
+    """The selection that a scan begins with: it has the shape of those that it goes on with."""
+    keys = context.selection.keys
+    for place, layer in enumerate(group.pattern):
+        if keys is None and layer.mixer is not None:
+            slot = None if cache is None else (cache[place], jnp.zeros((), jnp.int32))
+            keys = layer.mixer.unselected(x_BTD, context, slot)
+    return context.selection._replace(keys=keys)
 
 
 def _sparse(
@@ -266,9 +301,10 @@ def _for_compute(declared: Tree, values: Tree, dtype: Any) -> Tree:
 
 
 def _layer(
-    layer: LayerSpec, params: Tree, x_BTD: jax.Array, context: Context, slot: tuple[Tree, jax.Array] | None
-) -> tuple[jax.Array, RouterStats | None, Tree | None]:
-    """What comes out of a layer (B, T, D), the statistics of its router, and its cache where it has one.
+    layer: LayerSpec, params: Tree, x_BTD: jax.Array, context: Context, slot: Slot | None
+) -> tuple[jax.Array, Selection, RouterStats | None, Tree | None]:
+    """What comes out of a layer (B, T, D), the keys that layers after it see, the statistics of its router, and its
+    cache where it has one.
 
     Args:
         slot: the cache of its mixer and which repeat it is; None where every token is at hand.
@@ -288,10 +324,12 @@ def _layer(
     normed, stats, cache = x_BTD, None, None
     if layer.mixer is not None:
         normed = before("attention", x_BTD)
+        selection, cache = layer.mixer.select(params, normed, context, slot)
+        context = dataclasses.replace(context, selection=selection)
         if slot is None:
             mixed = layer.mixer.apply(params, normed, context)
         else:
-            mixed, cache = layer.mixer.decode(params, normed, context, *slot)
+            mixed, cache = layer.mixer.decode(params, normed, context, cache, slot[1])
         x_BTD = add("attention", layer.mixer_scales, x_BTD, normed, mixed)
     if layer.ffn is not None:
         if layer.mixer is None or not layer.one_norm:
@@ -300,4 +338,4 @@ def _layer(
         x_BTD = add("ffn", layer.ffn_scales, x_BTD, normed, out)
     if layer.output_scale:
         x_BTD = x_BTD * along_last(params["output_scale"], x_BTD)
-    return x_BTD, stats, cache
+    return x_BTD, context.selection, stats, cache

@@ -6,7 +6,7 @@ is split over those three first ones, and ``context``, whose size is 1 for now, 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -186,6 +186,23 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec_of(letters, mesh.axis_names))
+
+
+def by_rows(function: Callable[..., Any], *arrays: Any) -> Any:
+    """`function` of arrays (B, …) whose rows have nothing to do with one another, on each device of its own rows.
+
+    For what XLA would gather all rows for, such as a top-k. So it still does where devices do not divide the batch.
+
+    Args:
+        function: gives arrays (B, …).
+        arrays: whole along every other axis; None stays None.
+    """
+    mesh = current_mesh()
+    rows = jax.tree.leaves(arrays)[0].shape[0]
+    if mesh is None or rows % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+        return function(*arrays)
+    spec = spec_of("B", mesh.axis_names)
+    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
 
 def constrain_fitting(x: jax.Array, letters: str) -> jax.Array:

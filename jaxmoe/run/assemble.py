@@ -200,12 +200,19 @@ def assemble(
     source = open_model(config.model) if source is None else source
     source = dataclasses.replace(source, mtp=config.train.export_mtp)
     chosen: Adapted | Selection
+    choosing = config.train.indexer_loss > 0
     if config.adapter is not None:
         chosen = adapt(source, config.adapter, config.model.packing)
         declared, rates = chosen.declared, chosen.rates(config.adapter.learning_rate_ratio)
     else:
-        chosen = select(source, config.trainable, config.frozen)
+        chosen = select(source, config.trainable, config.frozen, choosing)
         declared, rates = chosen.source.spec.declared, None
+    trained = zip(jax.tree.leaves(declared), jax.tree.leaves(chosen.mask), strict=True)
+    if choosing and not any(parameter.chooses and is_trained for parameter, is_trained in trained):
+        raise UserError(
+            f"train.indexer_loss = {config.train.indexer_loss:g} reaches nothing that is trained: expected 0, or a "
+            "model with indexers of which something is trained"
+        )
     shardings(chosen.source.spec.declared, mesh)
     shardings(declared, mesh)
     device = describe(mesh.devices.flat[0]) if device is None else device
@@ -217,7 +224,7 @@ def assemble(
         adapted=chosen if isinstance(chosen, Adapted) else None,
         mesh=mesh,
         device=device,
-        optimizer=build_optimizer(config.optimizer, roles(declared), config.train.steps, rates),
+        optimizer=build_optimizer(config.optimizer, roles(declared, choosing), config.train.steps, rates),
         learning_rate=schedule(config.optimizer, config.train.steps),
         step_spec=StepSpec(
             model=chosen.source.spec,
@@ -228,5 +235,6 @@ def assemble(
             packed=config.data.packing,
             device=device,
             dropout=chosen.dropout if isinstance(chosen, Adapted) else 0.0,
+            indexer_loss=config.train.indexer_loss,
         ),
     )

@@ -15,6 +15,7 @@ from jaxmoe.model.spec import ModelSpec
 from jaxmoe.parallel.sharding import current_mesh
 from jaxmoe.params import Tree, joined
 from jaxmoe.training.balance import load_balancing_loss, router_z_loss
+from jaxmoe.training.indexers import indexer_loss
 from jaxmoe.training.objectives import Objective
 from jaxmoe.training.objectives.language_model import LanguageModel
 from jaxmoe.training.state import Saved, TrainState
@@ -30,9 +31,10 @@ class StepSpec:
         remat: recompute layers in the backward pass.
         aux_loss: weight of `jaxmoe.training.balance.load_balancing_loss`.
         z_loss: weight of `jaxmoe.training.balance.router_z_loss`.
+        indexer_loss: weight of `jaxmoe.training.indexers.indexer_loss`; 0 does not even compute it.
         packed: training rows may hold several documents; False spares attention its mask (see
             `jaxmoe.model.decoder.hidden_states`). Evaluation always takes packed rows.
-        objective: what is minimised beside those two.
+        objective: what is minimised beside those.
         device: that computes; None for the one at hand.
         dropout: share that low-rank pairs of layers drop of their inputs in training.
     """
@@ -46,6 +48,7 @@ class StepSpec:
     objective: Objective = LanguageModel()
     device: Device | None = None
     dropout: float = 0.0
+    indexer_loss: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +92,10 @@ def make_train_step(
     devices: XLA reduces them before it casts them. Those of the embedding and of the output head are summed over
     devices in float32, and all of them over micro-batches.
 
-    Metrics: ``loss`` (nats per target, without balance terms), ``aux_loss``, ``z_loss``, ``grad_norm``
-    (before clipping), ``learning_rate``, ``targets`` (those that count), ``tokens`` (valid ones), and ``router``
-    with a leading axis over MoE layers (`jaxmoe.model.feed_forward.router.RouterStats`, summed over the batch).
+    Metrics: ``loss`` (nats per target, without the other terms), ``aux_loss``, ``z_loss``, ``indexer_loss`` where it
+    has a weight, ``grad_norm`` (before clipping), ``learning_rate``, ``targets`` (those that count), ``tokens`` (valid
+    ones), and ``router`` with a leading axis over MoE layers (`jaxmoe.model.feed_forward.router.RouterStats`, summed
+    over the batch).
     """
 
     def step(saved: Saved, frozen: Tree, batch: Batch) -> tuple[Saved, dict[str, Any]]:
@@ -166,7 +170,7 @@ def _loss(
     spec: StepSpec, weights: Tree, micro: Batch, key: jax.Array, per_target: jax.Array, share: float
 ) -> tuple[jax.Array, dict[str, Any]]:
     """This micro-batch's part of the loss: terms of all micro-batches add up to the batch's."""
-    hidden, stats = decoder.hidden_states(
+    found = decoder.outputs(
         weights,
         spec.model,
         micro,
@@ -176,13 +180,17 @@ def _loss(
         key=key,
         device=spec.device,
         dropout=spec.dropout,
+        indexers=spec.indexer_loss > 0,
     )
-    summed, sums = spec.objective.loss(hidden, decoder.output_head(weights, spec.model), micro)
+    summed, sums = spec.objective.loss(found.hidden_BTD, decoder.output_head(weights, spec.model), micro)
     total = summed * per_target
     metrics: dict[str, Any] = {"loss": total} | {name: value * per_target for name, value in sums.items()}
-    if stats is not None:
-        metrics["aux_loss"] = load_balancing_loss(stats) * share
-        metrics["z_loss"] = router_z_loss(stats) * share
-        metrics["router"] = stats
+    if found.indexer is not None:
+        metrics["indexer_loss"] = indexer_loss(found.indexer) * share
+        total = total + spec.indexer_loss * metrics["indexer_loss"]
+    if found.router is not None:
+        metrics["aux_loss"] = load_balancing_loss(found.router) * share
+        metrics["z_loss"] = router_z_loss(found.router) * share
+        metrics["router"] = found.router
         total = total + spec.aux_loss * metrics["aux_loss"] + spec.z_loss * metrics["z_loss"]
     return total, metrics

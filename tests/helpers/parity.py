@@ -180,5 +180,5 @@ def compare(
             assert_close(grad, their_grads[name], 1e-3, f"gradient of {name}")
 
 
-_CONSTANTS = ("router.correction", "output_scale")
-"""Buffers, or frozen, in transformers."""
+_CONSTANTS = ("router.correction", "output_scale", "indexer.")
+"""Buffers, or frozen, in transformers, or read without gradients."""

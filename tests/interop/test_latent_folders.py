@@ -42,11 +42,34 @@ PUBLISHED = {
 }
 """What DeepSeek-V3's config.json has beside sizes."""
 
+GLM = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "dtype": "bfloat16",
+    "ep_size": 1,
+    "head_dim": 8,
+    "indexer_rope_interleave": True,
+    "moe_layer_freq": 1,
+    "num_nextn_predict_layers": 1,
+    "pretraining_tp": 1,
+    "qk_head_dim": 20,
+    "rope_interleave": True,
+    "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "transformers_version": "5.0.2.dev0",
+    "use_cache": True,
+}
+"""What GLM-5's has."""
 
-def published_config(**fields):
-    config = families.config_json("deepseek_v3")
+
+def published_config(model_type="deepseek_v3", **fields):
+    """Of Kimi K2 as of DeepSeek-V3, of GLM-5 with an indexer in every layer."""
+    if model_type == "glm_moe_dsa":
+        return {**families.config_json(model_type, index_topk_freq=1), **GLM, **fields}
+    config = families.config_json("deepseek_v3" if model_type == "kimi_k2" else model_type)
     del config["rope_parameters"]
-    return {**config, **PUBLISHED, **fields}
+    return {**config, **PUBLISHED, "model_type": model_type, **fields}
 
 
 def published_tensors(config):
@@ -70,12 +93,16 @@ def published_tensors(config):
     )
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "kimi_k2"])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "kimi_k2", "deepseek_v32", "glm_moe_dsa"])
 def test_fp8_blocks(model_type, tmp_path):
-    config = published_config(model_type=model_type)
-    chosen = lambda name: is_matrix(name) and "head.head" not in name
+    config = published_config(model_type)
+    kept = ("head.head", "weights_proj")
+    chosen = lambda name: is_matrix(name) and not any(part in name for part in kept)
     stored, plain, quantization = quantize.quantize(published_tensors(config), "fp8", chosen, BLOCK)
-    assert any("layers.4." in name and name.endswith("_scale_inv") for name in stored)
+    scales = [name for name in stored if name.endswith("_scale_inv")]
+    assert any("layers.4." in name for name in scales)
+    indexed = any("layers.4." in name and "indexer.wq_b" in name for name in scales)
+    assert indexed == (model_type in ("deepseek_v32", "glm_moe_dsa"))
     quantize.write(tmp_path / "fp8", {**config, "quantization_config": quantization}, stored)
     quantize.write(tmp_path / "plain", config, plain)
     model, same = (jaxmoe.from_pretrained(tmp_path / name, dtype="float32") for name in ("fp8", "plain"))

@@ -43,15 +43,17 @@ def test_a_new_model_comes_back(name, tmp_path):
 
 
 # Between them: windows, sinks, biases, values from keys, norms after, several widths of heads, shared experts,
-# dense layers, constants, a bias on the head, parts of heads, latent keys and values, a
-# state that is written to at a rate, decays by the layer and by the channel, groups of heads with a state, latent
-# experts.
+# dense layers, constants, a bias on the head, parts of heads, latent keys and values, keys that an indexer selects for
+# several layers, a state that is written to at a rate, decays by the layer and by the channel, groups of heads with a
+# state, latent experts.
 ON_A_MESH = (
     "gpt_oss",
     "gemma4_text",
     "ernie4_5_moe",
     "mimo_v2_flash",
     "deepseek_v3",
+    "deepseek_v32",
+    "glm_moe_dsa",
     "qwen3_next",
     "minimax",
     "nemotron_h",

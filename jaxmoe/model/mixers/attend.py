@@ -5,7 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from jaxmoe.kernels.devices import Device, device_at_hand
 from jaxmoe.kernels.logs import log_once
@@ -23,6 +23,7 @@ def attend(
     scale: float,
     window: int | None = None,
     sinks: Float[Array, "N"] | None = None,
+    selected_BTs: UInt8[Array, "B T bytes"] | None = None,
     device: Device | None = None,
 ) -> Float[Array, "B T N values"]:
     """softmax(scale · q kᵀ) v over the keys that a query sees: none later, of its own document, within the window.
@@ -36,18 +37,29 @@ def attend(
         scale: factor of the scores.
         window: keys that a query sees, itself included; None sees all before it.
         sinks: (N,), one more logit per head, that attends to nothing.
+        selected_BTs: of these keys those that a query may see, see `jaxmoe.model.mixers.selected_keys`; None for all.
+            Each query must have one.
         device: that computes; None for the one at hand.
 
     Returns:
         (B, T, N, value width) in q's dtype.
     """
     device = device_at_hand() if device is None else device
-    if _implementation(q_BTNH, segment_ids is not None, sinks is not None, device) == "cudnn":
+    masked, sunk, chosen = (x is not None for x in (segment_ids, sinks, selected_BTs))
+    if _implementation(q_BTNH, masked, sunk, device, chosen) == "cudnn":
         return _cudnn(q_BTNH, k_BSMH, v_BSMH, segment_ids, scale=scale, window=window)
     # A block's scores stay in a CPU's cache; on a GPU larger ones keep its multiprocessors busy.
     block = 512 if device.platform == "gpu" else 64 if q_BTNH.shape[1] <= 512 else 256
     return blockwise_attention(
-        q_BTNH, k_BSMH, v_BSMH, segment_ids, scale=scale, window=window, sinks=sinks, block=block
+        q_BTNH,
+        k_BSMH,
+        v_BSMH,
+        segment_ids,
+        scale=scale,
+        window=window,
+        sinks=sinks,
+        selected_BTs=selected_BTs,
+        block=block,
     )
 
 
@@ -81,12 +93,12 @@ def _cudnn(
 
 
 def _implementation(
-    q_BTNH: jax.Array, masked: bool, sinks: bool, device: Device
+    q_BTNH: jax.Array, masked: bool, sinks: bool, device: Device, selected: bool = False
 ) -> Literal["cudnn", "blockwise"]:
     """On a GPU cuDNN's flash attention where it takes the operands; otherwise the reason is logged once."""
     if device.platform != "gpu" or device.capability is None:
         return "blockwise"
-    reason = _cudnn_refuses(q_BTNH, masked, sinks, device)
+    reason = "cuDNN takes no selection of keys" if selected else _cudnn_refuses(q_BTNH, masked, sinks, device)
     if reason is None:
         return "cudnn"
     log_once(_logger, logging.WARNING, f"attention goes through XLA, block by block: {reason}")

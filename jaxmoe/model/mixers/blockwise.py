@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmoe.model.mixers.selected_keys import KEYS, unpacked_keys
+
 _Three = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -33,6 +35,7 @@ class _Saved(NamedTuple):
     v_BTMV: jax.Array
     segments_BT: jax.Array | None
     sinks_N: jax.Array | None
+    selected_BTs: jax.Array | None
     out_BTNV: jax.Array
     lse_BMIRC: jax.Array
 
@@ -46,6 +49,7 @@ def blockwise_attention(
     scale: float,
     window: int | None,
     sinks: jax.Array | None = None,
+    selected_BTs: jax.Array | None = None,
     block: int = 128,
 ) -> jax.Array:
     """softmax(scores) · v, causal, the softmax in float32; with sinks softmax([scores, sink])[:-1] · v.
@@ -63,6 +67,7 @@ def blockwise_attention(
         scale: factor of the scores.
         window: keys that a query sees, itself included; None sees all before it.
         sinks: (N,), one more logit per head, that attends to nothing.
+        selected_BTs: the keys that a query may see, see `jaxmoe.model.mixers.selected_keys`; None for all.
         block: tokens of a block at most, rounded up to eights.
 
     Returns:
@@ -76,7 +81,10 @@ def blockwise_attention(
     padded = [jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q_BTNH, k_BTMH, v_BTMV)]
     if segments_BT is not None:
         segments_BT = jnp.pad(segments_BT, ((0, 0), (0, missing)))
-    return _attend(_Blocks(size, scale, window), *padded, segments_BT, sinks)[:, :length]
+    if selected_BTs is not None:
+        bytes_ = count * size // KEYS - selected_BTs.shape[2]
+        selected_BTs = jnp.pad(selected_BTs, ((0, 0), (0, missing), (0, bytes_)))
+    return _attend(_Blocks(size, scale, window), *padded, segments_BT, sinks, selected_BTs)[:, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -87,8 +95,9 @@ def _attend(
     v_BTMV: jax.Array,
     segments_BT: jax.Array | None,
     sinks_N: jax.Array | None,
+    selected_BTs: jax.Array | None,
 ) -> jax.Array:
-    return _forward(blocks, q_BTNH, k_BTMH, v_BTMV, segments_BT, sinks_N)[0]
+    return _forward(blocks, q_BTNH, k_BTMH, v_BTMV, segments_BT, sinks_N, selected_BTs)[0]
 
 
 def _forward(
@@ -98,6 +107,7 @@ def _forward(
     v_BTMV: jax.Array,
     segments_BT: jax.Array | None,
     sinks_N: jax.Array | None,
+    selected_BTs: jax.Array | None,
 ) -> tuple[jax.Array, _Saved]:
     groups = k_BTMH.shape[2]
     q_BMIQH = _queries(q_BTNH, groups, blocks)
@@ -106,7 +116,8 @@ def _forward(
     def step(state: _Three, pair: jax.Array) -> tuple[_Three, None]:
         query, key = pair
         out_BMVRC, top_BMRC, total_BMRC = (_block(x, query) for x in state)
-        scores_BMSRC = _scores(blocks, _block(q_BMIQH, query), _block(k_BMJSH, key), segments_BT, query, key)
+        seen_BSC = _seen(blocks, segments_BT, selected_BTs, query, key)
+        scores_BMSRC = _scores(blocks, _block(q_BMIQH, query), _block(k_BMJSH, key), seen_BSC)
         # Barriers stand where two operations read what each would otherwise make for itself.
         scores_BMSRC = jax.lax.optimization_barrier(scores_BMSRC)
         new_top_BMRC = jnp.maximum(top_BMRC, scores_BMSRC.max(axis=2))
@@ -136,7 +147,7 @@ def _forward(
     out_BMIVRC = out_BMIVRC / total_BMIRC[:, :, :, None]
     out_BTNV = _tokens(_joined(out_BMIVRC), blocks).astype(q_BTNH.dtype)
     lse_BMIRC = top_BMIRC + jnp.log(total_BMIRC)
-    return out_BTNV, _Saved(q_BTNH, k_BTMH, v_BTMV, segments_BT, sinks_N, out_BTNV, lse_BMIRC)
+    return out_BTNV, _Saved(q_BTNH, k_BTMH, v_BTMV, segments_BT, sinks_N, selected_BTs, out_BTNV, lse_BMIRC)
 
 
 def _backward(blocks: _Blocks, saved: _Saved, dout_BTNV: jax.Array) -> tuple[Any, ...]:
@@ -151,7 +162,8 @@ def _backward(blocks: _Blocks, saved: _Saved, dout_BTNV: jax.Array) -> tuple[Any
         dq_BMIHQ, dk_BMJSH, dv_BMJSV = grads
         q_BMQH, dout_BMQV = _block(q_BMIQH, query), _block(dout_BMIQV, query)
         k_BMSH, v_BMSV = _block(k_BMJSH, key), _block(v_BMJSV, key)
-        scores_BMSRC = _scores(blocks, q_BMQH, k_BMSH, saved.segments_BT, query, key)
+        seen_BSC = _seen(blocks, saved.segments_BT, saved.selected_BTs, query, key)
+        scores_BMSRC = _scores(blocks, q_BMQH, k_BMSH, seen_BSC)
         shares_BMSRC = jnp.exp(scores_BMSRC - _block(saved.lse_BMIRC, query)[:, :, None])
         dshares_BMSRC = _apart(_product("bmsv,bmqv->bmsq", v_BMSV, dout_BMQV), blocks)
         dscores_BMSRC = blocks.scale * shares_BMSRC * (dshares_BMSRC - _block(mean_BMIRC, query)[:, :, None])
@@ -179,6 +191,7 @@ def _backward(blocks: _Blocks, saved: _Saved, dout_BTNV: jax.Array) -> tuple[Any
         _tokens(dv.mT, blocks).astype(saved.v_BTMV.dtype),
         None,
         dsinks_N,
+        None,
     )
 
 
@@ -196,15 +209,14 @@ def _pairs(count: int, blocks: _Blocks) -> jax.Array:
     return jnp.asarray(np.asarray(seen, np.int32))
 
 
-def _scores(
+def _seen(
     blocks: _Blocks,
-    q_BMQH: jax.Array,
-    k_BMSH: jax.Array,
     segments_BT: jax.Array | None,
+    selected_BTs: jax.Array | None,
     query: jax.Array,
     key: jax.Array,
 ) -> jax.Array:
-    """(B, M, S, R, C) float32 of one pair of blocks, at its lowest where a query does not see."""
+    """(B, S, C), or (1, S, C) where rows do not differ: which keys of one pair of blocks a query sees."""
     within = jnp.arange(blocks.size)
     age_SC = (query * blocks.size + within)[None] - (key * blocks.size + within)[:, None]
     seen = age_SC >= 0
@@ -217,8 +229,17 @@ def _scores(
             for block in (query, key)
         )
         seen &= of_key_BS[:, :, None] == of_query_BC[:, None]
+    if selected_BTs is not None:
+        size = blocks.size // KEYS
+        selected_BCs = jax.lax.dynamic_slice_in_dim(selected_BTs, query * blocks.size, blocks.size, axis=1)
+        seen &= unpacked_keys(jax.lax.dynamic_slice_in_dim(selected_BCs, key * size, size, axis=2)).mT
+    return seen
+
+
+def _scores(blocks: _Blocks, q_BMQH: jax.Array, k_BMSH: jax.Array, seen_BSC: jax.Array) -> jax.Array:
+    """(B, M, S, R, C) float32 of one pair of blocks, at its lowest where a query does not see."""
     scores_BMSRC = blocks.scale * _apart(_product("bmsh,bmqh->bmsq", k_BMSH, q_BMQH), blocks)
-    return jnp.where(seen[:, None, :, None], scores_BMSRC, jnp.finfo(jnp.float32).min)
+    return jnp.where(seen_BSC[:, None, :, None], scores_BMSRC, jnp.finfo(jnp.float32).min)
 
 
 def _product(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:

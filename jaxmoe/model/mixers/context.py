@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxmoe.kernels.devices import Device
 from jaxmoe.model.batch import Batch, segment_starts
 from jaxmoe.model.mixers.rope import RopeSpec, rope_tables
+from jaxmoe.model.mixers.selected_keys import Selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Context:
         device: that computes; None for the one at hand.
         fresh: the tokens begin their texts. False says that a cache has what comes before them.
         layer: () int32, number of the layer in the model, from 0.
+        selection: the keys that a layer of sparse attention sees, as the last layer that selects any has left it.
     """
 
     positions: jax.Array
@@ -38,6 +40,7 @@ class Context:
     dropout: float = 0.0
     fresh: bool = True
     layer: jax.Array | int = 0
+    selection: Selection = dataclasses.field(default_factory=Selection)
 
     @property
     def valid(self) -> jax.Array | None:

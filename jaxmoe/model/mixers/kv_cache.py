@@ -7,12 +7,11 @@ from typing import Any
 import einops
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
+from jaxmoe.model.mixers.query_blocks import by_query_blocks
+from jaxmoe.model.mixers.selected_keys import unpacked_keys
 from jaxmoe.parallel.sharding import constrain
-
-_QUERIES = 64
-"""Queries whose scores are there at once: those of a long part of a text with all of its keys would be gigabytes."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("k", "v"), meta_fields=())
@@ -101,6 +100,7 @@ def attend_to_cache(
     scale: float,
     window: int | None = None,
     sinks: Float[Array, "N"] | None = None,
+    selected_BTs: UInt8[Array, "B T bytes"] | None = None,
 ) -> Float[Array, "B T N values"]:
     """`jaxmoe.model.mixers.attend.attend` for queries that are not those of the keys, by their positions.
 
@@ -111,6 +111,7 @@ def attend_to_cache(
         scale: factor of the scores.
         window: keys that a query sees, itself included; None sees all before it.
         sinks: (N,), one more logit per head, that attends to nothing.
+        selected_BTs: of S keys those that a query may see, see `jaxmoe.model.mixers.selected_keys`; None for all.
 
     Returns:
         (B, T, N, value width) in q's dtype.
@@ -119,7 +120,7 @@ def attend_to_cache(
     if sinks is not None:
         sinks = sinks.astype(jnp.float32).reshape(1, heads, 1, -1, 1)
 
-    def attend(q_BCNH: jax.Array, queries_BC: jax.Array) -> jax.Array:
+    def attend(q_BCNH: jax.Array, queries_BC: jax.Array, selected_BCs: jax.Array | None) -> jax.Array:
         count = q_BCNH.shape[1]
         q_BMQH = einops.rearrange(q_BCNH, "b c (m r) h -> b m (r c) h", m=heads)
         products = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -127,6 +128,8 @@ def attend_to_cache(
         scores_BMSRC = scores_BMSQ.reshape(*scores_BMSQ.shape[:3], -1, count)
         age_BSC = queries_BC[:, None] - keys_BS[:, :, None]
         seen_BSC = age_BSC >= 0 if window is None else (age_BSC >= 0) & (age_BSC < window)
+        if selected_BCs is not None:
+            seen_BSC &= unpacked_keys(selected_BCs)[..., : k_BMSH.shape[2]].mT
         scores_BMSRC = jnp.where(seen_BSC[:, None, :, None], scores_BMSRC, jnp.finfo(jnp.float32).min)
         top_BMRC = scores_BMSRC.max(axis=2, keepdims=True)
         if sinks is not None:
@@ -140,19 +143,4 @@ def attend_to_cache(
         out_BMVRC = out_BMVQ.reshape(*out_BMVQ.shape[:3], -1, count) / total_BMRC
         return einops.rearrange(out_BMVRC, "b m v r c -> b c (m r) v").astype(q_BCNH.dtype)
 
-    length = q_BTNH.shape[1]
-    if length <= _QUERIES:
-        return attend(q_BTNH, queries_BT)
-    missing = -length % _QUERIES
-    parts = [
-        jnp.moveaxis(
-            jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)), mode="edge").reshape(
-                x.shape[0], -1, _QUERIES, *x.shape[2:]
-            ),
-            1,
-            0,
-        )
-        for x in (q_BTNH, queries_BT)
-    ]
-    out_ABCNV = jax.lax.map(lambda part: attend(*part), tuple(parts))
-    return jnp.moveaxis(out_ABCNV, 0, 1).reshape(out_ABCNV.shape[1], -1, *out_ABCNV.shape[3:])[:, :length]
+    return by_query_blocks(attend, q_BTNH, queries_BT, selected_BTs)

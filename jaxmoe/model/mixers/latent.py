@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), of all keys or of those selected."""
 
 import dataclasses
 import functools
@@ -8,13 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.model.blocks import Mixer
+from jaxmoe.model.blocks import Mixer, Slot
 from jaxmoe.model.linear import dense, linear
 from jaxmoe.model.mixers.attend import attend
 from jaxmoe.model.mixers.context import Context
 from jaxmoe.model.mixers.heads import project_heads
+from jaxmoe.model.mixers.indexer import IndexerSpec, IndexVectors, Places, divergences, select_keys
 from jaxmoe.model.mixers.kv_cache import attend_to_cache
 from jaxmoe.model.mixers.rope import RopeSpec, apply_rope
+from jaxmoe.model.mixers.selected_keys import KEYS, Selection
 from jaxmoe.model.norms import NormSpec, apply_norm
 from jaxmoe.parallel.sharding import constrain
 from jaxmoe.params import Tree, param
@@ -26,6 +28,28 @@ class QueryGrowth:
 
     beta: float
     length: int
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("kept", "index_keys"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class LatentCache:
+    """What is kept of every token, of all repeats of a layer. What lies after a text's last token is void.
+
+    Attributes:
+        kept: (L, B, S, latent + shared key), the narrow vector and the rotated key that heads share.
+        index_keys: (L, B, S, H), the indexer's keys, rotated; None without one.
+    """
+
+    kept: jax.Array
+    index_keys: Any = None
+
+    def written(
+        self, name: str, repeat: jax.Array, positions_BT: jax.Array, x_BTH: jax.Array
+    ) -> "LatentCache":
+        """With x at its positions in one repeat of the array `name`; what is past the end is left out."""
+        array, rows = getattr(self, name), jnp.arange(positions_BT.shape[0])[:, None]
+        array = array.at[repeat, rows, positions_BT].set(x_BTH.astype(array.dtype), mode="drop")
+        return dataclasses.replace(self, **{name: constrain(array, "....")})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +73,9 @@ class LatentAttentionSpec(Mixer):
         scale: factor of the scores; by default 1/sqrt of the width of a whole key.
         growth: of queries with their positions.
         head_gated: what a head gives is multiplied by sigmoid(gate x), a number per head (arXiv 2505.06708).
+        top_k: keys that a query sees at most; None for all. They are those that the indexer selects, or without one
+            those that the last layer with an indexer has selected.
+        indexer: of a layer with `top_k`; needs a `query_latent`.
     """
 
     num_heads: int
@@ -63,6 +90,8 @@ class LatentAttentionSpec(Mixer):
     scale: float | None = None
     growth: QueryGrowth | None = None
     head_gated: bool = False
+    top_k: int | None = None
+    indexer: IndexerSpec | None = None
 
     @property
     def whole_key(self) -> int:
@@ -70,7 +99,7 @@ class LatentAttentionSpec(Mixer):
         return self.key_dim + self.shared_dim
 
     def params(self, width: int) -> Tree:
-        """{"attention": …}."""
+        """{"attention": …, "indexer": …}."""
         heads, latent = self.num_heads, self.latent
         sizes = {
             "D": width,
@@ -109,7 +138,50 @@ class LatentAttentionSpec(Mixer):
                 name: param(letter, own, role="vector", init="zeros")
                 for name, (letter, own) in biases.items()
             }
-        return {"attention": params}
+        if self.indexer is None:
+            return {"attention": params}
+        return {"attention": params, "indexer": self.indexer.params(width, sizes["A"])}
+
+    def select(
+        self, params: Tree, x_BTD: jax.Array, context: Context, slot: Slot | None
+    ) -> tuple[Selection, Tree]:
+        """What the indexer selects, if there is one and more keys than that; and the cache with the indexer's keys.
+
+        The indexer sees activations without their gradient: what trains it trains nothing else.
+        """
+        if self.indexer is None or self.top_k is None:
+            return super().select(params, x_BTD, context, slot)
+        own, params, x_BTD = params["indexer"], *jax.lax.stop_gradient((params["attention"], x_BTD))
+        tables = context.rotations[self.indexer.rope]
+        k_BSH = self.indexer.keys(own, x_BTD, tables)
+        places_BT, cache = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None], None
+        if slot is not None:
+            cache = slot[0].written("index_keys", slot[1], context.positions, k_BSH)
+            if not context.fresh:
+                k_BSH, places_BT = cache.index_keys[slot[1]].astype(x_BTD.dtype), context.positions
+        stats, chosen = context.selection.stats, k_BSH.shape[1] > self.top_k
+        if not chosen and stats is None:
+            return Selection(), cache
+        narrow_BTA = self._narrow_queries(params, x_BTD)
+        index = IndexVectors(*self.indexer.queries(own, x_BTD, narrow_BTA, tables), k_BSH)
+        places = Places(jnp.broadcast_to(places_BT, x_BTD.shape[:2]), context.documents)
+        keys = constrain(select_keys(index, places, self.top_k), "BT.") if chosen else None
+        if stats is not None:
+            k_BTNH, _ = self._keys_and_values(params, self._kept(params, x_BTD, context))
+            q_BTNH = self._queries(params, x_BTD, context)
+            divergences_BT = divergences(index, places, keys, q_BTNH, k_BTNH, self._score_scale)
+            stats = stats.add(divergences_BT, context.valid)
+        return Selection(keys, stats), cache
+
+    def unselected(self, x_BTD: jax.Array, context: Context, slot: Slot | None) -> jax.Array | None:
+        """(B, T, bytes) of zeros, if the indexer will select."""
+        keys = x_BTD.shape[1] if slot is None or context.fresh else slot[0].kept.shape[2]
+        if self.indexer is None or self.top_k is None or keys <= self.top_k:
+            return None
+        return constrain(jnp.zeros((*x_BTD.shape[:2], -(-keys // KEYS)), jnp.uint8), "BT.")
+
+    def _selected(self, context: Context) -> jax.Array | None:
+        return None if self.top_k is None else context.selection.keys
 
     def apply(self, params: Tree, x_BTD: jax.Array, context: Context) -> jax.Array:
         """x (B, T, D) → (B, T, D)."""
@@ -117,14 +189,18 @@ class LatentAttentionSpec(Mixer):
         q_BTNH, kept_BTC = self._queries(params, x_BTD, context), self._kept(params, x_BTD, context)
         return self._output(params, self._attend(params, q_BTNH, kept_BTC, context), x_BTD)
 
-    def init_cache(self, repeats: int, batch: int, length: int, dtype: Any) -> jax.Array:
-        """(L, B, S, latent + shared key): of every token the narrow vector and the key that heads share."""
-        width = self.latent + self.shared_dim
-        return constrain(jnp.zeros((repeats, batch, length, width), dtype), "....")
+    def init_cache(self, repeats: int, batch: int, length: int, dtype: Any) -> LatentCache:
+        """Of zeros."""
+
+        def zeros(width: int) -> jax.Array:
+            return constrain(jnp.zeros((repeats, batch, length, width), dtype), "....")
+
+        index_keys = None if self.indexer is None else zeros(self.indexer.head_dim)
+        return LatentCache(zeros(self.latent + self.shared_dim), index_keys)
 
     def decode(
-        self, params: Tree, x_BTD: jax.Array, context: Context, cache: jax.Array, repeat: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        self, params: Tree, x_BTD: jax.Array, context: Context, cache: LatentCache, repeat: jax.Array
+    ) -> tuple[jax.Array, LatentCache]:
         """x (B, T, D) → (B, T, D), with attention to what is cached, and the cache with the tokens of x.
 
         A head's queries go through its part of kv_b instead of all keys, and so do its values after they were summed
@@ -133,20 +209,22 @@ class LatentAttentionSpec(Mixer):
         params = params["attention"]
         q_BTNH, kept_BTC = self._queries(params, x_BTD, context), self._kept(params, x_BTD, context)
         positions_BT = context.positions
-        rows = jnp.arange(positions_BT.shape[0])[:, None]
-        cache = cache.at[repeat, rows, positions_BT].set(kept_BTC.astype(cache.dtype), mode="drop")
-        cache = constrain(cache, "....")
+        cache = cache.written("kept", repeat, positions_BT, kept_BTC)
         if context.fresh:
             return self._output(params, self._attend(params, q_BTNH, kept_BTC, context), x_BTD), cache
         up_NHC = dense(params["kv_b_proj"], x_BTD.dtype).reshape(self.num_heads, -1, self.latent)
         q_BTNC = jnp.einsum("btnh,nhc->btnc", q_BTNH[..., : self.key_dim], up_NHC[:, : self.key_dim])
         q_BTNC = jnp.concatenate([q_BTNC, q_BTNH[..., self.key_dim :]], axis=-1)
-        seen_BMSC = cache[repeat][:, None].astype(x_BTD.dtype)
-        keys_BS = jnp.broadcast_to(
-            jnp.arange(cache.shape[2], dtype=jnp.int32)[None], seen_BMSC[:, 0, :, 0].shape
-        )
+        seen_BMSC = cache.kept[repeat][:, None].astype(x_BTD.dtype)
+        places = jnp.arange(seen_BMSC.shape[2], dtype=jnp.int32)[None]
         out_BTNC = attend_to_cache(
-            q_BTNC, seen_BMSC, seen_BMSC[..., : self.latent], positions_BT, keys_BS, scale=self._score_scale
+            q_BTNC,
+            seen_BMSC,
+            seen_BMSC[..., : self.latent],
+            positions_BT,
+            jnp.broadcast_to(places, seen_BMSC[:, 0, :, 0].shape),
+            scale=self._score_scale,
+            selected_BTs=self._selected(context),
         )
         out_BTNV = jnp.einsum("btnc,nvc->btnv", out_BTNC, up_NHC[:, self.key_dim :])
         return self._output(params, out_BTNV, x_BTD), cache
@@ -160,8 +238,7 @@ class LatentAttentionSpec(Mixer):
         if self.query_latent is None:
             q_BTQ = linear(x_BTD, params["q_proj"])
         else:
-            narrow_BTA = linear(x_BTD, params["q_a_proj"], params.get("q_a_bias"))
-            q_BTQ = linear(apply_norm(self.norm, narrow_BTA, params["q_a_norm"]), params["q_b_proj"])
+            q_BTQ = linear(self._narrow_queries(params, x_BTD), params["q_b_proj"])
         q_BTNH = q_BTQ.reshape(*q_BTQ.shape[:2], self.num_heads, self.whole_key)
         rotated = self._rotated(q_BTNH[..., self.key_dim :], context)
         q_BTNH = jnp.concatenate([q_BTNH[..., : self.key_dim], rotated], axis=-1)
@@ -170,6 +247,11 @@ class LatentAttentionSpec(Mixer):
             growth_BT = 1 + self.growth.beta * jnp.log1p(times)
             q_BTNH = q_BTNH * growth_BT[:, :, None, None].astype(q_BTNH.dtype)
         return constrain(q_BTNH, "BTNH")
+
+    def _narrow_queries(self, params: Tree, x_BTD: jax.Array) -> jax.Array:
+        """(B, T, A), normed."""
+        narrow_BTA = linear(x_BTD, params["q_a_proj"], params.get("q_a_bias"))
+        return apply_norm(self.norm, narrow_BTA, params["q_a_norm"])
 
     def _kept(self, params: Tree, x_BTD: jax.Array, context: Context) -> jax.Array:
         """(B, T, latent + shared key), normed and rotated: what keys and values are made of."""
@@ -184,19 +266,23 @@ class LatentAttentionSpec(Mixer):
 
     def _attend(self, params: Tree, q_BTNH: jax.Array, kept_BTC: jax.Array, context: Context) -> jax.Array:
         """Attention of tokens to one another, (B, T, N, value width)."""
+        return attend(
+            q_BTNH,
+            *self._keys_and_values(params, kept_BTC),
+            context.documents,
+            scale=self._score_scale,
+            selected_BTs=self._selected(context),
+            device=context.device,
+        )
+
+    def _keys_and_values(self, params: Tree, kept_BTC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(B, T, N, H) and (B, T, N, value width)."""
         kv_BTU = linear(kept_BTC[..., : self.latent], params["kv_b_proj"])
         kv_BTNU = constrain(kv_BTU.reshape(*kv_BTU.shape[:2], self.num_heads, -1), "BTN.")
         shared = kept_BTC[:, :, None, self.latent :]
         shared_BTNH = jnp.broadcast_to(shared, (*kv_BTNU.shape[:3], self.shared_dim))
         k_BTNH = constrain(jnp.concatenate([kv_BTNU[..., : self.key_dim], shared_BTNH], axis=-1), "BTNH")
-        return attend(
-            q_BTNH,
-            k_BTNH,
-            kv_BTNU[..., self.key_dim :],
-            context.documents,
-            scale=self._score_scale,
-            device=context.device,
-        )
+        return k_BTNH, kv_BTNU[..., self.key_dim :]
 
     def _output(self, params: Tree, out_BTNV: jax.Array, x_BTD: jax.Array) -> jax.Array:
         """What heads give (B, T, N, value width), gated by x where they are → (B, T, D)."""
@@ -206,27 +292,40 @@ class LatentAttentionSpec(Mixer):
         return project_heads(out_BTNV, params["o_proj"], params.get("o_bias"))
 
     def rotations(self) -> frozenset[RopeSpec]:
-        """Of queries and the key that heads share."""
-        return frozenset() if self.rope is None else frozenset({self.rope})
+        """Of queries and the key that heads share, and of the indexer's."""
+        own = set() if self.rope is None else {self.rope}
+        return frozenset(own if self.indexer is None else own | {self.indexer.rope})
 
     def mixing_flops(self, length: int) -> float:
-        """N (H + H_v) T, as every head has keys and values of its own, half of which a query sees on average."""
-        return self.num_heads * (self.whole_key + self.value_dim) * float(length)
+        """2 N (H + H_v) per key that is seen, as every head has keys and values of its own, and what scoring takes.
+
+        A query sees half of a document on average, or of one longer than top_k all until that, and as many ever after.
+        """
+        most = length if self.top_k is None else min(self.top_k, length)
+        seen = most - most**2 / (2 * length)
+        scoring = 0.0 if self.indexer is None else self.indexer.scoring_flops(length)
+        return 2 * self.num_heads * (self.whole_key + self.value_dim) * seen + scoring
 
     def problems(self) -> Iterator[str]:
-        """Values that are too wide."""
+        """Values that are too wide, an indexer without narrow queries or narrower than what is rotated."""
         if self.value_dim > self.whole_key:
             yield (
                 f"v_head_dim {self.value_dim} is more than qk_nope_head_dim {self.key_dim} and qk_rope_head_dim "
                 f"{self.shared_dim} together: values wider than keys are not supported"
             )
+        if self.indexer is not None:
+            if self.query_latent is None:
+                yield "q_lora_rank is null: expected a width, as the indexer's queries are made of that vector"
+            yield from self.indexer.problems()
 
     def describe(self) -> str:
         """Heads and latent widths."""
         queries = "" if self.query_latent is None else f", of queries {self.query_latent}"
+        keys = "" if self.top_k is None else f", top {self.top_k} keys"
+        keys += "" if self.indexer is None else f" by {self.indexer.describe()}"
         return (
             f"latent attention {self.num_heads} heads of {self.key_dim}+{self.shared_dim}, "
-            f"latent {self.latent}{queries}"
+            f"latent {self.latent}{queries}{keys}"
         )
 
     def traits(self) -> Iterator[str]:
@@ -239,6 +338,8 @@ class LatentAttentionSpec(Mixer):
             "own score scale": self.scale is not None,
             "queries that grow": self.growth is not None,
             "gated heads": self.head_gated,
+            "sparse by an indexer": self.indexer is not None,
+            "selection of a layer before": self.top_k is not None and self.indexer is None,
         }
         yield from (text for text, holds in told.items() if holds)
         if self.rope is None:

@@ -105,6 +105,15 @@ def test_what_is_not_cudnn_says_why(gpu, length, width, dtype, masked, sinks, re
         assert reason in record.getMessage()
 
 
+def test_cudnn_takes_no_selection_of_keys(caplog):
+    device = Device("a device", "gpu", 132, HOPPER, present=True)
+    log_once.cache_clear()
+    queries = jax.ShapeDtypeStruct((2, 64, 3, 128), jnp.bfloat16)
+    with caplog.at_level(logging.WARNING):
+        assert attention._implementation(queries, False, False, device, True) == "blockwise"
+    assert "cuDNN takes no selection of keys" in caplog.text
+
+
 def test_jax_asks_a_gpu_at_hand_about_wide_heads():
     for width, present, chosen in ((256, True, "cudnn"), (256, False, "blockwise"), (128, False, "cudnn")):
         queries = jax.ShapeDtypeStruct((2, 64, 3, width), jnp.bfloat16)

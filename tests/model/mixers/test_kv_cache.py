@@ -7,6 +7,7 @@ import pytest
 from jaxmoe.model.mixers.attend import attend
 from jaxmoe.model.mixers.grouped_query import AttentionSpec
 from jaxmoe.model.mixers.kv_cache import attend_to_cache
+from jaxmoe.model.mixers.selected_keys import packed_keys
 
 BATCH, HEADS, KV_HEADS, WIDTH, VALUES, LENGTH, REPEATS = 2, 6, 3, 10, 7, 110, 4
 
@@ -30,6 +31,23 @@ def test_what_is_written_is_what_is_seen(window, dtype):
         assert here == [0, 1, 2, 3, 4][-(window or 5) :]
         for got, want in ((keys, k), (values, v)):
             np.testing.assert_array_equal(got[row, :, : len(here)], np.moveaxis(want[row, here], 1, 0))
+
+
+@pytest.mark.parametrize("queries", [1, 5, 73])
+def test_queries_see_the_keys_that_are_selected_for_them(queries):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    q, k = draw(BATCH, LENGTH, HEADS, WIDTH), draw(BATCH, LENGTH, KV_HEADS, WIDTH)
+    v = draw(BATCH, LENGTH, KV_HEADS, VALUES)
+    chosen = rng.random((BATCH, LENGTH, LENGTH)) < 0.3
+    bits = packed_keys(jnp.asarray(chosen | np.eye(LENGTH, dtype=bool)[None]))
+    want = attend(q, k, v, None, scale=0.3, selected_BTs=bits)
+    places = jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32)[None], (BATCH, 1))
+    k, v = (jnp.moveaxis(x, 2, 1) for x in (k, v))
+    last = slice(LENGTH - queries, None)
+    options = {"scale": 0.3, "selected_BTs": bits[:, last]}
+    got = attend_to_cache(q[:, last], k, v, places[:, last], places, **options)
+    np.testing.assert_allclose(got, want[:, last], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sinks", [False, True])
