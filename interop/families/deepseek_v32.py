@@ -1,9 +1,8 @@
 """DeepSeek-V3.2 (arXiv 2512.02556): DeepSeek-V3 with attention of the keys that an indexer selects."""
 
 from jaxmoe.interop.config_json import ConfigReader
-from jaxmoe.interop.families import common, indexed, latent, layouts
+from jaxmoe.interop.families import common, indexed
 from jaxmoe.interop.families.family import Family
-from jaxmoe.interop.rules import Rule
 from jaxmoe.model.spec import ModelSpec
 
 
@@ -27,15 +26,10 @@ def _spec(config: ConfigReader) -> ModelSpec:
     return common.model_spec(config, attention, ffns, common.rms_norm(config))
 
 
-def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
-    correction = layouts.correction_rules("mlp.gate.e_score_correction_bias")
-    return latent.decoder_rules(spec, *indexed.indexer_rules(), *correction)
-
-
 FAMILY = Family(
     "deepseek_v32",
     _spec,
-    _rules,
+    indexed.decoder_rules,
     speculative=("num_nextn_predict_layers", "num_mtp_layers"),
     # Of training from scratch: a balance loss per sequence and its factor.
     unused_fields=frozenset({"aux_loss_alpha", "pretraining_tp", "seq_aux"}),

@@ -1,9 +1,8 @@
-"""GLM-5 (arXiv 2602.15763): DeepSeek-V3.2's sparse attention, of which layers may share what they select."""
+"""GLM-5 (arXiv 2602.15763): sparse attention as in DeepSeek-V3.2; layers may share what is selected (2603.12201)."""
 
 from jaxmoe.interop.config_json import ConfigReader
-from jaxmoe.interop.families import common, indexed, latent, layouts
+from jaxmoe.interop.families import common, indexed
 from jaxmoe.interop.families.family import Family
-from jaxmoe.interop.rules import Rule
 from jaxmoe.model.spec import ModelSpec
 
 
@@ -30,15 +29,10 @@ def _spec(config: ConfigReader) -> ModelSpec:
     return common.model_spec(config, indexed.by_indexer(config, attention), ffns, common.rms_norm(config))
 
 
-def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
-    correction = layouts.correction_rules("mlp.gate.e_score_correction_bias")
-    return latent.decoder_rules(spec, *indexed.indexer_rules(), *correction)
-
-
 FAMILY = Family(
     "glm_moe_dsa",
     _spec,
-    _rules,
+    indexed.decoder_rules,
     speculative=("num_nextn_predict_layers", "num_mtp_layers"),
     unused_fields=frozenset({"pretraining_tp"}),
 )

@@ -6,11 +6,12 @@ from jaxmoe.errors import UserError
 from jaxmoe.interop.bounds import MAX_POSITIONS
 from jaxmoe.interop.config_json import ConfigReader
 from jaxmoe.interop.families import common, latent
-from jaxmoe.interop.families.layouts import LAYER
+from jaxmoe.interop.families.layouts import LAYER, correction_rules
 from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
 from jaxmoe.model.mixers.indexer import IndexerSpec
 from jaxmoe.model.mixers.latent import LatentAttentionSpec
+from jaxmoe.model.spec import ModelSpec
 
 
 def sparse_attention(config: ConfigReader, *, interleaved: bool) -> LatentAttentionSpec:
@@ -21,7 +22,7 @@ def sparse_attention(config: ConfigReader, *, interleaved: bool) -> LatentAttent
         interleaved: which features the indexer pairs to rotate them; attention pairs neighbours.
     """
     common.kinds(config, "layer_types", ("indexed_attention",))
-    config.size("q_lora_rank")
+    config.size("q_lora_rank")  # which other latent attention may do without
     rope = rope_spec(config, interleaved=True)
     return latent.latent_attention(
         config,
@@ -46,13 +47,15 @@ def by_indexer(config: ConfigReader, attention: LatentAttentionSpec) -> list[Lat
     return [attention if kind == "full" else shared for kind in types]
 
 
-def indexer_rules() -> tuple[Rule, ...]:
-    """The indexer's matrices and the norm of its keys."""
+def decoder_rules(spec: ModelSpec) -> tuple[Rule, ...]:
+    """A whole model: that of DeepSeek-V3, and its indexers."""
 
     def rule(target: str, source: str, axes: str) -> Rule:
         return Rule("layers.{L}.indexer." + target, LAYER + "self_attn.indexer." + source, axes)
 
-    return (
+    return latent.decoder_rules(
+        spec,
+        *correction_rules("mlp.gate.e_score_correction_bias"),
         rule("q_proj", "wq_b.weight", "H A"),
         rule("k_proj", "wk.weight", "H D"),
         rule("k_norm", "k_norm.weight", "H"),

@@ -179,3 +179,25 @@ def test_what_would_be_another_model_is_refused(fields, told):
 def test_other_text_models_of_the_same_folder_are_refused(text, told):
     with pytest.raises(jaxmoe.UserError, match=told):
         config_source(families.config_json("mistral3", {"text_config": text}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        (
+            {"indexer_types": ["shared", "full", "full", "full"]},
+            "indexer_types begin with 'shared': expected 'full'",
+        ),
+        ({"indexer_types": ["full"] * 3}, "indexer_types = .*: expected 4 entries, each 'full' or 'shared'"),
+        (
+            {"indexer_rope_interleave": False},
+            "indexer_rope_interleave = False is not supported; expected True",
+        ),
+        ({"index_head_dim": 7}, "index_head_dim 7 is less than qk_rope_head_dim 8"),
+        ({"index_topk": 0}, "index_topk = 0: expected a positive integer"),
+        ({"q_lora_rank": None}, "q_lora_rank"),
+    ],
+)
+def test_indexers_that_cannot_be(fields, told):
+    with pytest.raises(jaxmoe.UserError, match=told):
+        config_source(published_config("glm_moe_dsa", **fields))

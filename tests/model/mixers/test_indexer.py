@@ -22,7 +22,7 @@ from jaxmoe.params import named
 
 ROPE = RopeSpec(1e4, 8, interleaved=True)
 INDEXER = IndexerSpec(16, 18, RopeSpec(1e4, 8))
-SPEC = LatentAttentionSpec(2, 12, 13, 20, 22, ROPE, NormSpec(1e-6), top_k=32, indexer=INDEXER)
+SPEC = LatentAttentionSpec(2, 12, 8, 13, 20, 22, ROPE, NormSpec(1e-6), top_k=32, indexer=INDEXER)
 WIDTH = 24
 
 
