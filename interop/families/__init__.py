@@ -34,7 +34,7 @@ def family_of(raw: Mapping[str, Any], file: str) -> Family:
     """
     model_type = _ALIASES.get(raw["model_type"], raw["model_type"])
     if model_type not in FAMILIES:
-        near = difflib.get_close_matches(model_type[:100], FAMILIES, 1)
+        near = difflib.get_close_matches(model_type[:100], FAMILIES, 1, cutoff=0.7)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise UserError(
             f"{file}: model_type {quote(model_type)} is not supported{hint}; supported: {', '.join(sorted(FAMILIES))}"
