@@ -5,11 +5,14 @@ import json
 import families
 import numpy as np
 import pytest
+from helpers import packed, quantize
+from helpers.quantized import BF16, bytes_of
 from safetensors.numpy import load_file, save_file
 
 import jaxmoe
 from jaxmoe import UserError
 from jaxmoe.interop.source import config_source
+from jaxmoe.params import named
 
 NEMOTRON = {
     "auto_map": {"AutoModelForCausalLM": "modeling_nemotron_h.NemotronHForCausalLM"},
@@ -115,3 +118,30 @@ def test_layers_for_speculative_decoding_are_kept(tmp_path):
     assert ours.keys() == tensors.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(ours[name], tensor)
+
+
+def test_fp8_with_a_static_scale_per_tensor(folders):
+    """As modelopt writes Nemotron 3: experts and projections, beside which the scale of activations lies."""
+    config = published_config("nemotron_h")
+    form, random = packed.FORMATS["modelopt fp8"], packed.random_of("modelopt fp8")
+    stored, plain = {}, {}
+    for name, binding in config_source(config).bindings.of_tensor.items():
+        if not name.endswith(("_proj.weight", "in_proj.weight")):
+            plain[name] = stored[name] = random.standard_normal(binding.shape).astype(BF16)
+            continue
+        parts, plain[name] = form.make(random, binding.shape)
+        stored |= {f"{name.removesuffix('.weight')}.{part}": array for part, array in parts.items()}
+    assert "backbone.layers.0.mixer.in_proj.input_scale" in stored
+    quantization = form.config | {"ignore": ["lm_head", "*.conv1d", "*.gate"]}
+    quantize.write(folders.source, config | {"quantization_config": quantization}, stored)
+    unquantised = folders.source.with_name("plain")
+    quantize.write(unquantised, config, plain)
+    model, same = (
+        jaxmoe.from_pretrained(folder, dtype="float32") for folder in (folders.source, folders.plain)
+    )
+    for (name, ours), (_, expected) in zip(
+        named(model.pure_params()), named(same.pure_params()), strict=True
+    ):
+        np.testing.assert_array_equal(ours, expected, err_msg=name)
+    jaxmoe.save_pretrained(model, folders.export, quantization="source")
+    assert bytes_of(folders.export) == bytes_of(folders.source)
