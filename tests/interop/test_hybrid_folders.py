@@ -137,7 +137,7 @@ def test_fp8_with_a_static_scale_per_tensor(folders):
     unquantised = folders.source.with_name("plain")
     quantize.write(unquantised, config, plain)
     model, same = (
-        jaxmoe.from_pretrained(folder, dtype="float32") for folder in (folders.source, folders.plain)
+        jaxmoe.from_pretrained(folder, dtype="float32") for folder in (folders.source, unquantised)
     )
     for (name, ours), (_, expected) in zip(
         named(model.pure_params()), named(same.pure_params()), strict=True
