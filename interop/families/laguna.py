@@ -1,4 +1,4 @@
-"""Laguna (Poolside, 2026): heads gated by a softplus, more of them in layers with a window, a rotation per kind of layer."""
+"""Laguna (Poolside, 2026): heads gated by a softplus, their number and their rotation by the kind of layer."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -62,6 +62,9 @@ CASE = Case(
         },
     ),
     balance=True,
+    # Its dot stands for any letter: transformers renames "mlp.shared_expert." to "mlp.shared_experts.", and with it
+    # "mlp.shared_experts", the name in memory, which PEFT writes.
+    lost="mlp.shared_experts.",
     presets={
         # Fields of poolside's config.json as other implementations quote them, counted by transformers.
         "Laguna-XS-2.1": Preset(
