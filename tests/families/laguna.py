@@ -25,7 +25,7 @@ CASE = Case(
         "intermediate_size": 56,
         "moe_intermediate_size": 24,
         "shared_expert_intermediate_size": 28,
-        "num_experts": 9,
+        "num_experts": 10,
         "num_experts_per_tok": 3,
         "moe_routed_scaling_factor": 1.7,
         "moe_router_logit_softcapping": 1.5,
