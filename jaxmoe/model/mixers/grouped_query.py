@@ -194,7 +194,7 @@ class AttentionSpec(Mixer):
             "sinks": self.sinks,
             "gate": self.gated or self.query_gated,
             "gated heads": self.head_gated,
-            "softplus": self.gate_activation == "softplus",
+            "softplus gate": self.gate_activation == "softplus",
             "values from keys": self.values_from_keys,
             "narrower values": self.width_of_value != self.head_dim,
             "scaled values": self.value_scale != 1.0,
