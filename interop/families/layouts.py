@@ -37,16 +37,25 @@ def norm_rules(modules: Mapping[str, str] = PRE_NORMS) -> tuple[Rule, ...]:
     )
 
 
-def attention_rules(query_norm: str = "H", key_norm: str = "H") -> tuple[Rule, ...]:
-    """Grouped-query attention, with whichever biases, norms, sinks and gate the spec has."""
+def attention_rules(
+    query_norm: str = "H", key_norm: str = "H", gate: str = "gate_proj", gate_axes: str = "P D"
+) -> tuple[Rule, ...]:
+    """Grouped-query attention, with whichever biases, norms, sinks and gate the spec has.
+
+    Args:
+        query_norm, key_norm: axes of the norms' scales.
+        gate: module of the gate.
+        gate_axes: of its matrix; "N D" of one that is a number per head.
+    """
 
     def rule(target: str, source: str, axes: str) -> Rule:
         return Rule("layers.{L}.attention." + target, LAYER + "self_attn." + source, axes)
 
-    projections = {"q": "Q D", "k": "U D", "v": "W D", "o": "D P", "gate": "P D"}
+    projections = {"q": "Q D", "k": "U D", "v": "W D", "o": "D P"}
     return (
         *(rule(f"{name}_proj", f"{name}_proj.weight", axes) for name, axes in projections.items()),
         *(rule(f"{name}_bias", f"{name}_proj.bias", axes.split()[0]) for name, axes in projections.items()),
+        rule("gate_proj", f"{gate}.weight", gate_axes),
         rule("q_norm", "q_norm.weight", query_norm),
         rule("k_norm", "k_norm.weight", key_norm),
         rule("sinks", "sinks", "N"),

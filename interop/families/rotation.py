@@ -108,7 +108,12 @@ def rotation_of(config: ConfigReader, kind: str) -> Mapping[str, Any]:
     given = rotations.get(kind)
     if not isinstance(given, dict):
         raise UserError(f"{config.file}: rope_parameters lack an object {kind!r}")
-    unread = sorted(name for name, value in rotations.items() if name not in KINDS and value is not None)
+    beside = {name: value for name, value in rotations.items() if name not in KINDS and value is not None}
+    # Some published configs have this in both places; transformers' model reads that of the kind of layer.
+    original = "original_max_position_embeddings"
+    if beside.get(original) == given.get(original, beside.get(original)):
+        beside.pop(original, None)
+    unread = sorted(beside)
     if unread:
         raise UserError(
             f"{config.file}: rope_parameters have unknown entries "

@@ -77,6 +77,7 @@ class Case:
         text: the part of transformers' model that computes logits of text.
         published: from the tensors that transformers writes to those of published folders, where they differ.
         derived: parts of names of buffers that follow from the config, and stay as transformers computes them.
+        lost: a part of the names of modules whose adapters PEFT does not find in a folder that it wrote itself.
     """
 
     config: Mapping[str, Any]
@@ -91,6 +92,7 @@ class Case:
     text: Callable[[Any], Any] = lambda model: model
     published: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     derived: tuple[str, ...] = ()
+    lost: str | None = None
 
 
 def case_of(model_type: str) -> Case:

@@ -101,14 +101,22 @@ def save(wrapped: Any, folder: Path) -> Path:
     return folder
 
 
-def load(model: Any, folder: Path) -> Any:
-    """A model under the adapter of a folder, as PEFT loads it; every tensor of the file has to find its place."""
+def load(model: Any, folder: Path, lost: str | None = None) -> Any:
+    """A model under the adapter of a folder, as PEFT loads it; every tensor of the file has to find its place.
+
+    Args:
+        model: to adapt.
+        folder: with the adapter.
+        lost: a part of the names of those that PEFT does not find in what it wrote itself.
+    """
     import peft
 
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         wrapped = peft.PeftModel.from_pretrained(model, folder)
-    assert not [str(one.message) for one in told if "missing adapter keys" in str(one.message)]
+    missing = [str(one.message) for one in told if "missing adapter keys" in str(one.message)]
+    assert bool(missing) == (lost is not None)
+    assert all(lost is not None and lost in name for told in missing for name in re.findall(r"'(.+?)'", told))
     return wrapped.eval()
 
 

@@ -544,6 +544,36 @@ class TestRefused:
                 "num_nextn_predict_layers = 1 is not supported; expected 0 or None",
             ),
             (
+                families.config_json("laguna"),
+                {"gating": False},
+                "gating = False is not supported; expected True or 'per-head' or 'per-element'",
+            ),
+            (
+                families.config_json("laguna"),
+                {"num_attention_heads_per_layer": [4, 6, 6, -8]},
+                r"num_attention_heads_per_layer = \[4, 6, 6, -8\]: expected integers from 1",
+            ),
+            (
+                families.config_json("laguna"),
+                {"num_attention_heads_per_layer": [4, 6, 7, 8]},
+                "num_attention_heads 7 is not divisible by num_key_value_heads 2",
+            ),
+            (
+                families.config_json("laguna"),
+                {"mlp_only_layers": [0, 1]},
+                r"mlp_only_layers = \[0, 1\] is not supported; expected \[0\] or None",
+            ),
+            (
+                families.config_json("laguna"),
+                {
+                    "rope_parameters": {
+                        **families.config_json("laguna")["rope_parameters"],
+                        "original_max_position_embeddings": 17,
+                    }
+                },
+                "rope_parameters have unknown entries original_max_position_embeddings",
+            ),
+            (
                 families.config_json("bailing_hybrid"),
                 {"kda_lower_bound": 0.5},
                 "kda_lower_bound = 0.5: expected a number below 0",

@@ -45,7 +45,7 @@ def test_a_new_model_comes_back(name, tmp_path):
 # Between them: windows, sinks, biases, values from keys, norms after, several widths of heads, shared experts,
 # dense layers, constants, a bias on the head, parts of heads, latent keys and values, keys that an indexer selects for
 # several layers, a state that is written to at a rate, decays by the layer and by the channel, groups of heads with a
-# state, latent experts.
+# state, latent experts, heads that are gated, and more or fewer of them by the layer.
 ON_A_MESH = (
     "gpt_oss",
     "gemma4_text",
@@ -58,6 +58,7 @@ ON_A_MESH = (
     "minimax",
     "nemotron_h",
     "bailing_hybrid",
+    "laguna",
 )
 
 

@@ -54,6 +54,7 @@ class RouterSpec:
             and weighs by a softmax over those chosen; "sparsemixer" is SparseMixer-2 (arXiv 2409.12136), which
             gives weights of its own.
         logits_dtype: "float32" multiplies input and weight in float32, "model" in the activations' dtype.
+        logit_softcap: logits become cap · tanh(logits / cap), in float32.
         softmax_dtype: of "softmax" and "logits": "model" is that of the logits.
         bias: a bias on the logits.
         correction: a constant per expert, in float32, is added for the choice alone: to the scores or to the
@@ -76,6 +77,7 @@ class RouterSpec:
     weight_dtype: Literal["float32", "model"]
     score: Literal["softmax", "sigmoid", "logits", "sparsemixer"] = "softmax"
     logits_dtype: Literal["float32", "model"] = "model"
+    logit_softcap: float | None = None
     softmax_dtype: Literal["float32", "model"] = "float32"
     bias: bool = False
     correction: Literal["none", "score", "logit"] = "none"
@@ -117,6 +119,7 @@ class RouterSpec:
         told = {
             "renormalised": self.renormalize,
             "bias": self.bias,
+            "logit softcap": self.logit_softcap is not None,
             "correction bias": self.correction != "none",
             "groups": self.groups is not None and self.groups.count > 1,
             "scaled weights": self.scale != 1.0,
@@ -127,7 +130,7 @@ class RouterSpec:
 
 
 class Routing(NamedTuple):
-    """Choices of R tokens: experts (R, K) int32, weights (R, K), and the raw logits (R, E)."""
+    """Choices of R tokens: experts (R, K) int32, weights (R, K), and the logits (R, E)."""
 
     experts: jax.Array
     weights: jax.Array
@@ -207,7 +210,11 @@ def _logits(params: Tree, spec: RouterSpec, x_RD: jax.Array) -> jax.Array:
     dtype = jnp.float32 if spec.logits_dtype == "float32" else x_RD.dtype
     weight_ED = in_dtype(params["weight"], dtype)
     logits_RE = linear(x_RD.astype(dtype), weight_ED, precision=Precision.HIGHEST)
-    return add_bias(logits_RE, params["bias"]) if spec.bias else logits_RE
+    if spec.bias:
+        logits_RE = add_bias(logits_RE, params["bias"])
+    if spec.logit_softcap is None:
+        return logits_RE
+    return spec.logit_softcap * jnp.tanh(logits_RE.astype(jnp.float32) / spec.logit_softcap)
 
 
 def _scores(spec: RouterSpec, logits_RE: jax.Array) -> jax.Array:

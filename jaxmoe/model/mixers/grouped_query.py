@@ -60,6 +60,8 @@ class AttentionSpec(Mixer):
         gated: the output is multiplied by sigmoid(gate_proj(x)) before the output projection
             (Qiu et al., arXiv 2505.06708).
         query_gated: the same, with the gate's rows among those of q_proj: a head's follow those of its query.
+        head_gated: the same, with one number per head.
+        gate_activation: what takes the place of the sigmoid; "softplus" is taken in float32.
     """
 
     num_heads: int
@@ -78,6 +80,8 @@ class AttentionSpec(Mixer):
     sinks: bool = False
     gated: bool = False
     query_gated: bool = False
+    head_gated: bool = False
+    gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"
 
     @property
     def width_of_value(self) -> int:
@@ -91,11 +95,11 @@ class AttentionSpec(Mixer):
     def apply(self, params: Tree, x_BTD: jax.Array, context: Context) -> jax.Array:
         """x (B, T, D) → (B, T, D)."""
         params = params["attention"]
-        q_BTNH, k_BTMH, v_BTMH, gate_BTP = self._heads(params, x_BTD, context)
+        q_BTNH, k_BTMH, v_BTMH, gate = self._heads(params, x_BTD, context)
         out_BTNH = attend(
             q_BTNH, k_BTMH, v_BTMH, context.documents, device=context.device, **self._scores(params)
         )
-        return self._output(params, gate_BTP, out_BTNH)
+        return self._output(params, gate, out_BTNH)
 
     def init_cache(self, repeats: int, batch: int, length: int, dtype: Any) -> KVCache:
         """Of keys, rotated, and values."""
@@ -110,7 +114,7 @@ class AttentionSpec(Mixer):
     ) -> tuple[jax.Array, KVCache]:
         """x (B, T, D) → (B, T, D), with attention to what is cached, and the cache with the keys and values of x."""
         params = params["attention"]
-        q_BTNH, k_BTMH, v_BTMH, gate_BTP = self._heads(params, x_BTD, context)
+        q_BTNH, k_BTMH, v_BTMH, gate = self._heads(params, x_BTD, context)
         positions_BT = context.positions
         cache = cache.written(repeat, positions_BT, k_BTMH, v_BTMH)
         if context.fresh:
@@ -120,28 +124,33 @@ class AttentionSpec(Mixer):
         else:
             k_BMSH, v_BMSH, keys_BS = cache.seen(repeat, positions_BT, self.window, x_BTD.dtype)
             out_BTNH = attend_to_cache(q_BTNH, k_BMSH, v_BMSH, positions_BT, keys_BS, **self._scores(params))
-        return self._output(params, gate_BTP, out_BTNH), cache
+        return self._output(params, gate, out_BTNH), cache
 
     def _heads(
         self, params: Tree, x_BTD: jax.Array, context: Context
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
         """As `_project`, where the mesh has them."""
         repeated = _repeat_kv_heads(params, self, x_BTD.dtype)
-        q_BTNH, k_BTMH, v_BTMH, gate_BTP = _project(repeated, self, x_BTD, context)
-        return constrain(q_BTNH, "BTNH"), constrain(k_BTMH, "BTMH"), constrain(v_BTMH, "BTMH"), gate_BTP
+        q_BTNH, k_BTMH, v_BTMH, gate = _project(repeated, self, x_BTD, context)
+        return constrain(q_BTNH, "BTNH"), constrain(k_BTMH, "BTMH"), constrain(v_BTMH, "BTMH"), gate
 
     def _scores(self, params: Tree) -> dict[str, Any]:
         """What scores are made with, and which count."""
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
         return {"scale": scale, "window": self.window, "sinks": params.get("sinks")}
 
-    def _output(self, params: Tree, gate_BTP: jax.Array | None, out_BTNH: jax.Array) -> jax.Array:
-        """What heads give (B, T, N, value width) → (B, T, D)."""
+    def _output(self, params: Tree, gate: jax.Array | None, out_BTNH: jax.Array) -> jax.Array:
+        """What heads give (B, T, N, value width) → (B, T, D); the gate is (B, T, N) or (B, T, P)."""
         bias = params["o_bias"] if self.output_bias else None
-        if gate_BTP is None:
+        if gate is None:
             return project_heads(out_BTNH, params["o_proj"], bias)
-        gated_BTP = out_BTNH.reshape(gate_BTP.shape) * jax.nn.sigmoid(gate_BTP)
-        return linear(gated_BTP, params["o_proj"], bias)
+        if self.gate_activation == "softplus":
+            gate = jax.nn.softplus(gate.astype(jnp.float32)).astype(gate.dtype)
+        else:
+            gate = jax.nn.sigmoid(gate)
+        if self.head_gated:
+            return project_heads(out_BTNH * gate[..., None], params["o_proj"], bias)
+        return linear(out_BTNH.reshape(gate.shape) * gate, params["o_proj"], bias)
 
     def rotations(self) -> frozenset[RopeSpec]:
         """Of queries and keys."""
@@ -184,6 +193,8 @@ class AttentionSpec(Mixer):
             "clipped": self.clip_qkv is not None,
             "sinks": self.sinks,
             "gate": self.gated or self.query_gated,
+            "gated heads": self.head_gated,
+            "softplus gate": self.gate_activation == "softplus",
             "values from keys": self.values_from_keys,
             "narrower values": self.width_of_value != self.head_dim,
             "scaled values": self.value_scale != 1.0,
@@ -212,6 +223,8 @@ def _declared(spec: AttentionSpec, width: int) -> dict[str, Param]:
     params["o_proj"] = of_heads("DP")
     if spec.gated:
         params["gate_proj"] = of_heads("PD")
+    if spec.head_gated:
+        params["gate_proj"] = param("ND", sizes)
     biases = {"q_bias": "Q", "k_bias": "U", "v_bias": "W"} if spec.bias else {}
     if spec.values_from_keys:
         biases.pop("v_bias", None)
@@ -261,7 +274,7 @@ def _project(
     params: Tree, spec: AttentionSpec, x_BTD: jax.Array, context: Context
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Queries (B, T, N, H), keys (B, T, M, H) and values (B, T, M, value width), ready to attend, and the gate of the
-    output (B, T, P) before its sigmoid, where there is one."""
+    output (B, T, P), or (B, T, N) of heads, before its activation, where there is one."""
 
     def project(name: str) -> jax.Array:
         return linear(x_BTD, params[f"{name}_proj"], params[f"{name}_bias"] if spec.bias else None)
@@ -290,10 +303,8 @@ def _project(
         value = jnp.clip(value, -spec.clip_qkv, spec.clip_qkv)
     value = scaled(value, spec.value_scale)
     projected_query = project("q")
-    gate_BTP = linear(x_BTD, params["gate_proj"]) if spec.gated else None
+    gate = linear(x_BTD, params["gate_proj"]) if spec.gated or spec.head_gated else None
     if spec.query_gated:
         both = heads(projected_query, 2 * spec.head_dim)
-        projected_query, gate_BTP = (
-            half.reshape(*x_BTD.shape[:2], -1) for half in jnp.split(both, 2, axis=-1)
-        )
-    return query_or_key(projected_query, "q"), query_or_key(projected_key, "k"), value, gate_BTP
+        projected_query, gate = (half.reshape(*x_BTD.shape[:2], -1) for half in jnp.split(both, 2, axis=-1))
+    return query_or_key(projected_query, "q"), query_or_key(projected_key, "k"), value, gate

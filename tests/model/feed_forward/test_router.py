@@ -39,6 +39,7 @@ SPECS = {
     "softmax, groups by their best two, masked with 0": {"groups": Groups(3, 1, "top2", 0.0), "top_k": 5},
     "softmax, correction, sum not below a bound": {"correction": "score", "least_sum": 0.4},
     "softmax of the chosen, with a bias": {"score": "logits", "bias": True, "renormalize": False},
+    "sigmoid of capped logits": {"score": "sigmoid", "correction": "score", "logit_softcap": 1.5},
     "sigmoid, chosen by corrected logits": {"score": "sigmoid", "correction": "logit"},
     "normed and scaled input, scale per expert": {
         "input_scale": InputScale(NormSpec(1e-3, "rms_float32")),
@@ -57,6 +58,8 @@ def plain(params, spec, x):
     if spec.input_scale is not None:
         x = x / np.sqrt(np.mean(x * x) + spec.input_scale.norm.eps) * params["input_scale"] / math.sqrt(D)
     logits = params["weight"] @ x + params.get("bias", 0.0)
+    if spec.logit_softcap is not None:
+        logits = spec.logit_softcap * np.tanh(logits / spec.logit_softcap)
     scores = logits
     if spec.score in ("softmax", "sigmoid"):
         scores = softmax(logits) if spec.score == "softmax" else 1 / (1 + np.exp(-logits))

@@ -43,6 +43,7 @@ def attend_per_device(q, k, v, *, mask, **options):
         (16, 4, 8, {"qk_norm": QKNorm(NormSpec(1e-6), "head", values=True), "values_from_keys": True}),
         (12, 6, 4, {"qk_norm": QKNorm(NormSpec(1e-6), "full"), "gated": True, "value_dim": 6}),
         (8, 1, 2, {"bias": True, "window": 4}),
+        (8, 4, 2, {"head_gated": True, "gate_activation": "softplus"}),
     ],
 )
 def test_every_device_has_the_keys_of_its_queries(num_heads, num_kv_heads, tensor, options, monkeypatch):
