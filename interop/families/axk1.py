@@ -8,6 +8,7 @@ from jaxmoe.interop.families.family import Family
 from jaxmoe.interop.families.layouts import LAYER
 from jaxmoe.interop.families.rotation import rope_spec
 from jaxmoe.interop.rules import Rule
+from jaxmoe.model.feed_forward.router import RouterSpec
 from jaxmoe.model.spec import ModelSpec
 
 
@@ -21,13 +22,18 @@ def _spec(config: ConfigReader) -> ModelSpec:
     attention = latent.latent_attention(config, rope_spec(config, interleaved=config.take("rope_interleave")))
     norm = common.rms_norm(config)
     shared = common.shared_experts(config, "n_shared_experts")
-    router = common.grouped_sigmoid_router(config)
-    # Released folders hold no correction, and transformers goes on with zeros.
-    if config.take("topk_method", "noaux_tc") != "noaux_tc":
-        router = dataclasses.replace(router, correction="none")
-    sparse = common.moe(config, router, shared=shared, norm=norm)
+    sparse = common.moe(config, _router(config), shared=shared, norm=norm)
     ffns = common.by_type(config, common.dense(config), sparse)
     return common.model_spec(config, attention, ffns, norm)
+
+
+def _router(config: ConfigReader) -> RouterSpec:
+    router, method = common.grouped_sigmoid_router(config), config.take("topk_method", None)
+    if isinstance(method, str) and method != "noaux_tc":
+        # Folders of other methods hold no correction, and transformers' model goes on with zeros.
+        return dataclasses.replace(router, correction="none")
+    config.expect("topk_method", "noaux_tc", None)
+    return router
 
 
 def _rules(spec: ModelSpec) -> tuple[Rule, ...]:
