@@ -1,6 +1,7 @@
 """What families with DeepSeek sparse attention share: its indexer, from a config.json, and its conversion rules."""
 
 import dataclasses
+from typing import Any
 
 from jaxmoe.errors import UserError
 from jaxmoe.interop.bounds import MAX_POSITIONS
@@ -14,12 +15,13 @@ from jaxmoe.model.mixers.latent import LatentAttentionSpec
 from jaxmoe.model.spec import ModelSpec
 
 
-def sparse_attention(config: ConfigReader, *, interleaved: bool) -> LatentAttentionSpec:
+def sparse_attention(config: ConfigReader, *, interleaved: bool, **options: Any) -> LatentAttentionSpec:
     """Latent attention of the keys that an indexer selects.
 
     Args:
         config: of the model.
         interleaved: which features the indexer pairs to rotate them; attention pairs neighbours.
+        options: further fields of the spec.
     """
     common.kinds(config, "layer_types", ("indexed_attention",))
     config.size("q_lora_rank")  # which other latent attention may do without
@@ -33,6 +35,7 @@ def sparse_attention(config: ConfigReader, *, interleaved: bool) -> LatentAttent
             head_dim=config.size("index_head_dim"),
             rope=dataclasses.replace(rope, interleaved=interleaved),
         ),
+        **options,
     )
 
 

@@ -311,7 +311,7 @@ def _layer(
     """
 
     def before(name: str, x: jax.Array) -> jax.Array:
-        return norm(params, f"{name}_norm", layer.norm, x) if layer.normed_before else x
+        return norm(params, f"{name}_norm", layer.norm_before(name), x) if layer.normed_before else x
 
     def add(
         name: str, scales: tuple[float, float], x: jax.Array, normed: jax.Array, out: jax.Array

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.model.linear import add_bias, along_last
-from jaxmoe.params import Param, Tree, param
+from jaxmoe.model.linear import add_bias, along_last, linear
+from jaxmoe.params import Tree, param
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +26,13 @@ class NormSpec:
 
     Attributes:
         bias: of "layer".
+        gate: A, where the norm y is multiplied by sigmoid(out_proj silu(in_proj y)), the latter of width A (A.X K2).
     """
 
     eps: float
     kind: Literal["rms", "rms_float32", "rms_centred", "layer"] = "rms"
     bias: bool = False
+    gate: int | None = None
 
     @property
     def initial(self) -> Literal["ones", "zeros"]:
@@ -38,8 +40,12 @@ class NormSpec:
         return "zeros" if self.kind == "rms_centred" else "ones"
 
 
-def norm_params(name: str, spec: NormSpec, width: int) -> dict[str, Param]:
-    """Declarations of the norm called `name`: its scale, and ``{name}_bias``."""
+def norm_params(name: str, spec: NormSpec, width: int) -> dict[str, Any]:
+    """Declarations of the norm called `name`: its scale, and ``{name}_bias``; scale and gate together if it has one."""
+    if spec.gate is not None:
+        sizes = {"D": width, "A": spec.gate}
+        scale = param("D", sizes, role="vector", init=spec.initial)
+        return {name: {"scale": scale, "in_proj": param("AD", sizes), "out_proj": param("DA", sizes)}}
     declared = {name: param("D", {"D": width}, role="vector", init=spec.initial)}
     if spec.bias:
         declared[f"{name}_bias"] = param("D", {"D": width}, role="vector", init="zeros")
@@ -48,6 +54,11 @@ def norm_params(name: str, spec: NormSpec, width: int) -> dict[str, Param]:
 
 def norm(params: Tree, name: str, spec: NormSpec, x: jax.Array) -> jax.Array:
     """The norm called `name` of x (..., D)."""
+    if spec.gate is not None:
+        own = params[name]
+        normal = apply_norm(spec, x, own["scale"])
+        gate = linear(jax.nn.silu(linear(normal, own["in_proj"])), own["out_proj"])
+        return (normal * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(normal.dtype)
     return apply_norm(spec, x, params[name], params.get(f"{name}_bias"))
 
 

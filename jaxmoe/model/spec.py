@@ -32,6 +32,7 @@ class LayerSpec:
         mixer: None in a layer that is a feed-forward alone.
         ffn: None in a layer that is a mixer alone.
         norm: of all norms of the layer.
+        norms_before: of what the mixer and the feed-forward see, where these are others.
         mixer_scales: factors in the sum around the mixer: of x (or norm(x)), and of what f gives.
         ffn_scales: the same around the feed-forward.
         output_scale: the layer's output is multiplied by a constant that the checkpoint holds.
@@ -44,6 +45,7 @@ class LayerSpec:
     mixer_scales: tuple[float, float] = (1.0, 1.0)
     ffn_scales: tuple[float, float] = (1.0, 1.0)
     output_scale: bool = False
+    norms_before: tuple[NormSpec, NormSpec] | None = None
 
     @property
     def blocks(self) -> tuple[Mixer | FeedForward, ...]:
@@ -54,6 +56,10 @@ class LayerSpec:
     def normed_before(self) -> bool:
         """Whether f sees norm(x)."""
         return self.placement in _BEFORE
+
+    def norm_before(self, name: str) -> NormSpec:
+        """Of what the "attention", that is the mixer, or the "ffn" sees."""
+        return self.norm if self.norms_before is None else self.norms_before[name == "ffn"]
 
     @property
     def normed_after(self) -> bool:
@@ -79,7 +85,7 @@ class LayerSpec:
         present = [name for name, is_there in named if is_there]
         if self.normed_before:
             for name in present[:1] if self.one_norm else present:
-                tree |= norm_params(f"{name}_norm", self.norm, width)
+                tree |= norm_params(f"{name}_norm", self.norm_before(name), width)
         if self.normed_after:
             for name in present:
                 tree |= norm_params(f"{name}_post_norm", self.norm, width)
@@ -108,6 +114,7 @@ class LayerSpec:
             "scaled residuals": (self.mixer_scales, self.ffn_scales) != ((1.0, 1.0),) * 2,
             "layer scale": self.output_scale,
             "LayerNorm": self.norm.kind == "layer",
+            "gated norms": any(norm.gate is not None for norm in self.norms_before or ()),
         }
         yield from (text for text, holds in told.items() if holds)
 

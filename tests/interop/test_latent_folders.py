@@ -93,6 +93,30 @@ def published_tensors(config):
     )
 
 
+@pytest.mark.torch
+def test_no_correction_and_norms_that_dense_layers_do_not_use(tmp_path):
+    """A.X K1's, which transformers' own model_type reads too."""
+    import torch
+    import transformers
+
+    config = {**published_config("axk1"), "topk_method": "greedy"}
+    tensors = published_tensors(config)
+    assert not any("e_score_correction_bias" in name for name in tensors)
+    unused = {"model.layers.0.post_mlp_layernorm.weight": np.full(config["hidden_size"], 2.0, BF16)}
+    for name in ("axk1", "AXK1"):
+        quantize.write(tmp_path / name, {**config, "model_type": name}, tensors | unused)
+    model = jaxmoe.from_pretrained(tmp_path / "AXK1", dtype="float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "axk1", dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+    tokens = np.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(model(jnp.asarray(tokens)), expected, atol=1e-4 * np.abs(expected).max())
+    jaxmoe.save_pretrained(model, tmp_path / "again")
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "AXK1")
+
+
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "kimi_k2", "deepseek_v32", "glm_moe_dsa"])
 def test_fp8_blocks(model_type, tmp_path):
     config = published_config(model_type)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -47,6 +48,7 @@ class MoESpec(FeedForward):
         shared: added to what the experts give.
         latent: C, the width that experts work in between two projections that all share; None for D. Router and
             `shared` see D (LatentMoE, as in Nemotron 3).
+        norm: of what all of these together give (A.X K1, arXiv 2601.09200).
     """
 
     router: RouterSpec
@@ -55,10 +57,11 @@ class MoESpec(FeedForward):
     bias: bool = False
     shared: SharedSpec | None = None
     latent: int | None = None
+    norm: NormSpec | None = None
 
     def params(self, width: int) -> Tree:
-        """{"router": …, "experts": …, "latent": …, "shared": …}."""
-        tree: dict[str, dict[str, Param]] = {
+        """{"router": …, "experts": …, "latent": …, "shared": …, "moe_norm": …}."""
+        tree: dict[str, Any] = {
             "router": router_params(self.router, width),
             "experts": _expert_params(self, width),
         }
@@ -69,6 +72,8 @@ class MoESpec(FeedForward):
             tree["shared"] = mlp_params(self.shared.mlp, width)
             if self.shared.gated:
                 tree["shared"]["gate"] = param("JD", {"J": 1, "D": width})
+        if self.norm is not None:
+            tree |= norm_params("moe_norm", self.norm, width)
         return tree
 
     def apply(
@@ -109,6 +114,8 @@ class MoESpec(FeedForward):
             yield "latent experts"
         if self.shared is not None:
             yield "gated shared expert" if self.shared.gated else "shared expert"
+        if self.norm is not None:
+            yield "norm after experts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,4 +219,6 @@ def moe(
         out_BTD = out_BTD + shared_BTD
         if spec.shared.averaged:
             out_BTD = out_BTD / 2
+    if spec.norm is not None:
+        out_BTD = norm(params, "moe_norm", spec.norm, out_BTD)
     return out_BTD, stats

@@ -73,6 +73,8 @@ class LatentAttentionSpec(Mixer):
         scale: factor of the scores; by default 1/sqrt of the width of a whole key.
         growth: of queries with their positions.
         head_gated: what a head gives is multiplied by sigmoid(gate x), a number per head (arXiv 2505.06708).
+        query_gated: the output is multiplied by a sigmoid before the output projection (arXiv 2505.06708), whose rows
+            are among those of q_b: a head's follow those of its query. q_b sees norm(q_a x) and, beside it, q_a x.
         top_k: keys that a query sees at most; None for all. They are those that the indexer selects, or without one
             those that the last layer with an indexer has selected.
         indexer: of a layer with `top_k`; needs a `query_latent`.
@@ -90,6 +92,7 @@ class LatentAttentionSpec(Mixer):
     scale: float | None = None
     growth: QueryGrowth | None = None
     head_gated: bool = False
+    query_gated: bool = False
     top_k: int | None = None
     indexer: IndexerSpec | None = None
 
@@ -112,6 +115,7 @@ class LatentAttentionSpec(Mixer):
         }
         # The key that heads share comes out of the same matrix.
         beside = sizes | {"C": latent + self.shared_dim}
+        gated = sizes | {"A": 2 * sizes["A"], "Q": heads * (self.whole_key + self.value_dim)}
         of_heads = functools.partial(param, sizes=sizes, num_heads=heads)
         vector = functools.partial(param, role="vector", init="ones")
         if self.query_latent is None:
@@ -120,7 +124,7 @@ class LatentAttentionSpec(Mixer):
             params = {
                 "q_a_proj": param("AD", sizes),
                 "q_a_norm": vector("A", sizes),
-                "q_b_proj": of_heads("QA"),
+                "q_b_proj": param("QA", gated if self.query_gated else sizes, num_heads=heads),
             }
         params |= {
             "kv_a_proj": param("CD", beside),
@@ -162,13 +166,13 @@ class LatentAttentionSpec(Mixer):
         stats, chosen = context.selection.stats, k_BSH.shape[1] > self.top_k
         if not chosen and stats is None:
             return Selection(), cache
-        narrow_BTA = self._narrow_queries(params, x_BTD)
+        _, narrow_BTA = self._narrow_queries(params, x_BTD)
         index = IndexVectors(*self.indexer.queries(own, x_BTD, narrow_BTA, tables), k_BSH)
         places = Places(jnp.broadcast_to(places_BT, x_BTD.shape[:2]), context.documents)
         keys = constrain(select_keys(index, places, self.top_k), "BT.") if chosen else None
         if stats is not None:
             k_BTNH, _ = self._keys_and_values(params, self._kept(params, x_BTD, context))
-            q_BTNH = self._queries(params, x_BTD, context)
+            q_BTNH, _ = self._queries(params, x_BTD, context)
             divergences_BT = divergences(index, places, keys, q_BTNH, k_BTNH, self._score_scale)
             stats = stats.add(divergences_BT, context.valid)
         return Selection(keys, stats), cache
@@ -186,8 +190,11 @@ class LatentAttentionSpec(Mixer):
     def apply(self, params: Tree, x_BTD: jax.Array, context: Context) -> jax.Array:
         """x (B, T, D) → (B, T, D)."""
         params = params["attention"]
-        q_BTNH, kept_BTC = self._queries(params, x_BTD, context), self._kept(params, x_BTD, context)
-        return self._output(params, self._attend(params, q_BTNH, kept_BTC, context), x_BTD)
+        (q_BTNH, gate_BTNV), kept_BTC = (
+            self._queries(params, x_BTD, context),
+            self._kept(params, x_BTD, context),
+        )
+        return self._output(params, self._attend(params, q_BTNH, kept_BTC, context), x_BTD, gate_BTNV)
 
     def init_cache(self, repeats: int, batch: int, length: int, dtype: Any) -> LatentCache:
         """Of zeros."""
@@ -207,11 +214,15 @@ class LatentAttentionSpec(Mixer):
         up: then all heads attend to the cache as it is, as if it were one head of keys.
         """
         params = params["attention"]
-        q_BTNH, kept_BTC = self._queries(params, x_BTD, context), self._kept(params, x_BTD, context)
+        (q_BTNH, gate_BTNV), kept_BTC = (
+            self._queries(params, x_BTD, context),
+            self._kept(params, x_BTD, context),
+        )
         positions_BT = context.positions
         cache = cache.written("kept", repeat, positions_BT, kept_BTC)
         if context.fresh:
-            return self._output(params, self._attend(params, q_BTNH, kept_BTC, context), x_BTD), cache
+            out_BTNV = self._attend(params, q_BTNH, kept_BTC, context)
+            return self._output(params, out_BTNV, x_BTD, gate_BTNV), cache
         up_NHC = dense(params["kv_b_proj"], x_BTD.dtype).reshape(self.num_heads, -1, self.latent)
         q_BTNC = jnp.einsum("btnh,nhc->btnc", q_BTNH[..., : self.key_dim], up_NHC[:, : self.key_dim])
         q_BTNC = jnp.concatenate([q_BTNC, q_BTNH[..., self.key_dim :]], axis=-1)
@@ -227,31 +238,39 @@ class LatentAttentionSpec(Mixer):
             selected_BTs=self._selected(context),
         )
         out_BTNV = jnp.einsum("btnc,nvc->btnv", out_BTNC, up_NHC[:, self.key_dim :])
-        return self._output(params, out_BTNV, x_BTD), cache
+        return self._output(params, out_BTNV, x_BTD, gate_BTNV), cache
 
     @property
     def _score_scale(self) -> float:
         return self.whole_key**-0.5 if self.scale is None else self.scale
 
-    def _queries(self, params: Tree, x_BTD: jax.Array, context: Context) -> jax.Array:
-        """(B, T, N, H), ready to attend."""
+    def _queries(
+        self, params: Tree, x_BTD: jax.Array, context: Context
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """(B, T, N, H), ready to attend, and the logits of their gate (B, T, N, value width)."""
         if self.query_latent is None:
             q_BTQ = linear(x_BTD, params["q_proj"])
         else:
-            q_BTQ = linear(self._narrow_queries(params, x_BTD), params["q_b_proj"])
-        q_BTNH = q_BTQ.reshape(*q_BTQ.shape[:2], self.num_heads, self.whole_key)
+            raw_BTA, seen_BTA = self._narrow_queries(params, x_BTD)
+            if self.query_gated:
+                seen_BTA = jnp.concatenate([seen_BTA, raw_BTA], axis=-1)
+            q_BTQ = linear(seen_BTA, params["q_b_proj"])
+        q_BTNH, gate_BTNV = q_BTQ.reshape(*q_BTQ.shape[:2], self.num_heads, -1), None
+        if self.query_gated:
+            q_BTNH, gate_BTNV = jnp.split(q_BTNH, [self.whole_key], axis=-1)
+            gate_BTNV = constrain(gate_BTNV, "BTN.")
         rotated = self._rotated(q_BTNH[..., self.key_dim :], context)
         q_BTNH = jnp.concatenate([q_BTNH[..., : self.key_dim], rotated], axis=-1)
         if self.growth is not None:
             times = jnp.floor(context.positions.astype(jnp.float32) / self.growth.length)
             growth_BT = 1 + self.growth.beta * jnp.log1p(times)
             q_BTNH = q_BTNH * growth_BT[:, :, None, None].astype(q_BTNH.dtype)
-        return constrain(q_BTNH, "BTNH")
+        return constrain(q_BTNH, "BTNH"), gate_BTNV
 
-    def _narrow_queries(self, params: Tree, x_BTD: jax.Array) -> jax.Array:
-        """(B, T, A), normed."""
+    def _narrow_queries(self, params: Tree, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(B, T, A) twice, as it is and normed."""
         narrow_BTA = linear(x_BTD, params["q_a_proj"], params.get("q_a_bias"))
-        return apply_norm(self.norm, narrow_BTA, params["q_a_norm"])
+        return narrow_BTA, apply_norm(self.norm, narrow_BTA, params["q_a_norm"])
 
     def _kept(self, params: Tree, x_BTD: jax.Array, context: Context) -> jax.Array:
         """(B, T, latent + shared key), normed and rotated: what keys and values are made of."""
@@ -284,8 +303,13 @@ class LatentAttentionSpec(Mixer):
         k_BTNH = constrain(jnp.concatenate([kv_BTNU[..., : self.key_dim], shared_BTNH], axis=-1), "BTNH")
         return k_BTNH, kv_BTNU[..., self.key_dim :]
 
-    def _output(self, params: Tree, out_BTNV: jax.Array, x_BTD: jax.Array) -> jax.Array:
-        """What heads give (B, T, N, value width), gated by x where they are → (B, T, D)."""
+    def _output(
+        self, params: Tree, out_BTNV: jax.Array, x_BTD: jax.Array, gate_BTNV: jax.Array | None
+    ) -> jax.Array:
+        """What heads give (B, T, N, value width), gated by x or by what came with queries → (B, T, D)."""
+        if gate_BTNV is not None:
+            open_BTNV = jax.nn.sigmoid(gate_BTNV.astype(jnp.float32))
+            out_BTNV = (out_BTNV * open_BTNV).astype(out_BTNV.dtype)
         if self.head_gated:
             gate_BTN = jax.nn.sigmoid(linear(x_BTD, params["gate_proj"]).astype(jnp.float32))
             out_BTNV = out_BTNV * gate_BTN[..., None].astype(out_BTNV.dtype)
@@ -338,6 +362,7 @@ class LatentAttentionSpec(Mixer):
             "own score scale": self.scale is not None,
             "queries that grow": self.growth is not None,
             "gated heads": self.head_gated,
+            "gate": self.query_gated,
             "sparse by an indexer": self.indexer is not None,
             "selection of a layer before": self.top_k is not None and self.indexer is None,
         }
