@@ -234,7 +234,9 @@ def our_functions(mixer: Any, spec: Any) -> tuple[Callable[..., Any], Callable[.
 
     def forward(params: Tree, x: jax.Array) -> jax.Array:
         batch = make_batch(jnp.zeros(x.shape[:2], jnp.int32))
-        return mixer.apply(params, x, make_context(spec.rotations, batch, x.dtype, packed=False))
+        context = make_context(spec.rotations, batch, x.dtype, packed=False)
+        selection, _ = mixer.select(params, x, context, None)
+        return mixer.apply(params, x, dataclasses.replace(context, selection=selection))
 
     return jax.jit(forward), jax.jit(
         jax.grad(lambda params, x: jnp.sum(forward(params, x)), argnums=(0, 1), allow_int=True)
