@@ -212,8 +212,8 @@ def test_sections_are_frozen_and_can_be_made_in_python():
         (
             {"train__a\nb": 1},
             "train.'a\\nb': unknown key, expected one of batch_size, checkpoint_every, distributed, eval_every, "
-            "export, export_mtp, export_quantization, indexer_loss, keep_checkpoints, log_every, micro_batch_size, peak_tflops, "
-            "seed, steps",
+            "export, export_mtp, export_quantization, indexer_loss, keep_checkpoints, log_every, micro_batch_size, "
+            "peak_tflops, seed, steps",
         ),
     ],
 )
