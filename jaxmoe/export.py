@@ -18,31 +18,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = ArgumentParser(
-        prog="jaxmoe export", description="Write a checkpoint of a run as a Hugging Face folder."
-    )
-    parser.add_argument("run", type=path_argument, help="folder of the run (its output_dir)")
-    parser.add_argument("folder", type=path_argument, help="new folder to write")
-    parser.add_argument("--step", type=int, help="by default the newest checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint folder")
-    parser.add_argument(
-        "--quantization",
-        choices=["none", "source"],
-        help="write what the model's folder has quantised in bfloat16 (none), or as it has it (source); by default "
-        "as the run's train.export_quantization says",
-    )
-    parser.add_argument(
-        "--mtp",
-        choices=["declared", "present"],
-        help="layers for multi-token prediction that config.json counts: as in the model's folder (declared), or none "
-        "where they are missing there (present); by default as the run's train.export_mtp says",
-    )
-    parser.add_argument(
-        "--merged",
-        action="store_true",
-        help="of a run with an adapter: write the model with it merged in, and not the adapter",
-    )
-    options = parser.parse_args(argv)
+    options = _parser().parse_args(argv)
     run, folder = Path(options.run), Path(options.folder)
     # Imported only now, and the rest below: a mistake is reported without waiting for what it does not need.
     from jaxmoe.run.folder import RunLayout
@@ -83,6 +59,34 @@ def main(argv: list[str]) -> None:
     print(f"{folder}: step {step} of {run}")
     if left_out:
         print(f"left out ({LEFT_OUT}): {listed(left_out, 20)}")
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="jaxmoe export", description="Write a checkpoint of a run as a Hugging Face folder."
+    )
+    parser.add_argument("run", type=path_argument, help="folder of the run (its output_dir)")
+    parser.add_argument("folder", type=path_argument, help="new folder to write")
+    parser.add_argument("--step", type=int, help="by default the newest checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint folder")
+    parser.add_argument(
+        "--quantization",
+        choices=["none", "source"],
+        help="write what the model's folder has quantised in bfloat16 (none), or as it has it (source); by default "
+        "as the run's train.export_quantization says",
+    )
+    parser.add_argument(
+        "--mtp",
+        choices=["declared", "present"],
+        help="layers for multi-token prediction that config.json counts: as in the model's folder (declared), or none "
+        "where they are missing there (present); by default as the run's train.export_mtp says",
+    )
+    parser.add_argument(
+        "--merged",
+        action="store_true",
+        help="of a run with an adapter: write the model with it merged in, and not the adapter",
+    )
+    return parser
 
 
 def _assembled(config: RunConfig) -> "Assembled":

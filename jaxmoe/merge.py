@@ -11,6 +11,45 @@ _TOLD = 10
 
 def main(argv: list[str]) -> None:
     """The command."""
+    options = _parser().parse_args(argv)
+    if options.extract != (options.rank is not None) or (options.rank or 1) < 1:
+        raise UserError(f"--rank {options.rank}: expected --extract with a rank of 1 or more, or neither")
+    if options.extract:
+        given = {
+            "--weight": options.weight != 1,
+            "--add": options.add,
+            "--quantization": options.quantization,
+            "--mtp": options.mtp != "declared",
+        }
+        idle = [name for name, value in given.items() if value]
+        if idle:
+            raise UserError(
+                f"{', '.join(idle)}: --extract writes an adapter and merges nothing: leave it out"
+            )
+        _extract(options.base, options.adapter, Path(options.folder), options.rank, options.overwrite)
+        return
+    # Imported only now: a mistake in the arguments is reported without waiting for it.
+    from jaxmoe.interop.export_plan import LEFT_OUT
+    from jaxmoe.interop.peft.merged import merge_folder
+
+    folder = Path(options.folder)
+    changed, left_out = merge_folder(
+        options.base,
+        options.adapter,
+        folder,
+        weight=options.weight,
+        others=[(path, _number(weight)) for path, weight in options.add],
+        overwrite=options.overwrite,
+        quantization=options.quantization,
+        mtp=options.mtp,
+    )
+    merged = listed([options.adapter, *(path for path, _ in options.add)], _TOLD)
+    print(f"{folder}: {options.base} with {merged} merged in, which changed {changed:,} tensors")
+    if left_out:
+        print(f"left out ({LEFT_OUT}): {listed(left_out, 20)}")
+
+
+def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="jaxmoe merge",
         description="Write a model with LoRA adapters in PEFT's format merged into it, laid out as the model is.",
@@ -46,31 +85,7 @@ def main(argv: list[str]) -> None:
         help="BASE TUNED OUT: write the adapter that is nearest to what TUNED changed of BASE",
     )
     parser.add_argument("--rank", type=int, help="of the extracted adapter, per expert")
-    options = parser.parse_args(argv)
-    if options.extract != (options.rank is not None) or (options.rank or 1) < 1:
-        raise UserError(f"--rank {options.rank}: expected --extract with a rank of 1 or more, or neither")
-    if options.extract:
-        _extract(options.base, options.adapter, Path(options.folder), options.rank, options.overwrite)
-        return
-    # Imported only now: a mistake in the arguments is reported without waiting for it.
-    from jaxmoe.interop.export_plan import LEFT_OUT
-    from jaxmoe.interop.peft.merged import merge_folder
-
-    folder = Path(options.folder)
-    changed, left_out = merge_folder(
-        options.base,
-        options.adapter,
-        folder,
-        weight=options.weight,
-        others=[(path, _number(weight)) for path, weight in options.add],
-        overwrite=options.overwrite,
-        quantization=options.quantization,
-        mtp=options.mtp,
-    )
-    merged = listed([options.adapter, *(path for path, _ in options.add)], _TOLD)
-    print(f"{folder}: {options.base} with {merged} merged in, which changed {changed:,} tensors")
-    if left_out:
-        print(f"left out ({LEFT_OUT}): {listed(left_out, 20)}")
+    return parser
 
 
 def _extract(base: str, tuned: str, folder: Path, rank: int, overwrite: bool) -> None:

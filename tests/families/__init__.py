@@ -34,6 +34,18 @@ BASE: Mapping[str, Any] = {
 }
 """Fields of a tiny config that most families share."""
 
+GROUPED: Mapping[str, Any] = {
+    "intermediate_size": 56,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+}
+"""Those of families whose router chooses among the best groups of experts."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Preset:

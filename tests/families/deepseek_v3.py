@@ -1,4 +1,4 @@
-from families import BASE, Case, Preset
+from families import BASE, GROUPED, Case, Preset
 
 LATENT = {
     "num_key_value_heads": 4,
@@ -35,14 +35,7 @@ CASE = Case(
     {
         **{name: value for name, value in BASE.items() if name != "head_dim"},
         **LATENT,
-        "intermediate_size": 56,
-        "moe_intermediate_size": 24,
-        "n_routed_experts": 8,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": 3,
-        "n_group": 4,
-        "topk_group": 2,
-        "routed_scaling_factor": 1.7,
+        **GROUPED,
         "first_k_dense_replace": 1,
         "rope_parameters": YARN,
     },

@@ -1,17 +1,10 @@
-from families import BASE, Case, Preset
+from families import BASE, GROUPED, Case, Preset
 
 CASE = Case(
     {
         **BASE,
-        "intermediate_size": 56,
-        "moe_intermediate_size": 24,
-        "n_routed_experts": 8,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": 3,
-        "n_group": 4,
-        "topk_group": 2,
+        **GROUPED,
         "norm_topk_prob": True,
-        "routed_scaling_factor": 1.7,
         "first_k_dense_replace": 1,
         "sliding_window": 9,
         "max_window_layers": 2,

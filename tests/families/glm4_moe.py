@@ -1,16 +1,9 @@
-from families import BASE, Case, Preset
+from families import BASE, GROUPED, Case, Preset
 
 CASE = Case(
     {
         **BASE,
-        "intermediate_size": 56,
-        "moe_intermediate_size": 24,
-        "n_routed_experts": 8,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": 3,
-        "n_group": 4,
-        "topk_group": 2,
-        "routed_scaling_factor": 1.7,
+        **GROUPED,
         "use_qk_norm": True,
         "attention_bias": True,
     },

@@ -1,14 +1,7 @@
-from families import BASE, Case, Preset
+from families import BASE, GROUPED, Case, Preset
 
 TEXT = {name: value for name, value in BASE.items() if name != "tie_word_embeddings"} | {
-    "intermediate_size": 56,
-    "moe_intermediate_size": 24,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "n_shared_experts": 2,
-    "n_group": 4,
-    "topk_group": 2,
-    "routed_scaling_factor": 1.7,
+    **GROUPED,
     "first_k_dense_replace": 1,
     "rope_parameters": {
         "rope_type": "default",

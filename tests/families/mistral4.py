@@ -1,4 +1,4 @@
-from families import BASE, Case, Preset, deepseek_v3
+from families import BASE, GROUPED, Case, Preset, deepseek_v3
 
 YARN = {
     **deepseek_v3.YARN,
@@ -11,14 +11,7 @@ YARN = {
 CONFIG = {
     **{name: value for name, value in BASE.items() if name not in ("head_dim", "tie_word_embeddings")},
     **deepseek_v3.LATENT,
-    "intermediate_size": 56,
-    "moe_intermediate_size": 24,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 3,
-    "n_group": 4,
-    "topk_group": 2,
-    "routed_scaling_factor": 1.7,
+    **GROUPED,
     "first_k_dense_replace": 1,
     "rope_parameters": YARN,
 }

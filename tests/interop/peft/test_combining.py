@@ -133,3 +133,12 @@ def test_norms_that_changed_are_replaced_as_a_whole(folders, tmp_path, capfd):
     assert "expected a model that was trained" in capfd.readouterr().err
     assert cli(["merge", base, str(tmp_path / "same"), str(tmp_path / "none"), "--rank", "2"]) == 2
     assert "expected --extract with a rank" in capfd.readouterr().err
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "options", [["--weight", "2"], ["--add", "a", "1"], ["--quantization"], ["--mtp", "present"]]
+)
+def test_extracting_merges_nothing(options, capfd):
+    assert cli(["merge", "--extract", "base", "tuned", "out", "--rank", "2", *options]) == 2
+    assert f"{options[0]}: --extract writes an adapter and merges nothing" in capfd.readouterr().err
