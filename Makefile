@@ -61,6 +61,10 @@ recipes: $(READY_TO_TEST) ## compile the training steps of configs/ for GPUs tha
 hostile: $(READY_TO_TEST) ## attack the commands: bad inputs, damaged folders, kills, signals, full disks; some minutes
 	cd tests && ../.venv/bin/python -m hostile.campaign
 
+.PHONY: long-rows
+long-rows: $(READY_TO_TEST) ## gradients of every family in bfloat16 over 8,192 tokens; some minutes
+	cd tests && ../.venv/bin/python -m helpers.long_rows
+
 .PHONY: older-folders
 older-folders: $(READY_TO_TEST) ## read folders that older transformers write: the tables of interop/OLDER_FOLDERS.md
 	cd tests && ../.venv/bin/python -m older_folders
